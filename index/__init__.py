@@ -1,0 +1,1 @@
+"""The table: what a row is, how rows are compared, how they are found."""

@@ -1,0 +1,1 @@
+"""From image-caption shards to a Lance table, on Apache Beam."""

@@ -1,0 +1,250 @@
+"""Image and text encoders: any diffusers autoencoder, any transformers text model, from a folder or the hub.
+
+Weights are safetensors only and remote code is never trusted. A folder whose weights do not match its class would
+load with a mere warning and then encode wrongly, so missing and unexpected weights are refused here.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from index.errors import EncoderError
+from index.schema import EncoderRef
+
+if TYPE_CHECKING:
+    import torch
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+# Parts of a checkpoint that its text model does not use: other towers, decoders, heads.
+UNUSED_WEIGHTS = (
+    "vision_model.",
+    "visual_projection.",
+    "text_projection.",
+    "logit_scale",
+    "decoder.",
+    "lm_head.",
+    "cls.",
+    "pooler.",
+    "embeddings.position_ids",
+    "text_model.embeddings.position_ids",
+)
+
+
+class ImageEncoder(Protocol):
+    """Pixels to latents."""
+
+    ref: EncoderRef
+
+    def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
+        """Latents as the autoencoder gives them, unscaled."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Captions to one vector each."""
+
+    ref: EncoderRef
+
+    def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
+        """Pooled embeddings, not normalised."""
+        ...
+
+
+class DiffusersAutoencoder:
+    """AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; of a distribution the mode is taken."""
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        """Open a folder or hub id (`org/name` or `org/name/subfolder`)."""
+        self.model, self.ref = _load_autoencoder(name)
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+
+    def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
+        """Latents as the autoencoder gives them, unscaled."""
+        import torch
+
+        with torch.inference_mode():
+            x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            return latent_of(self.model.encode(x)).float().cpu().numpy()
+
+    def decode(self, latent: Float32[np.ndarray, "B C h w"]) -> UInt8[np.ndarray, "B H W 3"]:
+        """Pixels of latents."""
+        import torch
+
+        with torch.inference_mode():
+            x = self.model.decode(torch.from_numpy(latent).to(self.device)).sample
+            x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            return x.permute(0, 2, 3, 1).cpu().numpy()
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary diffusers folder."""
+        self.model.save_pretrained(folder)
+
+
+def latent_of(encoded: Any) -> "torch.Tensor":
+    """The latent tensor in whatever a diffusers autoencoder's `encode` returns."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()  # type: ignore[no-any-return]
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent  # type: ignore[no-any-return]
+
+
+class TransformersTextEncoder:
+    """A CLIP text model by its pooled output, a T5 encoder or any BERT-like model by the mean of its token states."""
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        """Open a folder or hub id that holds a text model and its tokenizer."""
+        self.model, self.tokenizer, self.ref = _load_text_model(name)
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+        limits = (
+            self.tokenizer.model_max_length,
+            getattr(self.model.config, "max_position_embeddings", None),
+        )
+        self.max_length = min(limit for limit in limits if limit)
+
+    def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
+        """Pooled embeddings, not normalised; a caption that repeats is encoded once."""
+        import torch
+
+        each = list(dict.fromkeys(captions))
+        tokens = self.tokenizer(
+            each, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode():
+            out = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            if self.ref.kind.startswith("CLIP"):
+                pooled = out.pooler_output
+            else:
+                pooled = mean_pool(out.last_hidden_state, tokens["attention_mask"])
+        place = {caption: i for i, caption in enumerate(each)}
+        return pooled.float().cpu().numpy()[[place[caption] for caption in captions]]
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary transformers folder, the tokenizer in it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def mean_pool(states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Mean of the token states (B, tokens, T) where the mask (B, tokens) is 1."""
+    weight = mask[..., None].to(states.dtype)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
+    import diffusers
+
+    with _explained(name, "image autoencoder"):
+        place = _place(name)
+        kind = diffusers.AutoencoderKL.load_config(**place).get("_class_name")
+        if kind not in AUTOENCODERS:
+            raise EncoderError(f"{name} holds a {kind}; image encoders are {', '.join(AUTOENCODERS)}")
+        model, info = getattr(diffusers, kind).from_pretrained(
+            place["pretrained_model_name_or_path"],
+            subfolder=place.get("subfolder"),
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    _refuse_mismatch(name, info)
+    return model, EncoderRef(name=name, kind=kind, digest=digest_of(model))
+
+
+def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
+    import transformers
+
+    with _explained(name, "text model"):
+        place = _place(name)
+        path, subfolder = place["pretrained_model_name_or_path"], place.get("subfolder", "")
+        config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+        family = {
+            "clip": "CLIPTextModel",
+            "clip_text_model": "CLIPTextModel",
+            "t5": "T5EncoderModel",
+            "mt5": "MT5EncoderModel",
+            "umt5": "UMT5EncoderModel",
+        }.get(config.model_type, "AutoModel")
+        model, info = getattr(transformers, family).from_pretrained(
+            path,
+            subfolder=subfolder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        # A pipeline folder keeps its tokenizer beside the text encoder.
+        words = subfolder.replace("text_encoder", "tokenizer")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=words, trust_remote_code=False)
+    _refuse_mismatch(name, info)
+    digest = digest_of(model, without=UNUSED_WEIGHTS)
+    return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
+
+
+def _place(name: str) -> dict[str, str]:
+    """A folder as it is; a hub id of more than two parts as repository and subfolder."""
+    if Path(name).is_dir():
+        return {"pretrained_model_name_or_path": name}
+    if name.startswith((".", "/", "~")) or name.count("/") < 1:
+        raise EncoderError(f"no folder {name}: give a folder with config.json and model weights, or a hub id ORG/NAME")
+    organisation, repository, *rest = name.split("/")
+    place = {"pretrained_model_name_or_path": f"{organisation}/{repository}"}
+    return place | ({"subfolder": "/".join(rest)} if rest else {})
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise while loading into an EncoderError, and keep their progress bars quiet."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except EncoderError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise EncoderError(f"{name} cannot be opened as {what}: {text}") from error
+
+
+def _refuse_mismatch(name: str, info: dict[str, Any]) -> None:
+    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(k) for k in info.get(trouble) or () if not str(k).startswith(UNUSED_WEIGHTS))
+        if keys:
+            raise EncoderError(
+                f"{name}: its weights do not fit its config, {len(keys)} {trouble.replace('_', ' ')} such as {keys[0]}: "
+                "save it again with save_pretrained"
+            )
+
+
+def digest_of(model: "torch.nn.Module", without: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and bytes of all weights but those that start with one of some prefixes, in hex."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """`cuda`, `mps` or `cpu`: the first there is, unless one is named."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,96 @@
+"""Bytes -> pixels, safely, and the closed list of reasons for which a sample is rejected.
+
+A picture is turned upright by its EXIF tag, laid on white where it is transparent, converted to 8-bit RGB, scaled so
+that its shorter side fits, and cropped at the centre. Its size is checked before anything is decompressed.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from jaxtyping import UInt8
+
+MAX_PIXELS = 100_000_000
+
+
+class Reason(StrEnum):
+    """Why a sample is in the rejects table; nothing else stands there."""
+
+    BROKEN_SHARD = "broken_shard"
+    MISSING_IMAGE = "missing_image"
+    UNREADABLE_IMAGE = "unreadable_image"
+    IMAGE_TOO_LARGE = "image_too_large"
+    MISSING_CAPTION = "missing_caption"
+    EMPTY_CAPTION = "empty_caption"
+    CAPTION_NOT_UTF8 = "caption_not_utf8"
+    BAD_LATENT = "bad_latent"
+    BAD_EMBEDDING = "bad_embedding"
+
+
+class Rejected(Exception):
+    """This sample cannot be encoded."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        """Say why, and what exactly was met."""
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Picture:
+    """A decoded picture, and the size that it had."""
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    width: int
+    height: int
+
+
+def decode_caption(data: bytes | None) -> str:
+    """The caption's text without surrounding blanks; Rejected where there is none."""
+    if data is None:
+        raise Rejected(Reason.MISSING_CAPTION, "no .txt member or caption column")
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise Rejected(Reason.CAPTION_NOT_UTF8, str(error)) from error
+    if not caption:
+        raise Rejected(Reason.EMPTY_CAPTION, f"{len(data)} bytes of blanks")
+    return caption
+
+
+def decode_image(data: bytes | None, size: int) -> Picture:
+    """A square picture of `size` pixels; Rejected where the bytes are no picture or too large a one."""
+    from PIL import Image, ImageOps
+
+    if not data:
+        raise Rejected(Reason.MISSING_IMAGE, "no image member or an empty one")
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
+            warnings.simplefilter("ignore")
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise Rejected(Reason.IMAGE_TOO_LARGE, f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+            image = to_rgb(ImageOps.exif_transpose(opened))
+            square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    except Rejected:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Rejected(Reason.IMAGE_TOO_LARGE, str(error)) from error
+    except Exception as error:  # Pillow's decoders raise whatever they meet; all of it is this sample's fault
+        raise Rejected(Reason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from error
+    return Picture(np.asarray(square), width, height)
+
+
+def to_rgb(image):  # type: ignore[no-untyped-def]
+    """An 8-bit RGB image of any Pillow image: 16-bit greys scaled, transparency laid on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(ground, layer)
+    return image.convert("RGB")

@@ -1,0 +1,191 @@
+"""`trainer`: from a table to weights to images. A skin: parse, build a config, call one function."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from index.console import print_table, run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=__doc__.split(". A")[0] + ".",
+)
+
+SourceArgument = Annotated[
+    list[str],
+    typer.Argument(help="Shards: files, folders, globs or brace patterns of .tar or .parquet.", show_default=False),
+]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, or for sampling a hub id.", show_default=False)]
+StepsOption = Annotated[str, typer.Option(help="Step counts to measure, with commas.")]
+
+
+def main() -> None:
+    """Entry point of the `trainer` script."""
+    run(app)
+
+
+@app.command("fit-autoencoder")
+def fit_autoencoder(
+    kind: Annotated[str, typer.Argument(help="image or text.", show_default=False)],
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the autoencoder.", show_default=False)],
+    size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
+    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="4000 image, 1500 text")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="16 image, 64 text")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the square pictures, in pixels (image).")] = 32,
+    grid: Annotated[int, typer.Option(help="Side of the latent grid (image).")] = 4,
+    latent_channels: Annotated[int, typer.Option(help="Channels of the latent (image).")] = 4,
+    heldout_share: Annotated[float, typer.Option(help="Share kept from training, for measuring.")] = 0.05,
+    limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Train an image or a text autoencoder on a source's own pictures or captions.
+
+    trainer fit-autoencoder image data/shapes --out models/image --image-size 32
+
+    trainer fit-autoencoder text data/shapes --out models/text
+    """
+    from index.console import write_json
+    from index.errors import OptionError
+    from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder
+    from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder
+
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "limit": limit}
+    dials = {name: value for name, value in given.items() if value is not None}
+    dials |= {"size": size, "heldout_share": heldout_share, "seed": seed}
+    if kind == "image":
+        shape = {"image_size": image_size, "grid": grid, "latent_channels": latent_channels}
+        report = fit_image_autoencoder(source, ImageAutoencoderConfig(**dials, **shape), out)
+    elif kind == "text":
+        report = fit_text_autoencoder(source, TextAutoencoderConfig(**dials), out)
+    else:
+        raise OptionError(f"there is no {kind!r} autoencoder: choose image or text")
+    write_json(out / "report.json", report)
+    print_table(str(out), report)
+
+
+@app.command()
+def fit(
+    table: Annotated[Path, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
+    objective: Annotated[str, typer.Option(help="coalescer or flow_matching.")] = "coalescer",
+    preset: Annotated[str, typer.Option(help="coalescer: default or paper.")] = "default",
+    coupling: Annotated[str, typer.Option(help="nearest or independent pairs.")] = "nearest",
+    size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "small",
+    images: Annotated[int, typer.Option(help="Targets to draw in all.")] = 1_000_000,
+    batch_size: Annotated[int, typer.Option(help="Targets per step.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    seed: SeedOption = 0,
+    search: Annotated[str, typer.Option(help="ann (LanceDB) or exact (on the device).")] = "ann",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a network on nearest-neighbour targets drawn from a table.
+
+    trainer fit db/shapes.lance --out runs/shapes
+
+    trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
+    """
+    from index.table import open_table
+    from trainer.fit import FitConfig
+    from trainer.fit import fit as run_fit
+
+    config = FitConfig(
+        objective=objective,
+        preset=preset,
+        coupling=coupling,  # type: ignore[arg-type]
+        size=size,
+        images=images,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        search=search,  # type: ignore[arg-type]
+    )
+    print_table(str(out), run_fit(open_table(table, indexed=True), config, out, resume=resume, device=device))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    caption: Annotated[list[str], typer.Argument(help="One or more captions.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The PNG to write.", show_default=False)],
+    steps: Annotated[int, typer.Option(help="Network evaluations per picture.")] = 2,
+    num: Annotated[int, typer.Option(help="Pictures per caption.")] = 4,
+    seed: SeedOption = 0,
+    guidance: Annotated[float, typer.Option(help="1 follows the caption as trained, more exaggerates it.")] = 1.0,
+    redraws: Annotated[int, typer.Option(help="Further points to try; the surest is kept.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Turn captions into pictures.
+
+    trainer sample runs/shapes "a small red circle left of a large blue square" --out circle.png
+
+    trainer sample runs/shapes "a large black triangle above a small green square" --out triangle.png --steps 4 --num 8
+    """
+    from index.errors import OptionError
+    from trainer.grid import draw_grid
+    from trainer.sampler import Coalescer
+
+    if out.suffix != ".png":
+        raise OptionError(f"--out {out} is no PNG: give a name that ends in .png")
+    coalescer = Coalescer.from_pretrained(run, device=device)
+    samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
+    draw_grid(samples.images, samples.captions, out, columns=num if len(caption) > 1 else min(num, 8))
+    print(f"{out}: {len(samples.images)} pictures in {steps} steps, mean confidence {samples.confidence.mean():.2f}")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    steps: StepsOption = "1,2,4,8",
+    out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="RUN/report")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure a run against held-out rows, beside its floors.
+
+    trainer evaluate runs/shapes
+
+    trainer evaluate runs/shapes --steps 2 --out reports/shapes
+    """
+    from trainer.evaluate import evaluate as run_evaluate
+    from trainer.evaluate import lines_of
+
+    report = run_evaluate(run, steps=_numbers(steps), out=out or run / "report", seed=seed)
+    print_table(str(run), lines_of(report))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the page.", show_default=False)],
+    steps: StepsOption = "1,2,4,8",
+    caption: Annotated[list[str] | None, typer.Option(help="A caption to show from every run; repeat it.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Put several runs into one table and one page.
+
+    trainer compare runs/coalescer runs/flow --out reports/both --caption "a small red circle above a large blue square"
+
+    trainer compare runs/a runs/b --out reports/ab --steps 1,2
+    """
+    from trainer.compare import compare as run_compare
+    from trainer.evaluate import lines_of
+
+    result = run_compare(runs, steps=_numbers(steps), captions=caption or [], out=out, seed=seed)
+    for name, report in result["runs"].items():
+        print_table(name, lines_of(report))
+    print(f"page: {out / 'index.html'}")
+
+
+def _numbers(given: str) -> list[int]:
+    from index.errors import OptionError
+
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise OptionError(f"--steps {given!r} is no list of numbers: give for instance 1,2,4,8") from None

@@ -1,0 +1,62 @@
+"""What a network is trained for and how it is sampled: the coalescer and its rivals, behind the same two functions.
+
+    loss(network, batch) -> Loss
+    step(network, x, text, i, n, guidance) -> Step          the i-th of n steps from x, i = 0 ... n - 1
+
+An objective is a frozen dataclass of its dials. The network, the pairs and the budget are the same for all of them.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from index.errors import OptionError
+from trainer.network import Network
+from trainer.stream import Batch
+
+
+class Loss(NamedTuple):
+    """What is minimised, and its parts for the log."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+
+
+class Step(NamedTuple):
+    """Where a step has led, and how sure the network was: the length of the direction that it predicted."""
+
+    x: Float[Tensor, "B L"]
+    confidence: Float[Tensor, "B"]
+
+
+class Objective(Protocol):
+    """The two functions."""
+
+    def loss(self, network: Network, batch: Batch) -> Loss:
+        """The loss of one batch."""
+        ...
+
+    def step(
+        self,
+        network: Network,
+        x: Float[Tensor, "B L"],
+        text: Float[Tensor, "B T"],
+        i: int,
+        n: int,
+        guidance: float,
+    ) -> Step:
+        """The i-th of n steps."""
+        ...
+
+
+def make_objective(name: str, preset: str, **dials: Any) -> Objective:
+    """An objective by its name and preset, with single dials changed; OptionError where there is none."""
+    from trainer.objectives import coalescer, flow_matching
+
+    presets = {"coalescer": coalescer.PRESETS, "flow_matching": flow_matching.PRESETS}
+    if name not in presets:
+        raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
+    if preset not in presets[name]:
+        raise OptionError(f"--preset {preset!r} is unknown for {name}: choose one of {', '.join(presets[name])}")
+    return presets[name][preset](**dials)

@@ -1,0 +1,80 @@
+"""The coalescer: from a point, how far is its pair and which way.
+
+Distance and direction are learned apart, so that |direction| can shrink where the target changes fast. With
+probability `segment` the input lies on the segment from R to its pair y and the target stays y: a second step starts
+near the data, and without having seen such points it diverges.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer.network import Network, Prediction
+from trainer.objectives import Loss, Step
+from trainer.stream import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coalescer:
+    """The losses (distance - |y - x|)^2 and |direction - unit(y - x)|^p, and how a step uses what they teach."""
+
+    p: float = 2.0
+    """2: |direction| is the mean resultant length, a calibrated confidence. 0.5: as first proposed, seeks a mode."""
+    segment: float = 0.5
+    """Share of inputs on the segment from R to y."""
+    rule: Literal["even", "paper"] = "even"
+    """Step i of n moves distance / (n - i), or always the whole distance."""
+    distance_weight: float = 1.0
+    dropout: float = 0.1
+    """Share of inputs without their description, for guidance."""
+    condition: Literal["close", "query"] = "close"
+    """Which description the network is told: the close pair's, or the one that was asked for."""
+
+    def loss(self, network: Network, batch: Batch) -> Loss:
+        """Both losses, averaged over the batch."""
+        on_segment, place, told, _ = batch.dice.unbind(1)
+        t = torch.where(on_segment < self.segment, place, 0.0)[:, None]
+        x = batch.r + t * (batch.y - batch.r)
+        text = batch.text if self.condition == "close" else batch.query
+        guess = network(x, text, keep=told >= self.dropout)
+        way = batch.y - x
+        distance = (guess.distance - way.norm(dim=1)).square().mean()
+        # The root has no gradient at zero, so it is kept a hair away from it.
+        gap = (guess.direction - normalize(way, dim=1)).square().sum(1)
+        direction = (gap + 1e-12).pow(self.p / 2).mean()
+        total = self.distance_weight * distance + direction
+        length = guess.direction.detach().norm(dim=1).mean()
+        return Loss(total, {"distance": distance, "direction": direction, "direction_length": length})
+
+    def step(
+        self,
+        network: Network,
+        x: Float[Tensor, "B L"],
+        text: Float[Tensor, "B T"],
+        i: int,
+        n: int,
+        guidance: float,
+    ) -> Step:
+        """Move towards the pair; with guidance w to x_u + w (x_c - x_u), c told the description and u not."""
+        guess = network(x, text)
+        move = self._move(guess, i, n)
+        if guidance != 1:
+            blind = network(x, text, keep=torch.zeros(len(x), dtype=torch.bool, device=x.device))
+            away = self._move(blind, i, n)
+            move = away + guidance * (move - away)
+        return Step(x + move, guess.direction.norm(dim=1))
+
+    def _move(self, guess: Prediction, i: int, n: int) -> Float[Tensor, "B L"]:
+        share = 1 / (n - i) if self.rule == "even" else 1.0
+        return (share * guess.distance)[:, None] * normalize(guess.direction, dim=1)
+
+
+PRESETS = {
+    "default": Coalescer,
+    "paper": partial(Coalescer, p=0.5, segment=0.0, rule="paper", dropout=0.0),
+}

@@ -1,0 +1,35 @@
+"""One way to take a training step: AdamW, a one-cycle learning rate, clipped gradients, averaged weights."""
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+
+class Optimiser:
+    """Everything beside the weights that a training step changes."""
+
+    def __init__(self, model: nn.Module, *, steps: int, learning_rate: float, ema_decay: float) -> None:
+        """For `steps` steps in all; the rate rises over the first twentieth and falls as a cosine."""
+        self.parameters = list(model.parameters())
+        self.adam = torch.optim.AdamW(
+            self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.adam, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
+        )
+        self.average = EMAModel(
+            self.parameters, decay=ema_decay, use_ema_warmup=True, inv_gamma=10.0, power=1.0, foreach=True
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """Descend, and let the average follow."""
+        self.adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.adam.step()
+        self.schedule.step()
+        self.average.step(self.parameters)
+
+    def use_average(self) -> None:
+        """Copy the averaged weights into the model."""
+        self.average.copy_to(self.parameters)

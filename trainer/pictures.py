@@ -1,0 +1,66 @@
+"""Pictures and captions of a source in memory, split as `pipeline encode` splits them, for training autoencoders."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from index.console import Progress
+from index.errors import SourceError
+from index.schema import HELDOUT, row_id, split_of
+from pipeline.images import Rejected, decode_caption, decode_image
+from pipeline.sources import Sample, list_shards, read_samples
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """Training and held-out pictures."""
+
+    train: UInt8[np.ndarray, "N H W 3"]
+    heldout: UInt8[np.ndarray, "M H W 3"]
+
+
+def load_pictures(sources: Sequence[str], size: int, *, heldout_share: float, limit: int) -> Split:
+    """The first `limit` pictures that can be decoded; a row held out here is held out in a table of the same share."""
+    parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {"train": [], HELDOUT: []}
+    with Progress("read pictures", total=None, unit="pictures") as bar:
+        for sample in _samples(sources):
+            try:
+                pixels = decode_image(sample.image, size).pixels
+            except Rejected:
+                continue
+            parts[split_of(row_id(sample.key, sample.image or b""), heldout_share)].append(pixels)
+            bar.advance()
+            if bar.done == limit:
+                break
+    if not parts["train"]:
+        raise SourceError(f"no pictures to train on in {', '.join(sources)}")
+    # A source too small to hold anything out is measured on itself; its report says how many were held out.
+    return Split(np.stack(parts["train"]), np.stack(parts[HELDOUT] or parts["train"][:1]))
+
+
+def load_captions(sources: Sequence[str], *, heldout_share: float, limit: int) -> tuple[list[str], list[str]]:
+    """Distinct training and held-out captions of the first `limit` samples, split by the caption itself."""
+    seen: dict[str, str] = {}
+    with Progress("read captions", total=None, unit="captions") as bar:
+        for sample in _samples(sources):
+            try:
+                caption = decode_caption(sample.caption)
+            except Rejected:
+                continue
+            seen.setdefault(caption, split_of(row_id(caption, b""), heldout_share))
+            bar.advance()
+            if bar.done == limit:
+                break
+    train = [caption for caption, split in seen.items() if split != HELDOUT]
+    if not train:
+        raise SourceError(f"no captions to train on in {', '.join(sources)}")
+    return train, [caption for caption, split in seen.items() if split == HELDOUT] or train[:1]
+
+
+def _samples(sources: Sequence[str]) -> Iterator[Sample]:
+    for shard in list_shards(sources):
+        for sample in read_samples(shard):
+            if isinstance(sample, Sample):
+                yield sample
