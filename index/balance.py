@@ -33,7 +33,7 @@ class Potentials:
 
 
 def chi_square(counts: Int[np.ndarray, "N"]) -> float:
-    """Unbiased chi^2 of shares against uniform ones: N sum(c^2 - c) / (B (B - 1)) - 1 for B draws (ott, semidiscrete)."""
+    """Unbiased chi^2 of shares against even ones, N sum(c^2 - c) / (B (B - 1)) - 1 for B draws (ott, semidiscrete)."""
     draws = int(counts.sum())
     c = counts.astype(np.float64)
     return float(len(c) * (c * c - c).sum() / (draws * (draws - 1)) - 1.0)

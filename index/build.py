@@ -16,7 +16,7 @@ import numpy as np
 from index.balance import Potentials, fit_potentials
 from index.console import Progress, write_json
 from index.errors import OptionError, TableError
-from index.geometry import Geometry, Kind
+from index.geometry import Geometry
 from index.queries import draw_points, draw_rows
 from index.report import (
     Recall,
@@ -45,7 +45,7 @@ class BuildConfig:
 
     desc_scale: float | Literal["auto"] | None = None
     """Weight of the description in the search; `auto` picks it by `perplexity`."""
-    geometry: Kind | None = None
+    geometry: str | None = None
     balance: bool | None = None
     """Fit dual potentials, so that every row is drawn equally often; costs minutes on large tables."""
     index_type: str = "auto"

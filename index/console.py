@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from index.errors import CoalescerError
 
@@ -49,7 +49,7 @@ class Progress:
         self.done = self._done_before = done
         self.figures: dict[str, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         """Start the clock and draw the bar."""
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

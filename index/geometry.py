@@ -13,7 +13,7 @@ then returns the balanced neighbour. Without potentials it is zero. Plain numpy,
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -22,15 +22,14 @@ from index.errors import OptionError
 from index.moments import Moments, unit
 from index.packing import pack, unpack
 
-Kind = Literal["sphere", "standard", "raw"]
-KINDS: tuple[Kind, ...] = ("sphere", "standard", "raw")
+KINDS = ("sphere", "standard", "raw")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Geometry:
     """How rows and queries of one table are laid out and compared."""
 
-    kind: Kind
+    kind: str
     """sphere: standardised, then on the sphere of radius sqrt(L). standard: each dimension standardised.
     raw: latents as they are."""
     desc_scale: float
@@ -47,10 +46,10 @@ class Geometry:
         cls,
         moments: Moments,
         *,
-        kind: Kind = "sphere",
+        kind: str = "sphere",
         desc_scale: float,
         allow_small_desc_scale: bool = False,
-    ) -> Self:
+    ) -> "Geometry":
         """The geometry of a table with these moments; OptionError where an option is not allowed."""
         check_desc_scale(desc_scale, allow_small=allow_small_desc_scale)
         if kind not in KINDS:
@@ -128,7 +127,7 @@ class Geometry:
         return {name: pack(getattr(self, name)) for name in self.__slots__}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Self:
+    def from_dict(cls, content: dict[str, Any]) -> "Geometry":
         """The inverse of `to_dict`."""
         return cls(**{name: unpack(value) for name, value in content.items()})
 

@@ -5,7 +5,7 @@ statistics of a billion rows cost a few kilobytes a shard.
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -24,7 +24,7 @@ class Moments:
     """Sum of the description embeddings, each scaled to unit length."""
 
     @classmethod
-    def of(cls, text: Float[np.ndarray, "B T"], latent: Float[np.ndarray, "B L"]) -> Self:
+    def of(cls, text: Float[np.ndarray, "B T"], latent: Float[np.ndarray, "B L"]) -> "Moments":
         """The moments of some rows."""
         latent = latent.astype(np.float64)
         return cls(len(latent), latent.sum(0), np.square(latent).sum(0), unit(text.astype(np.float64)).sum(0))
@@ -61,7 +61,7 @@ class Moments:
         return {name: pack(getattr(self, name)) for name in self.__slots__}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Self:
+    def from_dict(cls, content: dict[str, Any]) -> "Moments":
         """The inverse of `to_dict`."""
         return cls(**{name: unpack(value) for name, value in content.items()})
 

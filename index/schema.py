@@ -7,7 +7,7 @@ C H W a latent, L = C*H*W its numbers, S width of a search vector.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 
@@ -87,7 +87,7 @@ class TableMeta:
         return json.dumps(content)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
+    def from_json(cls, text: str | bytes) -> "TableMeta":
         """The inverse of `to_json`; TableError where another version of the software wrote it."""
         content: dict[str, Any] = json.loads(text)
         if content.get("schema_version") != SCHEMA_VERSION:
@@ -106,7 +106,7 @@ class TableMeta:
         }
         return cls(**content)
 
-    def with_geometry(self, geometry: Geometry) -> Self:
+    def with_geometry(self, geometry: Geometry) -> "TableMeta":
         """The same table compared in another geometry, which no index serves yet."""
         return replace(self, geometry=geometry, index=None)
 

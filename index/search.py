@@ -5,7 +5,7 @@ names. Distances are squared L2 between query and stored vector.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int
@@ -25,6 +25,7 @@ class Pairs:
     latent: Float16[np.ndarray, "B K L"]
 
 
+@runtime_checkable
 class Neighbours(Protocol):
     """Whatever finds the nearest training pairs of queries."""
 

@@ -176,7 +176,7 @@ def rewrite_vectors(
     names = [(field.id(), field.name()) for field in dataset.lance_schema.fields()]
     if names != list(enumerate(dataset.schema.names)) or dataset.schema.names[-1] != "vector":
         raise TableError(
-            f"{table.uri} has had columns added or dropped, so its vectors cannot be rewritten in place: encode it again"
+            f"{table.uri} has had columns added or dropped: its vectors cannot be rewritten, encode it again"
         )
     encoded = dataset.schema.remove(len(dataset.schema) - 1).remove_metadata()
     fragments, done = [], 0

@@ -148,7 +148,7 @@ def build_index(
 
     config = BuildConfig(
         desc_scale=_scale(desc_scale),
-        geometry=geometry,  # type: ignore[arg-type]
+        geometry=geometry,
         balance=balance,
         index_type=index_type,
         target_recall=target_recall,

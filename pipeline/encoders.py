@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -36,6 +36,7 @@ UNUSED_WEIGHTS = (
 )
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """Pixels to latents."""
 
@@ -46,6 +47,7 @@ class ImageEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Captions to one vector each."""
 
@@ -180,7 +182,7 @@ def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
         # A pipeline folder keeps its tokenizer beside the text encoder.
         words = subfolder.replace("text_encoder", "tokenizer")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=words, trust_remote_code=False)
-    _refuse_mismatch(name, info)
+    _refuse_mismatch(name, info, without=UNUSED_WEIGHTS)
     digest = digest_of(model, without=UNUSED_WEIGHTS)
     return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
 
@@ -216,13 +218,13 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise EncoderError(f"{name} cannot be opened as {what}: {text}") from error
 
 
-def _refuse_mismatch(name: str, info: dict[str, Any]) -> None:
+def _refuse_mismatch(name: str, info: dict[str, Any], without: tuple[str, ...] = ()) -> None:
     for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(k) for k in info.get(trouble) or () if not str(k).startswith(UNUSED_WEIGHTS))
+        keys = sorted(str(k) for k in info.get(trouble) or () if not str(k).startswith(without))
         if keys:
             raise EncoderError(
-                f"{name}: its weights do not fit its config, {len(keys)} {trouble.replace('_', ' ')} such as {keys[0]}: "
-                "save it again with save_pretrained"
+                f"{name}: its weights do not fit its config, {len(keys)} {trouble.replace('_', ' ')} "
+                f"such as {keys[0]}: save it again with save_pretrained"
             )
 
 

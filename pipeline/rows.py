@@ -15,7 +15,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, UInt8
 
 from index.errors import OptionError, SourceError
-from index.geometry import KINDS, Geometry, Kind, check_desc_scale
+from index.geometry import KINDS, Geometry, check_desc_scale
 from index.moments import Moments
 from index.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, row_id, split_of
 from index.table import list_array
@@ -39,7 +39,7 @@ class EncodeConfig:
     desc_scale: float = 4.0
     """Weight of the description in the search; `pipeline build-index` can change it later."""
     allow_small_desc_scale: bool = False
-    geometry: Kind = "sphere"
+    geometry: str = "sphere"
     heldout_share: float = 0.05
     """Share of rows kept from training, for measuring."""
     keep_images: bool = False
@@ -119,8 +119,8 @@ class EncodeJob:
         reasons = dict(sum((Counter(part.summary["reasons"]) for part in parts), Counter()))
         if rows == 0 or rejected > self.config.max_reject_share * (rows + rejected):
             raise SourceError(
-                f"{rejected:,} of {rows + rejected:,} samples were rejected ({_listed(reasons)}): nothing was published; "
-                "mend the source, or raise --max-reject-share"
+                f"{rejected:,} of {rows + rejected:,} samples were rejected ({_listed(reasons)}): "
+                "nothing was published; mend the source, or raise --max-reject-share"
             )
         parts = [part for part in parts if part.summary["moments"]]
         if not parts:

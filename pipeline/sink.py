@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import apache_beam as beam
 import pyarrow as pa
@@ -37,6 +37,7 @@ class ShardPart:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class ShardRun(Protocol):
     """One shard on its way through a job: iterate `batches` to its end, then read the rest."""
 
@@ -52,6 +53,7 @@ class ShardRun(Protocol):
         ...
 
 
+@runtime_checkable
 class ShardJob(Protocol):
     """What turns shards into rows, and summaries into the table's metadata. It is pickled, so it holds config only."""
 

@@ -98,13 +98,13 @@ def fit(
     config = FitConfig(
         objective=objective,
         preset=preset,
-        coupling=coupling,  # type: ignore[arg-type]
+        coupling=coupling,
         size=size,
         images=images,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        search=search,  # type: ignore[arg-type]
+        search=search,
     )
     print_table(str(out), run_fit(open_table(table, indexed=True), config, out, resume=resume, device=device))
 

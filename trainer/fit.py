@@ -7,7 +7,7 @@ that are folders are copied beside the weights, so `trainer sample` and `Coalesc
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ class FitConfig:
 
     objective: str = "coalescer"
     preset: str = "default"
-    coupling: Literal["nearest", "independent"] = "nearest"
+    coupling: str = "nearest"
     size: str = "small"
     images: int = 1_000_000
     """Targets drawn in all, over all steps."""
@@ -39,7 +39,7 @@ class FitConfig:
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
     seed: int = 0
-    search: Literal["ann", "exact"] = "ann"
+    search: str = "ann"
     """ann: the table's LanceDB index. exact: vectors held on the device."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Coalescer:
         return self.meta.geometry
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> Self:
+    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "Coalescer":
         """Open a run folder, or a hub repository with the same files; safetensors and JSON only.
 
         Raises:

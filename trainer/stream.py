@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from index.schema import TRAIN
 from index.search import Neighbours
 from index.table import Table
 
-Coupling = Literal["nearest", "independent"]
-COUPLINGS: tuple[Coupling, ...] = ("nearest", "independent")
+COUPLINGS = ("nearest", "independent")
 DICE = 4
 
 
@@ -59,7 +57,7 @@ class NeighborStream:
         batch_size: int,
         seed: int,
         start: int = 0,
-        coupling: Coupling = "nearest",
+        coupling: str = "nearest",
         ahead: int = 8,
         threads: int = 2,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from index.console import Progress
 
@@ -15,7 +15,7 @@ class Watch:
         self.bar = Progress(title, total=total, unit=unit, log=folder / "log.jsonl", done=done)
         self._folder = folder
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         """Start the bar and open the TensorBoard file."""
         from torch.utils.tensorboard import SummaryWriter
 

@@ -6,7 +6,7 @@
 An objective is a frozen dataclass of its dials. The network, the pairs and the budget are the same for all of them.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,7 @@ class Step(NamedTuple):
     confidence: Float[Tensor, "B"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """The two functions."""
 

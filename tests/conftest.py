@@ -1,0 +1,103 @@
+"""Small real things that many tests need: drawn shapes, encoders saved to disk, an encoded and indexed table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from index.build import BuildConfig, build_index
+from index.table import Table, open_table
+from pipeline.demo import write_demo_data
+from pipeline.encode import encode
+from pipeline.rows import EncodeConfig, RunConfig
+from pipeline.sources import list_shards
+
+torch.set_num_threads(1)
+
+SAMPLES, SIDE = 240, 32
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """240 captioned shapes in three shards."""
+    out = tmp_path_factory.mktemp("shapes")
+    write_demo_data(out, samples=SAMPLES, size=SIDE, seed=0, per_shard=80)
+    return out
+
+
+@pytest.fixture(scope="session")
+def image_encoder(tmp_path_factory) -> str:
+    """A small AutoencoderKL of 2x4x4 latents, saved as diffusers saves it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("image_encoder")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word-level tokenizer of the shapes' vocabulary."""
+    from pipeline.demo import all_scenes
+    from trainer.text_autoencoder import TextAutoencoderConfig, train_tokenizer
+
+    captions = [scene.caption for _, scene in zip(range(2000), all_scenes(), strict=False)]
+    return train_tokenizer(captions, TextAutoencoderConfig(vocabulary=200))
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory, tokenizer) -> str:
+    """A small BERT of width 16 with its tokenizer, saved as transformers saves it."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("text_encoder")
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+    )
+    BertModel(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def encode_shapes(image_encoder, text_encoder):
+    """A function that encodes a source into a table with the small encoders."""
+
+    def run(source, table, *, workers: int = 1, **options):
+        config = EncodeConfig(
+            shards=tuple(list_shards([str(source)])),
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+            image_size=SIDE,
+            **{"heldout_share": 0.2, **options},
+        )
+        return encode(config, RunConfig(workers=workers, batch_size=32), str(table))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory, shapes, encode_shapes) -> Table:
+    """The shapes as a table without an index; do not change it."""
+    return encode_shapes(shapes, tmp_path_factory.mktemp("db") / "shapes.lance", keep_images=True).table
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory, shapes, encode_shapes) -> Table:
+    """The shapes as a table with an IVF_RQ index; do not change it."""
+    table = encode_shapes(shapes, tmp_path_factory.mktemp("db") / "indexed.lance").table
+    return build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", target_recall=0.9)).table

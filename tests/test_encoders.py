@@ -1,0 +1,202 @@
+"""Any diffusers autoencoder, any transformers text model: real loading code, on small models saved to disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from index.errors import EncoderError
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+
+
+def autoencoder(kind: str):
+    import diffusers
+
+    torch.manual_seed(0)
+    if kind == "AutoencoderKL":
+        return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **two_blocks())
+    if kind == "AutoencoderTiny":
+        return diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+    if kind == "AutoencoderDC":
+        return diffusers.AutoencoderDC(
+            3,
+            4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8, 16),
+            decoder_block_out_channels=(8, 16),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+        )
+    return diffusers.VQModel(block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=16, **two_blocks())
+
+
+def two_blocks():
+    return {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel"])
+def test_autoencoders_open_encode_and_decode(tmp_path, kind):
+    model = autoencoder(kind).eval()
+    model.save_pretrained(tmp_path)
+    encoder = DiffusersAutoencoder(str(tmp_path))
+    assert encoder.ref.kind == kind
+    latent = encoder.encode(PIXELS)
+    assert latent.shape[:2] == (3, model.config.latent_channels)
+    with torch.no_grad():
+        out = model.encode(torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 127.5 - 1)
+    expected = {
+        "AutoencoderKL": lambda: out.latent_dist.mean,
+        "AutoencoderTiny": lambda: out.latents,
+        "AutoencoderDC": lambda: out.latent,
+        "VQModel": lambda: out.latents,
+    }[kind]()
+    assert np.allclose(latent, expected.numpy(), atol=1e-6)
+    pixels = encoder.decode(latent)
+    assert pixels.shape == PIXELS.shape
+    assert pixels.dtype == np.uint8
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory, tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    size = len(tokenizer)
+    models = {
+        "clip": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=size,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+                eos_token_id=tokenizer.sep_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.cls_token_id,
+            )
+        ),
+        "t5": T5EncoderModel(T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+    }
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+CAPTIONS = ["a small red circle", "a large blue square left of a small black triangle"]
+
+
+def alone(model, tokenizer, caption):
+    tokens = tokenizer([caption], return_tensors="pt")
+    with torch.no_grad():
+        return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+
+
+def test_bert_is_mean_pooled_and_padding_does_not_matter(text_encoder):
+    encoder = TransformersTextEncoder(text_encoder)
+    assert encoder.ref.kind == "BertModel"
+    both = encoder.encode(CAPTIONS)
+    for row, caption in zip(both, CAPTIONS, strict=True):
+        states = alone(encoder.model, encoder.tokenizer, caption).last_hidden_state
+        assert np.allclose(row, states.mean(1)[0].numpy(), atol=1e-5)
+
+
+def test_clip_gives_its_pooled_output(text_models):
+    encoder = TransformersTextEncoder(str(text_models["clip"]))
+    assert encoder.ref.kind == "CLIPTextModel"
+    expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).pooler_output
+    assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
+
+
+def test_t5_is_mean_pooled(text_models):
+    encoder = TransformersTextEncoder(str(text_models["t5"]))
+    assert encoder.ref.kind == "T5EncoderModel"
+    expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state.mean(1)
+    assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
+
+
+def test_captions_that_repeat_are_encoded_once(text_encoder, monkeypatch):
+    encoder = TransformersTextEncoder(text_encoder)
+    sizes = []
+    forward = encoder.model.forward
+    monkeypatch.setattr(
+        encoder.model, "forward", lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
+    )
+    rows = encoder.encode([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    assert sizes == [2]
+    assert np.array_equal(rows[0], rows[2])
+
+
+def test_a_caption_longer_than_the_model_is_cut(text_encoder):
+    assert np.isfinite(TransformersTextEncoder(text_encoder).encode(["red " * 500])).all()
+
+
+def test_opening_twice_gives_the_same_digest_and_other_weights_another(text_encoder, image_encoder, tmp_path):
+    assert TransformersTextEncoder(text_encoder).ref == TransformersTextEncoder(text_encoder).ref
+    first = DiffusersAutoencoder(image_encoder).ref
+    changed = tmp_path / "changed"
+    shutil.copytree(image_encoder, changed)
+    path = changed / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"] += 1
+    save_file(weights, path, {"format": "pt"})
+    assert DiffusersAutoencoder(str(changed)).ref.digest != first.digest
+
+
+@pytest.mark.parametrize("trouble", ["missing", "unexpected"])
+def test_weights_that_do_not_fit_are_refused(image_encoder, text_encoder, tmp_path, trouble):
+    for source, file, opener in (
+        (image_encoder, "diffusion_pytorch_model.safetensors", DiffusersAutoencoder),
+        (text_encoder, "model.safetensors", TransformersTextEncoder),
+    ):
+        folder = tmp_path / file
+        shutil.copytree(source, folder)
+        weights = load_file(folder / file)
+        name = sorted(name for name in weights if "pooler" not in name)[0]
+        if trouble == "missing":
+            del weights[name]
+        else:
+            weights["something.else"] = torch.zeros(1)
+        save_file(weights, folder / file, {"format": "pt"})
+        with pytest.raises(EncoderError, match=trouble):
+            opener(str(folder))
+
+
+def test_pickled_weights_are_not_opened(image_encoder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(image_encoder, folder)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(EncoderError):
+        DiffusersAutoencoder(str(folder))
+
+
+def test_another_kind_of_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(EncoderError, match="UNet2DModel; image encoders are AutoencoderKL"):
+        DiffusersAutoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all"])
+def test_a_folder_that_is_not_there(name):
+    for opener in (DiffusersAutoencoder, TransformersTextEncoder):
+        with pytest.raises(EncoderError, match="no folder"):
+            opener(name)
