@@ -35,6 +35,7 @@ from index.table import Table, rewrite_vectors, update_meta
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
 VECTOR_INDEX = "vector_idx"
+PQ_CENTROIDS = 256
 SMALL_TABLE = 10_000
 """Training rows below which comparing with all of them costs less than an index."""
 
@@ -180,6 +181,8 @@ def _choose_index(
     """The index that was asked for, or a finer one where it cannot reach the target recall."""
     n = len(truth.exact.row)
     kind = config.index_type
+    if kind == "ivf_pq" and n < PQ_CENTROIDS:
+        raise OptionError(f"--index-type ivf_pq learns {PQ_CENTROIDS} centroids, the table has {n} rows: choose none")
     if kind == "auto":
         kind = "none" if n < SMALL_TABLE else "ivf_rq"
     tried: list[dict[str, Any]] = []
@@ -211,7 +214,7 @@ def _create(table: Table, kind: str, partitions: int, log: Path) -> Table:
     with Progress(f"build {kind}", total=None, unit="steps", log=log) as bar:
 
         def tick(progress: Any) -> None:
-            bar.advance(1, stage=str(getattr(progress, "stage", "")))
+            bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
 
         dataset.create_index(
             "vector",

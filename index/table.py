@@ -79,6 +79,11 @@ def table_uri(given: str | Path) -> str:
     return str(path.absolute())
 
 
+def is_table(uri: str) -> bool:
+    """Whether a table was published there; an encode run that was stopped leaves data without a version."""
+    return (Path(uri) / "_versions").is_dir()
+
+
 def reports_of(uri: str) -> Path:
     """The folder of a table's reports: DB/NAME.reports."""
     return Path(uri).with_suffix(".reports")
@@ -89,7 +94,7 @@ def open_table(given: str | Path, *, version: int | None = None, indexed: bool =
     import lance
 
     uri = table_uri(given)
-    if not Path(uri).is_dir():
+    if not is_table(uri):
         raise TableError(f"no table at {given}: make it with `pipeline encode SOURCE --table {given} ...`")
     try:
         dataset = lance.dataset(uri, version=version)

@@ -25,7 +25,7 @@ import index.errors
 from index.console import Progress, write_json
 from index.errors import SourceError, TableError
 from index.geometry import check_desc_scale
-from index.table import Table, open_table, reports_of, table_uri
+from index.table import Table, is_table, open_table, reports_of, table_uri
 from pipeline.rows import EncodeConfig, EncodeJob, RunConfig, open_encoders
 from pipeline.sink import ShardPart, WriteLance, finished_parts
 from pipeline.sources import Broken, list_shards, read_samples
@@ -57,6 +57,8 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
     image, text = open_encoders(config.image_encoder, config.text_encoder, run.device)
     blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
     settings = {**asdict(config), "image_digest": image.ref.digest, "text_digest": text.ref.digest}
+    # A run that stopped for too many rejects goes on when more are allowed, so that limit is no part of its identity.
+    identity = {name: value for name, value in settings.items() if name != "max_reject_share"}
     job = EncodeJob(
         config=config,
         run=run,
@@ -64,11 +66,11 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
         text_ref=text.ref,
         latent_shape=image.encode(blank).shape[1:],
         text_width=text.encode(["a"]).shape[1],
-        run_id=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
+        run_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
         takes=takes,
     )
     report_path = reports_of(uri) / "encode.json"
-    if Path(uri).exists():
+    if is_table(uri):
         existing = open_table(uri)
         if job.run_id in existing.meta.run_ids:
             return Encoded(existing, json.loads(report_path.read_text()), done_before=True)

@@ -14,14 +14,14 @@ from pipeline.sources import list_shards
 
 torch.set_num_threads(1)
 
-SAMPLES, SIDE = 240, 32
+SAMPLES, SIDE = 360, 32
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """240 captioned shapes in three shards."""
+    """360 captioned shapes in three shards."""
     out = tmp_path_factory.mktemp("shapes")
-    write_demo_data(out, samples=SAMPLES, size=SIDE, seed=0, per_shard=80)
+    write_demo_data(out, samples=SAMPLES, size=SIDE, seed=0, per_shard=120)
     return out
 
 

@@ -1,0 +1,206 @@
+"""Search finds what brute force in numpy finds, among training rows only."""
+
+import numpy as np
+import pytest
+
+from index.balance import chi_square, fit_potentials
+from index.build import BuildConfig, build_index
+from index.errors import OptionError, TableError
+from index.queries import draw_points, draw_rows
+from index.report import find_truth, measure_ladder, measure_recall, real_queries, ridge_r2
+from index.schema import TRAIN
+from index.search import ExactNeighbours, LanceNeighbours, open_neighbours
+from index.table import open_table
+
+
+def brute_force(table, queries, k):
+    vectors = table.column("vector", TRAIN).astype(np.float64)
+    distance = np.square(queries[:, None].astype(np.float64) - vectors[None]).sum(-1)
+    order = distance.argsort(1, kind="stable")[:, :k]
+    return np.take_along_axis(distance, order, 1), order
+
+
+def test_exact_search_is_brute_force(encoded):
+    queries = real_queries(encoded, 50)
+    for block in (7, 65_536):
+        pairs = ExactNeighbours(encoded, block=block).nearest(queries, 5)
+        distance, order = brute_force(encoded, queries, 5)
+        assert np.allclose(pairs.distance, distance, rtol=1e-4, atol=1e-3)
+        assert np.array_equal(pairs.latent[:, 0], encoded.column("latent")[order[:, 0]])
+        assert np.array_equal(pairs.text[:, 0], encoded.column("text")[order[:, 0]])
+
+
+def test_ann_search_reaches_its_recall_and_returns_the_pairs_themselves(indexed):
+    queries = real_queries(indexed, 300, seed=1)
+    neighbours, exact = LanceNeighbours(indexed), ExactNeighbours(indexed)
+    recall = measure_recall(neighbours, find_truth(exact, queries))
+    assert recall.recall_at_1 >= 0.85
+    assert 0 <= recall.excess_distance < 0.05
+    pairs = neighbours.nearest(queries, 3)
+    place = exact.place_of(pairs.row)
+    assert np.array_equal(exact.latent[place], pairs.latent)
+    assert np.array_equal(exact.text[place], pairs.text)
+    assert (np.diff(pairs.distance, axis=1) >= 0).all()
+
+
+def test_only_training_rows_are_found(indexed):
+    heldout = indexed.dataset().to_table(filter="split = 'heldout'", with_row_id=True, columns=["vector"])
+    rows = set(heldout["_rowid"].to_pylist())
+    assert rows
+    queries = indexed.column("vector", "heldout").astype(np.float32)
+    for neighbours in (LanceNeighbours(indexed), ExactNeighbours(indexed)):
+        assert not rows & set(neighbours.nearest(queries, 4).row.ravel().tolist())
+
+
+def test_a_batch_is_answered_in_one_shared_scan(indexed):
+    assert "ANNIvfBatch" in LanceNeighbours(indexed).plan(real_queries(indexed, 8))
+
+
+def test_one_query_at_a_time_finds_the_same(indexed):
+    queries = real_queries(indexed, 20)
+    neighbours = LanceNeighbours(indexed)
+    together = neighbours.nearest(queries, 2)
+    for i in range(20):
+        alone = neighbours.nearest(queries[i : i + 1], 2)
+        assert np.array_equal(alone.row[0], together.row[i])
+
+
+def test_small_tables_are_searched_exactly_unless_asked(encoded, shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    built = build_index(table, BuildConfig())
+    assert built.report["index_kind"] == "none"
+    assert built.report["recall_at_1"] == 1
+    assert isinstance(open_neighbours(built.table), ExactNeighbours)
+    assert open_table(table.uri, indexed=True).meta.index == built.table.meta.index
+
+
+REPORT_KEYS = {
+    "rows", "dims", "index_kind", "index_bytes", "build_seconds", "index_nprobes", "recall_at_1", "recall_at_10",
+    "p50_ms", "p99_ms", "queries_per_second", "num_unindexed_rows", "never_hit_share", "largest_share",
+    "effective_share", "chi_square", "own_pair_rate", "perplexity", "description_distance", "ladder", "learnability",
+    "nan_vectors", "zero_vectors", "duplicate_vectors", "excess_distance",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq", "ivf_pq", "ivf_hnsw_sq", "ivf_rq"])
+def test_every_index_type_builds_and_reports_all_keys(shapes, encode_shapes, tmp_path, kind):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    built = build_index(table, BuildConfig(index_type=kind, target_recall=0.5))
+    assert built.report.keys() >= REPORT_KEYS
+    assert built.report["num_unindexed_rows"] == 0
+    assert built.report["index_bytes"] > 0
+    assert built.report["nan_vectors"] == built.report["zero_vectors"] == 0
+    assert built.report["recall_at_1"] >= 0.5
+    assert (built.table.reports / "index.json").exists()
+    # What a trainer relies on is tagged, so that clean-up leaves it.
+    tags = built.table.dataset().tags.list()
+    assert built.table.version in {tag["version"] for tag in tags.values()}
+
+
+def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    built = build_index(table, BuildConfig(index_type="ivf_pq", target_recall=1.0))
+    assert built.table.meta.index.kind == "ivf_flat"
+    assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_pq", "ivf_flat"}
+    assert built.report["recall_at_1"] > 0.99
+
+
+def test_a_new_desc_scale_rewrites_and_the_index_must_be_built_again(shapes, encode_shapes, tmp_path):
+    table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
+    after = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="standard")).table
+    assert (after.meta.geometry.desc_scale, after.meta.geometry.kind) == (2.0, "standard")
+    assert np.array_equal(
+        after.column("vector", None),
+        after.meta.geometry.vectors(after.column("text", None), after.column("latent", None)).astype(np.float16),
+    )
+    again = build_index(open_table(table.uri), BuildConfig())
+    assert again.table.meta.geometry.same_as(after.meta.geometry)
+
+
+def test_auto_desc_scale_meets_its_perplexity(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    built = build_index(table, BuildConfig(desc_scale="auto", perplexity=4.0))
+    scale = built.table.meta.geometry.desc_scale
+    assert scale > 1
+    rungs = measure_ladder(
+        built.table.meta.geometry, built.table.column("text"), built.table.column("latent"), (1.2, scale, 20.0)
+    )
+    assert rungs[0].perplexity >= rungs[1].perplexity >= rungs[2].perplexity
+    assert rungs[2].own_pair_rate >= rungs[0].own_pair_rate
+
+
+def test_balance_evens_the_shares_and_is_stored(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    plain = build_index(table, BuildConfig(geometry="raw", desc_scale=1.5)).report
+    built = build_index(open_table(table.uri), BuildConfig(balance=True))
+    assert plain["chi_square"] > 0.5
+    assert built.report["chi_square"] < plain["chi_square"] / 5
+    assert built.report["never_hit_share"] <= plain["never_hit_share"]
+    geometry = built.table.meta.geometry
+    assert geometry.balance_of(built.table.column("vector")).any()
+    kept = build_index(open_table(table.uri), BuildConfig())
+    assert geometry.balance_of(kept.table.column("vector")).any()
+    undone = build_index(open_table(table.uri), BuildConfig(balance=False))
+    assert not geometry.balance_of(undone.table.column("vector")).any()
+
+
+def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
+    exact, geometry = ExactNeighbours(table), table.meta.geometry
+
+    def queries(step):
+        text = exact.text[draw_rows(len(exact.row), 512, seed=3, step=step)]
+        return geometry.queries(text, draw_points(geometry, 512, seed=3, step=step))
+
+    *_, potentials = fit_potentials(exact, queries, steps=300)
+    vectors = exact.vectors.numpy()
+    fresh = np.concatenate([queries(step) for step in range(1000, 1020)])
+    cost = -2 * fresh @ vectors.T + np.square(vectors).sum(1)
+
+    def unevenness(g):
+        return chi_square(np.bincount((cost - g).argmin(1), minlength=len(vectors)))
+
+    assert unevenness(potentials.g) < 0.2 * unevenness(np.zeros(len(vectors)))
+    # The balance coordinate gives the same winners through an ordinary distance.
+    shifted = cost + np.square(potentials.coordinate())
+    assert np.array_equal(shifted.argmin(1), (cost - potentials.g).argmin(1))
+
+
+def test_chi_square_is_unbiased():
+    rng = np.random.default_rng(0)
+    even = [chi_square(np.bincount(rng.integers(50, size=400), minlength=50)) for _ in range(400)]
+    assert abs(np.mean(even)) < 0.01
+    q = np.arange(1, 51) / np.arange(1, 51).sum()
+    uneven = [chi_square(np.bincount(rng.choice(50, 400, p=q), minlength=50)) for _ in range(400)]
+    assert np.mean(uneven) == pytest.approx(50 * np.square(q).sum() - 1, abs=0.02)
+
+
+def test_ridge_r2_is_one_for_a_line_and_none_for_noise():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 6))
+    assert ridge_r2(x, x @ rng.normal(size=(6, 3)) + 2, penalty=1e-6) > 0.999
+    assert abs(ridge_r2(x, rng.normal(size=(4000, 3)))) < 0.02
+
+
+def test_what_cannot_be_built_is_refused(encoded, shapes, encode_shapes, tmp_path):
+    first_rows = encode_shapes(shapes, tmp_path / "t.lance", limit=100).table
+    with pytest.raises(OptionError, match="--index-type 'flat'.*ivf_rq"):
+        BuildConfig(index_type="flat")
+    with pytest.raises(OptionError, match="--target-recall 1.5"):
+        BuildConfig(target_recall=1.5)
+    with pytest.raises(OptionError, match="--desc-scale 1 "):
+        build_index(encoded, BuildConfig(desc_scale=1.0))
+    with pytest.raises(OptionError, match="learns 256 centroids"):
+        build_index(first_rows, BuildConfig(index_type="ivf_pq"))
+    with pytest.raises(OptionError, match="geometry 'torus'"):
+        build_index(encoded, BuildConfig(geometry="torus"))
+    assert open_table(encoded.uri).version == encoded.version
+
+
+def test_a_table_with_nothing_to_train_on_is_refused(shapes, encode_shapes, tmp_path):
+    from index.errors import SourceError
+
+    with pytest.raises(SourceError, match="--heldout-share"):
+        encode_shapes(shapes, tmp_path / "t.lance", heldout_share=1.0)
+    with pytest.raises(TableError, match="no table at"):
+        open_table(tmp_path / "t.lance")
