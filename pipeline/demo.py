@@ -86,18 +86,18 @@ def is_heldout(scene: Scene) -> bool:
 def draw(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
     """A picture of the scene, the shapes at random places that agree with it and do not touch."""
     fine = side * SUPERSAMPLING
-    ground = int(rng.integers(238, 252))
+    ground = int(rng.integers(243, 251))
     image = Image.new("RGB", (fine, fine), (ground,) * 3)
     pen = ImageDraw.Draw(image)
     radii = [rng.uniform(*RADII[thing.size]) * side for thing in (scene.first, scene.second)]
     # Along the relation's axis: margin, shape, gap, shape, margin; what is free is shared out at random.
     near, far = (0, 1) if scene.relation in ("left of", "above") else (1, 0)
     free = max(side - 3 - 2 * sum(radii), 0.0)
-    margin, gap, _ = rng.dirichlet((2, 2, 2)) * free
+    margin, gap, _ = rng.dirichlet((6, 6, 6)) * free
     along = [0.0, 0.0]
     along[near] = 1 + margin + radii[near]
     along[far] = along[near] + radii[near] + 1 + gap + radii[far]
-    wander = 0.11 * side
+    wander = side / 16
     for thing, radius, place in zip((scene.first, scene.second), radii, along, strict=True):
         across = float(np.clip(side / 2 + rng.uniform(-wander, wander), radius + 1, side - radius - 1))
         x, y = (place, across) if scene.relation in ("left of", "right of") else (across, place)

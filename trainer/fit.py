@@ -4,6 +4,7 @@ The run folder stands on its own: config.json says which table version, geometry
 that are folders are copied beside the weights, so `trainer sample` and `Coalescer.from_pretrained` need nothing else.
 """
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class FitConfig:
     images: int = 1_000_000
     """Targets drawn in all, over all steps."""
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """Highest learning rate; None is one that falls with the network's width: 5e-3 for tiny, 2.5e-3 for small."""
     ema_decay: float = 0.998
     seed: int = 0
     search: str = "ann"
@@ -53,6 +55,11 @@ class FitConfig:
             raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
 
     @property
+    def peak_rate(self) -> float:
+        """The highest learning rate."""
+        return 5e-3 * SIZES["tiny"][0] / SIZES[self.size][0] if self.learning_rate is None else self.learning_rate
+
+    @property
     def steps(self) -> int:
         """Training steps in all."""
         return self.images // self.batch_size
@@ -65,11 +72,14 @@ def fit(table: Table, config: FitConfig, out: Path, *, resume: bool = False, dev
     """Train (or go on training), write RUN, and return what was measured: steps, seconds, losses, waiting share."""
     meta = table.meta
     device = pick_device(device)
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # The other half of the cores searches the next targets.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     objective = make_objective(config.objective, config.preset)
     torch.manual_seed(config.seed)
     shape = NetworkConfig(size=config.size, latent_size=meta.geometry.latent_size, text_width=meta.text_width)
     network = Network(shape).to(device)
-    optimiser = Optimiser(network, steps=config.steps, learning_rate=config.learning_rate, ema_decay=config.ema_decay)
+    optimiser = Optimiser(network, steps=config.steps, learning_rate=config.peak_rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
         "fit": asdict(config),

@@ -1,7 +1,7 @@
 """Train an image autoencoder on a source's own pictures; what is saved is an ordinary diffusers AutoencoderKL.
 
 Few latent numbers make the coalescer's task easier (what can be known of a target from a random point falls with
-their count), so the default is a 4 x 4 grid of 4 channels whatever the picture's size.
+their count), so the default is a 4 x 4 grid of 2 channels whatever the picture's size.
 """
 
 import math
@@ -32,10 +32,10 @@ class ImageAutoencoderConfig:
     """Side of the square pictures, in pixels."""
     grid: int = 4
     """Side of the latent grid; the picture's side is this times a power of two."""
-    latent_channels: int = 4
-    steps: int = 4000
+    latent_channels: int = 2
+    steps: int = 1200
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     kl_weight: float = 1e-4
     heldout_share: float = 0.05
     limit: int = 100_000

@@ -1,7 +1,7 @@
 """The network: a random point and a description in; a distance, a direction and whatever a rival needs out.
 
-A residual MLP over flat latents, modulated by the description (adaptive layer norm, as in DiT). Sizes are named; width
-and depth follow. A learned vector stands in where the description is left out.
+A residual MLP over flat latents that reads point, description and time side by side. Sizes are named; width and depth
+follow. A learned vector stands in where the description is left out.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
-SIZES = {"tiny": (192, 3), "small": (384, 4), "base": (768, 6), "large": (1536, 8)}
+SIZES = {"tiny": (192, 4), "small": (384, 4), "base": (768, 6), "large": (1536, 8)}
 """Width and number of blocks."""
 
 
@@ -45,11 +45,8 @@ class Network(nn.Module):
         self.config = config
         self.radius = math.sqrt(config.latent_size)
         self.null = nn.Parameter(torch.randn(config.text_width) * 0.5)
-        self.point = nn.Linear(config.latent_size, width)
-        self.condition = nn.Sequential(
-            nn.Linear(config.text_width + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.read = nn.Linear(config.latent_size + config.text_width + 1, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1 + config.latent_size)
 
@@ -66,30 +63,25 @@ class Network(nn.Module):
         if keep is not None:
             text = torch.where(keep[:, None], text, self.null)
         clock = torch.zeros_like(x[:, :1]) if time is None else time[:, None]
-        c = self.condition(torch.cat([text, clock], 1))  # B W
-        h = self.point(x)  # B W
-        for block in self.blocks:
-            h = block(h, c)
-        distance, direction = self.head(self.norm(h)).split([1, x.shape[1]], 1)
+        h = self.read(torch.cat([x, text, clock], 1))  # B W
+        h = self.norm(self.blocks(h))  # B W
+        distance, direction = self.head(h).split([1, x.shape[1]], 1)
         # Distances are about sqrt(L): in that unit the head starts near its target.
         return Prediction((distance[:, 0] + 1) * self.radius, direction)
 
 
 class Block(nn.Module):
-    """A residual MLP of two layers whose input and output are modulated by the condition."""
+    """h + MLP(norm(h)); the MLP's last layer starts at zero, so the whole starts as the identity."""
 
     def __init__(self, width: int) -> None:
-        """Modulation starts at zero: at first every condition gives the same block."""
+        """Twice as wide inside."""
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.widen = nn.Linear(width, 2 * width)
         self.narrow = nn.Linear(2 * width, width)
-        self.modulate = nn.Linear(width, 3 * width)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        nn.init.zeros_(self.narrow.weight)
 
-    def forward(self, h: Float[Tensor, "B W"], c: Float[Tensor, "B W"]) -> Float[Tensor, "B W"]:
-        """h plus the modulated MLP of h."""
-        scale, shift, gate = self.modulate(c).chunk(3, 1)
-        inner = self.norm(h) * (1 + scale) + shift
-        return h + (1 + gate) * self.narrow(silu(self.widen(inner)))
+    def forward(self, h: Float[Tensor, "B W"]) -> Float[Tensor, "B W"]:
+        """One residual step."""
+        step: Tensor = self.narrow(silu(self.widen(self.norm(h))))
+        return h + step

@@ -35,7 +35,7 @@ class TextAutoencoderConfig:
     vocabulary: int = 4000
     """WordPiece tokens at most."""
     max_tokens: int = 48
-    steps: int = 1500
+    steps: int = 1400
     batch_size: int = 64
     learning_rate: float = 2e-3
     noise: float = 0.5

@@ -29,7 +29,8 @@ class Coalescer:
     """Share of inputs on the segment from R to y."""
     rule: Literal["even", "paper"] = "even"
     """Step i of n moves distance / (n - i), or always the whole distance."""
-    distance_weight: float = 1.0
+    distance_weight: float | None = None
+    """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
     condition: Literal["close", "query"] = "close"
@@ -47,7 +48,8 @@ class Coalescer:
         # The root has no gradient at zero, so it is kept a hair away from it.
         gap = (guess.direction - normalize(way, dim=1)).square().sum(1)
         direction = (gap + 1e-12).pow(self.p / 2).mean()
-        total = self.distance_weight * distance + direction
+        weight = 1 / batch.y.shape[1] if self.distance_weight is None else self.distance_weight
+        total = weight * distance + direction
         length = guess.direction.detach().norm(dim=1).mean()
         return Loss(total, {"distance": distance, "direction": direction, "direction_length": length})
 
@@ -76,5 +78,5 @@ class Coalescer:
 
 PRESETS = {
     "default": Coalescer,
-    "paper": partial(Coalescer, p=0.5, segment=0.0, rule="paper", dropout=0.0),
+    "paper": partial(Coalescer, p=0.5, segment=0.0, rule="paper", distance_weight=1.0, dropout=0.0),
 }
