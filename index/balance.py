@@ -29,7 +29,7 @@ class Potentials:
 
     def coordinate(self) -> Float32[np.ndarray, "N"]:
         """The balance coordinate sqrt(max(g) - g_i) of each row."""
-        return np.sqrt(self.g.max() - self.g)
+        return np.asarray(np.sqrt(self.g.max() - self.g))
 
 
 def chi_square(counts: Int[np.ndarray, "N"]) -> float:

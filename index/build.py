@@ -118,8 +118,7 @@ def build_index(table: Table, config: BuildConfig) -> Built:
 
 def _wanted_geometry(table: Table, config: BuildConfig) -> Geometry:
     now = table.meta.geometry
-    scale = now.desc_scale if config.desc_scale in (None, "auto") else config.desc_scale
-    assert isinstance(scale, float | int)
+    scale = config.desc_scale if isinstance(config.desc_scale, float) else now.desc_scale
     # What the table has been given before is not questioned again.
     allow = config.allow_small_desc_scale or scale == now.desc_scale
     wanted = Geometry.fit(
@@ -139,7 +138,8 @@ def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, seed: 
         middle = (low + high) / 2
         rung = measure_ladder(geometry, text, latent, (2.0**middle,), seed=seed)[0]
         low, high = (middle, high) if rung.perplexity > wanted else (low, middle)
-    return round(max(2.0 ** ((low + high) / 2), 1.01), 2)
+    scale: float = 2.0 ** ((low + high) / 2)
+    return round(max(scale, 1.01), 2)
 
 
 def _settle_vectors(
@@ -192,8 +192,10 @@ def _choose_index(
         nprobes = 1
         while True:
             recall = measure_recall(LanceNeighbours(table, nprobes), truth)
+            # What more probes no longer change is lost to quantisation, not to the partitions left out.
+            stuck = bool(tried) and tried[-1]["kind"] == candidate and tried[-1]["recall_at_1"] == recall.recall_at_1
             tried.append({"kind": candidate, "nprobes": nprobes, **asdict(recall)})
-            if recall.recall_at_1 >= config.target_recall or nprobes >= partitions:
+            if recall.recall_at_1 >= config.target_recall or nprobes >= partitions or stuck:
                 break
             nprobes = min(2 * nprobes, partitions)
         if recall.recall_at_1 >= config.target_recall or candidate == "ivf_flat":

@@ -81,11 +81,11 @@ class Geometry:
 
     def to_coordinates(self, latent: Float[np.ndarray, "*B L"]) -> Float32[np.ndarray, "*B L"]:
         """Latents as the autoencoder gives them -> coordinates."""
-        return ((latent.astype(np.float32) - self.mean) / self.std).astype(np.float32)
+        return np.asarray((latent.astype(np.float32) - self.mean) / self.std, np.float32)
 
     def to_latent(self, x: Float[np.ndarray, "*B L"]) -> Float32[np.ndarray, "*B L"]:
         """Coordinates -> latents that the autoencoder can decode."""
-        return (x.astype(np.float32) * self.std + self.mean).astype(np.float32)
+        return np.asarray(x.astype(np.float32) * self.std + self.mean, np.float32)
 
     def project(self, x: Float[np.ndarray, "*B L"]) -> Float32[np.ndarray, "*B L"]:
         """Coordinates, or a Gaussian draw, to the space in which image parts are compared."""

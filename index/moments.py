@@ -69,4 +69,4 @@ class Moments:
 def unit(rows: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
     """Each row scaled to length 1; a zero row stays zero."""
     norm = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1.0).astype(rows.dtype)
+    return np.asarray(rows / np.where(norm > 0, norm, 1.0).astype(rows.dtype))

@@ -102,7 +102,7 @@ class ExactNeighbours:
         import torch
 
         vectors = self.vectors[torch.from_numpy(place).to(self.vectors.device)].cpu().numpy()
-        return np.square(vectors - queries[:, None, :]).sum(-1)
+        return np.asarray(np.square(vectors - queries[:, None, :]).sum(-1))
 
     def nearest_places(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
         """Positions among the training rows of the k nearest, nearest first."""
@@ -117,7 +117,7 @@ class ExactNeighbours:
             best.append(top.values)
             place.append(top.indices + start)
         order = torch.cat(best, 1).topk(min(k, len(self.row)), dim=1).indices
-        return torch.cat(place, 1).gather(1, order).cpu().numpy()
+        return np.asarray(torch.cat(place, 1).gather(1, order).cpu())
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Pairs:
         """The k nearest pairs of each query."""

@@ -41,12 +41,14 @@ def demo_data(
     print_table(str(out), write_demo_data(out, samples=samples, size=size, seed=seed))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+@app.command()
 def encode(
-    context: typer.Context,
     source: Annotated[
         list[str],
-        typer.Argument(help="Shards: files, folders, globs or brace patterns of .tar or .parquet.", show_default=False),
+        typer.Argument(
+            help="Files, folders, globs, brace patterns of .tar or .parquet; after `--` Beam options as --name=value.",
+            show_default=False,
+        ),
     ],
     table: Annotated[Path, typer.Option(help="The table to write, DB/NAME.lance.", show_default=False)],
     image_encoder: Annotated[
@@ -65,7 +67,7 @@ def encode(
     workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    runner: Annotated[str, typer.Option(help="Beam runner; its own options go after `--`.")] = "FnApiRunner",
+    runner: Annotated[str, typer.Option(help="Beam runner.")] = "FnApiRunner",
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check sources, encoders and target, print the plan, stop.")] = False,
 ) -> None:
@@ -93,12 +95,14 @@ def encode(
         "limit": limit,
         "max_reject_share": max_reject_share,
     }
-    config = plan_encode(source, options)
+    # What follows `--` reaches us among the sources.
+    beam_options = [part for part in source if part.startswith("--")]
+    config = plan_encode([part for part in source if part not in beam_options], options)
     how = RunConfig(
         workers=workers,
         batch_size=batch_size,
         device=device,
-        beam_options=(f"--runner={runner}", *context.args),
+        beam_options=(f"--runner={runner}", *beam_options),
     )
     encoded = run_encode(config, how, str(table), dry_run=dry_run)
     if encoded.done_before:

@@ -124,10 +124,10 @@ def _run_beam(job: EncodeJob, uri: str, marks: str) -> None:
     outcome = Path(marks) / "outcome.json"
     outcome.unlink(missing_ok=True)
     shards = list(job.config.shards)
-    options = [] if any(o.startswith("--runner") for o in job.run.beam_options) else ["--runner=FnApiRunner"]
+    options = ["--runner=FnApiRunner"]
     if job.run.workers > 1:
         options += [f"--direct_num_workers={job.run.workers}", "--direct_running_mode=multi_processing"]
-    options += job.run.beam_options
+    options += job.run.beam_options  # the last of equal options counts
     reports = reports_of(uri)
     with _worker_output(reports / "encode.workers.log"), _watching(marks, shards, reports / "encode.jsonl"):
         pipeline = beam.Pipeline(options=PipelineOptions(options))

@@ -73,7 +73,7 @@ class DiffusersAutoencoder:
 
         with torch.inference_mode():
             x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            return latent_of(self.model.encode(x)).float().cpu().numpy()
+            return np.asarray(latent_of(self.model.encode(x)).float().cpu())
 
     def decode(self, latent: Float32[np.ndarray, "B C h w"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Pixels of latents."""
@@ -82,7 +82,7 @@ class DiffusersAutoencoder:
         with torch.inference_mode():
             x = self.model.decode(torch.from_numpy(latent).to(self.device)).sample
             x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            return x.permute(0, 2, 3, 1).cpu().numpy()
+            return np.asarray(x.permute(0, 2, 3, 1).cpu())
 
     def save(self, folder: Path) -> None:
         """Write an ordinary diffusers folder."""
@@ -125,7 +125,7 @@ class TransformersTextEncoder:
             else:
                 pooled = mean_pool(out.last_hidden_state, tokens["attention_mask"])
         place = {caption: i for i, caption in enumerate(each)}
-        return pooled.float().cpu().numpy()[[place[caption] for caption in captions]]
+        return np.asarray(pooled.float().cpu())[[place[caption] for caption in captions]]
 
     def save(self, folder: Path) -> None:
         """Write an ordinary transformers folder, the tokenizer in it."""

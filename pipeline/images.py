@@ -8,9 +8,13 @@ import io
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MAX_PIXELS = 100_000_000
 
@@ -83,7 +87,7 @@ def decode_image(data: bytes | None, size: int) -> Picture:
     return Picture(np.asarray(square), width, height)
 
 
-def to_rgb(image):  # type: ignore[no-untyped-def]
+def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """An 8-bit RGB image of any Pillow image: 16-bit greys scaled, transparency laid on white."""
     from PIL import Image
 

@@ -166,7 +166,7 @@ class EncodeShard:
         """Count from zero; nothing is read before `batches`."""
         self.job, self.shard, self._image, self._text = job, shard, image, text
         self.rejects: list[dict[str, str]] = []
-        self.seconds = Counter[str]()
+        self.seconds = dict.fromkeys(("read", "decode", "encode", "write"), 0.0)
         self._moments: Moments | None = None
 
     @property
@@ -225,7 +225,7 @@ class EncodeShard:
         """Which rows are finite in float16 and not zero; the others are rejected."""
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
-        good = np.isfinite(half).all(1) & half.any(1)
+        good: Bool[np.ndarray, B] = np.isfinite(half).all(1) & half.any(1)
         for r, row in zip(np.array(ready, dtype=object)[~good], half[~good], strict=True):
             self._reject(r.sample.key, Rejected(reason, "all zero" if not row.any() else "not finite in float16"))
         return good

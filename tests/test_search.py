@@ -184,9 +184,9 @@ def test_ridge_r2_is_one_for_a_line_and_none_for_noise():
 
 def test_what_cannot_be_built_is_refused(encoded, shapes, encode_shapes, tmp_path):
     first_rows = encode_shapes(shapes, tmp_path / "t.lance", limit=100).table
-    with pytest.raises(OptionError, match="--index-type 'flat'.*ivf_rq"):
+    with pytest.raises(OptionError, match=r"--index-type 'flat'.*ivf_rq"):
         BuildConfig(index_type="flat")
-    with pytest.raises(OptionError, match="--target-recall 1.5"):
+    with pytest.raises(OptionError, match=r"--target-recall 1.5"):
         BuildConfig(target_recall=1.5)
     with pytest.raises(OptionError, match="--desc-scale 1 "):
         build_index(encoded, BuildConfig(desc_scale=1.0))

@@ -135,7 +135,7 @@ def test_widths_that_do_not_fit_are_refused(encoded):
     schema = encoded.dataset().schema
     place = schema.get_field_index("text")
     wrong = schema.set(place, pa.field("text", pa.list_(pa.float16(), 24))).with_metadata(schema.metadata)
-    with pytest.raises(TableError, match="`text`.*24.*16 float16"):
+    with pytest.raises(TableError, match=r"`text`.*24.*16 float16"):
         check_table(wrong)
     with pytest.raises(TableError, match="no column `latent`"):
         check_table(schema.remove(schema.get_field_index("latent")).with_metadata(schema.metadata))

@@ -88,8 +88,8 @@ def load_checkpoint(folder: Path, network: nn.Module, optimiser: Optimiser) -> i
     for group, rate in zip(adam["param_groups"], state["schedule"]["_last_lr"], strict=True):
         group["lr"] = rate
     optimiser.adam.load_state_dict(adam)
-    for number, shadow in enumerate(optimiser.average.shadow_params):
-        shadow.copy_(tensors[f"average.{number}"])
+    for place, shadow in enumerate(optimiser.average.shadow_params):
+        shadow.copy_(tensors[f"average.{place}"])
     optimiser.average.optimization_step = state["average_step"]
     return int(state["step"])
 

@@ -59,7 +59,7 @@ def fit_autoencoder(
     dials = {name: value for name, value in given.items() if value is not None}
     dials |= {"size": size, "heldout_share": heldout_share, "seed": seed}
     if kind == "image":
-        shape = {"image_size": image_size, "grid": grid, "latent_channels": latent_channels}
+        shape: dict[str, Any] = {"image_size": image_size, "grid": grid, "latent_channels": latent_channels}
         report = fit_image_autoencoder(source, ImageAutoencoderConfig(**dials, **shape), out)
     elif kind == "text":
         report = fit_text_autoencoder(source, TextAutoencoderConfig(**dials), out)
@@ -135,7 +135,7 @@ def sample(
         raise OptionError(f"--out {out} is no PNG: give a name that ends in .png")
     coalescer = Coalescer.from_pretrained(run, device=device)
     samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
-    draw_grid(samples.images, samples.captions, out, columns=num if len(caption) > 1 else min(num, 8))
+    draw_grid(samples.images, samples.captions, out, columns=num if num > 1 and len(caption) > 1 else 8)
     print(f"{out}: {len(samples.images)} pictures in {steps} steps, mean confidence {samples.confidence.mean():.2f}")
 
 

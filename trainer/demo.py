@@ -40,7 +40,7 @@ def main(out: Path) -> None:
     encoders = ["--image-encoder", image, "--text-encoder", text, "--image-size", "32"]
     seconds["encode"] = _stage([["pipeline", "encode", data, "--table", table, *encoders, "--workers", "2"]])
     seconds["build index"] = _stage([["pipeline", "build-index", table]])
-    seconds["train"] = _stage([["trainer", "fit", table, "--out", run, "--size", "tiny", "--images", "1200000"]])
+    seconds["train"] = _stage([["trainer", "fit", table, "--out", run, "--size", "tiny", "--images", "800000"]])
     began = time.monotonic()
     _stage([["trainer", "sample", run, *captions[:SHOWN], "--out", picture, "--steps", str(STEPS), "--num", "1"]])
     followed = follow_captions(run, captions)

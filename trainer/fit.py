@@ -154,7 +154,7 @@ def _begin(out: Path, table: Table, settings: dict[str, Any]) -> int:
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
     meta = table.meta
-    opened = {
+    opened: dict[str, DiffusersAutoencoder | TransformersTextEncoder] = {
         "image_encoder": DiffusersAutoencoder(meta.image_encoder.name),
         "text_encoder": TransformersTextEncoder(meta.text_encoder.name),
     }

@@ -19,7 +19,7 @@ class Watch:
         """Start the bar and open the TensorBoard file."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self._folder / "tensorboard"))
         self.bar.__enter__()
         return self
 
@@ -27,12 +27,12 @@ class Watch:
         """Count `count` units done and note figures; scalars are written once per tick of the bar."""
         if self.bar.advance(count, **figures):
             for name, value in self.bar.figures.items():
-                self._writer.add_scalar(name, value, self.bar.done)  # type: ignore[no-untyped-call]
-            self._writer.add_scalar("rate", self.bar.rate, self.bar.done)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, self.bar.done)
+            self._writer.add_scalar("rate", self.bar.rate, self.bar.done)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close both."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
         self.bar.__exit__(kind, error, trace)

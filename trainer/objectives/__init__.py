@@ -6,6 +6,7 @@
 An objective is a frozen dataclass of its dials. The network, the pairs and the budget are the same for all of them.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -55,7 +56,10 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
     from trainer.objectives import coalescer, flow_matching
 
-    presets = {"coalescer": coalescer.PRESETS, "flow_matching": flow_matching.PRESETS}
+    presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
+        "coalescer": coalescer.PRESETS,
+        "flow_matching": flow_matching.PRESETS,
+    }
     if name not in presets:
         raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
     if preset not in presets[name]:

@@ -1,0 +1,103 @@
+"""Autoencoders learn a little in a few steps, and what they save opens like any other encoder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from index.errors import OptionError, SourceError
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder, psnr
+from trainer.pictures import load_captions, load_pictures
+from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder
+
+
+def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tmp_path):
+    report = fit_image_autoencoder([str(shapes)], ImageAutoencoderConfig(steps=60), tmp_path)
+    pictures = load_pictures([str(shapes)], 32, heldout_share=0.05, limit=10**6)
+    assert report["heldout_pictures"] == len(pictures.heldout)
+    assert report["train_pictures"] + report["heldout_pictures"] == 360
+    encoder = DiffusersAutoencoder(str(tmp_path))
+    latent = encoder.encode(pictures.heldout)
+    assert list(latent.shape[1:]) == report["latent_shape"] == [2, 4, 4]
+    error = np.square(encoder.decode(latent) / 255.0 - pictures.heldout / 255.0).mean((1, 2, 3))
+    assert np.mean(-10 * np.log10(error)) == pytest.approx(report["psnr_db"], abs=0.1)
+    mean = pictures.train.mean(0)
+    baseline = np.mean(-10 * np.log10(np.square((pictures.heldout - mean) / 255.0).mean((1, 2, 3))))
+    assert report["psnr_db"] > baseline + 0.3
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_psnr_is_its_formula():
+    class Halves(torch.nn.Module):
+        """Returns what it was given, one grey level of 255 too bright."""
+
+        def encode(self, x):
+            return type("E", (), {"latent_dist": type("D", (), {"mode": staticmethod(lambda: x)})})
+
+        def decode(self, z):
+            return type("S", (), {"sample": z + 2 / 255})
+
+    pixels = np.full((3, 4, 4, 3), 100, np.uint8)
+    assert psnr(Halves(), pixels) == pytest.approx(20 * np.log10(255), rel=1e-5)
+
+
+def test_text_autoencoder_learns_and_is_an_ordinary_transformers_folder(shapes, tmp_path):
+    report = fit_text_autoencoder([str(shapes)], TextAutoencoderConfig(steps=150, batch_size=32), tmp_path)
+    assert 0.5 < report["token_accuracy"] <= 1
+    assert report["caption_accuracy"] <= report["token_accuracy"]
+    encoder = TransformersTextEncoder(str(tmp_path))
+    assert encoder.ref.kind == "BertModel"
+    rows = encoder.encode(["a small red circle above a large blue square", "a large blue square"])
+    assert rows.shape == (2, report["text_width"])
+    assert not np.allclose(rows[0], rows[1], atol=1e-2)
+
+
+def test_same_seed_same_weights(shapes, tmp_path):
+    digests = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fit_text_autoencoder([str(shapes)], TextAutoencoderConfig(steps=3, seed=seed), tmp_path / name)
+        digests.append(TransformersTextEncoder(str(tmp_path / name)).ref.digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_heldout_captions_are_held_out_whole(shapes):
+    train, heldout = load_captions([str(shapes)], heldout_share=0.3, limit=10**6)
+    assert not set(train) & set(heldout)
+    assert len(train) == len(set(train))
+    assert 0.15 < len(heldout) / (len(train) + len(heldout)) < 0.45
+
+
+def test_pictures_are_split_as_a_table_is(encoded, shapes):
+    pictures = load_pictures([str(shapes)], 32, heldout_share=0.2, limit=10**6)
+    assert len(pictures.heldout) == encoded.dataset().count_rows("split = 'heldout'")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"image_size": 72}, "--image-size 72"), ({"size": "huge"}, "--size 'huge'"), ({"grid": 0}, "--grid")],
+)
+def test_sizes_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(OptionError, match=said):
+        ImageAutoencoderConfig(**options)
+    with pytest.raises(OptionError, match="--size"):
+        TextAutoencoderConfig(size="huge")
+
+
+def test_levels_follow_the_picture():
+    assert ImageAutoencoderConfig(image_size=32).block_out_channels == (8, 16, 32, 64)
+    assert ImageAutoencoderConfig(image_size=64).block_out_channels == (8, 16, 32, 64, 64)
+    assert ImageAutoencoderConfig(image_size=64, grid=8, size="small").block_out_channels == (16, 32, 64, 128)
+
+
+def test_a_source_without_pictures_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"caption": ["only words"] * 5}), tmp_path / "words.parquet")
+    with pytest.raises(SourceError, match="no pictures"):
+        load_pictures([str(tmp_path / "words.parquet")], 32, heldout_share=0.1, limit=10)
+    train, _ = load_captions([str(tmp_path / "words.parquet")], heldout_share=0.0, limit=10)
+    assert train == ["only words"]

@@ -1,0 +1,264 @@
+"""Training end to end on a small table: it learns, it resumes exactly, and its folder stands on its own."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from index.errors import EncoderError, OptionError, RunError, TableError
+from index.table import open_table
+from trainer import fit as fit_module
+from trainer.checkpoint import read_config
+from trainer.evaluate import evaluate
+from trainer.fit import FitConfig, fit
+from trainer.sampler import Coalescer
+
+CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
+SHORT = FitConfig(size="tiny", images=40 * 32, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def run(indexed, tmp_path_factory):
+    """A short run on the indexed shapes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    fit(indexed, CONFIG, out)
+    return out
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_learns_and_says_what_it_did(run, indexed):
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], result["images"]) == (300, 19_200)
+    assert 0 <= result["waiting_share"] < 1
+    # Knowing nothing of the direction costs 1.
+    assert result["direction"] < 0.7
+    assert lines(run / "log.jsonl")[-1]["done"] == 19_200
+    assert list((run / "tensorboard").iterdir())
+    config = read_config(run)
+    assert config["table"]["version"] == indexed.version
+    assert config["objective"]["p"] == 2.0
+
+
+def test_weights_are_safetensors_only(run):
+    names = [path.name for path in run.rglob("*") if path.is_file()]
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+
+
+@pytest.fixture(scope="module")
+def short(indexed, tmp_path_factory):
+    """The weights of a shorter run."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    fit(indexed, SHORT, out)
+    return load_file(out / "model.safetensors")
+
+
+def test_same_seed_same_weights_and_another_seed_others(short, indexed, tmp_path):
+    fit(indexed, SHORT, tmp_path / "again")
+    fit(indexed, replace(SHORT, seed=1), tmp_path / "other")
+    weights = short
+    again, others = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "other"))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_run_that_is_stopped_resumes_to_the_same_weights(short, indexed, tmp_path, monkeypatch):
+    whole, saved = fit_module.save_checkpoint, []
+
+    def stop(out, step, network, optimiser):
+        whole(out, step, network, optimiser)
+        saved.append(step)
+        if step == 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(fit_module, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(indexed, SHORT, tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    fit(indexed, SHORT, tmp_path / "run", resume=True)
+    assert saved == list(range(1, 41))
+    resumed = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(short[name], resumed[name]) for name in short)
+
+
+def test_a_changed_option_is_refused_on_resume(run, indexed):
+    with pytest.raises(RunError, match="another batch_size"):
+        fit(indexed, replace(CONFIG, batch_size=32), run, resume=True)
+    with pytest.raises(RunError, match="already trained"):
+        fit(indexed, CONFIG, run, resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, indexed):
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="--resume"):
+        fit(indexed, CONFIG, run)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_nothing_is_refused(indexed, tmp_path):
+    with pytest.raises(RunError, match="trainer fit"):
+        fit(indexed, CONFIG, tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(run, indexed, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "checkpoint").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="cannot be read"):
+        fit(indexed, CONFIG, tmp_path / "run", resume=True)
+
+
+def test_encoders_that_have_changed_are_refused(indexed, tmp_path, image_encoder, monkeypatch):
+    from safetensors.torch import save_file
+
+    changed = tmp_path / "changed"
+    shutil.copytree(image_encoder, changed)
+    path = changed / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"] += 1
+    save_file(weights, path, {"format": "pt"})
+    whole = fit_module.DiffusersAutoencoder
+    monkeypatch.setattr(fit_module, "DiffusersAutoencoder", lambda name: whole(str(changed)))
+    with pytest.raises(EncoderError, match="other weights than the table"):
+        fit(indexed, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(indexed, tmp_path):
+    with pytest.raises(RunError, match=r"the loss is .* at step .*--learning-rate"):
+        fit(indexed, replace(SHORT, learning_rate=1e30), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"objective": "magic"}, "--objective 'magic'"),
+        ({"preset": "magic"}, "--preset 'magic'"),
+        ({"size": "magic"}, "--size 'magic'"),
+        ({"search": "magic"}, "--search 'magic'"),
+        ({"images": 10}, "--images 10"),
+    ],
+)
+def test_options_are_checked(options, said):
+    with pytest.raises(OptionError, match=said):
+        FitConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"objective": "flow_matching", "coupling": "independent"}, {"preset": "paper"}])
+@pytest.mark.parametrize("search", ["ann", "exact"])
+def test_every_objective_trains_and_samples(indexed, tmp_path, options, search):
+    fit(indexed, FitConfig(size="tiny", images=320, batch_size=32, search=search, **options), tmp_path / "run")
+    samples = Coalescer.from_pretrained(tmp_path / "run")("a small red circle above a large blue square", num=2)
+    assert np.isfinite(samples.latents).all()
+
+
+CAPTIONS = ["a small red circle above a large blue square", "a large black square left of a small green circle"]
+
+
+def test_samples_are_pictures_of_the_captions(run):
+    samples = Coalescer.from_pretrained(run)(CAPTIONS, num=3, steps=2)
+    assert len(samples.images) == 6
+    assert samples.images[0].size == (32, 32)
+    assert samples.captions == [CAPTIONS[0]] * 3 + [CAPTIONS[1]] * 3
+    assert samples.latents.shape == (6, 2, 4, 4)
+    assert samples.confidence.shape == (6,)
+    assert (samples.confidence > 0).all()
+
+
+def test_an_image_depends_on_its_seed_alone(run):
+    coalescer = Coalescer.from_pretrained(run)
+    many = coalescer(CAPTIONS, num=5, seed=7, batch_size=4).latents
+    (alone,) = coalescer(CAPTIONS[1], num=1, seed=7).latents
+    assert np.allclose(many[5], alone, atol=1e-5)
+    assert not np.allclose(many[5], many[6], atol=1e-2)
+    assert not np.allclose(coalescer(CAPTIONS[1], seed=8).latents[0], alone, atol=1e-2)
+
+
+def test_redraws_keep_the_surest_point(run):
+    coalescer = Coalescer.from_pretrained(run)
+    plain, chosen = coalescer(CAPTIONS, num=8), coalescer(CAPTIONS, num=8, redraws=5)
+    assert (chosen.confidence >= plain.confidence - 1e-5).all()
+    assert chosen.confidence.mean() > plain.confidence.mean()
+
+
+def test_guidance_changes_the_picture(run):
+    coalescer = Coalescer.from_pretrained(run)
+    assert not np.allclose(coalescer(CAPTIONS).latents, coalescer(CAPTIONS, guidance=3.0).latents, atol=1e-3)
+
+
+def test_a_run_folder_stands_on_its_own(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["table"]["uri"] = "/nowhere/gone.lance"
+    meta = json.loads(config["table"]["meta"])
+    meta["image_encoder"]["name"] = meta["text_encoder"]["name"] = "/nowhere/gone"
+    config["table"]["meta"] = json.dumps(meta)
+    (moved / "config.json").write_text(json.dumps(config))
+    expected = Coalescer.from_pretrained(run)(CAPTIONS).latents
+    assert np.array_equal(Coalescer.from_pretrained(moved)(CAPTIONS).latents, expected)
+
+
+@pytest.mark.parametrize("call", [{"steps": 0}, {"num": 0}, {"redraws": -1}])
+def test_nonsense_is_refused(run, call):
+    with pytest.raises(OptionError, match="--steps"):
+        Coalescer.from_pretrained(run)(CAPTIONS, **call)
+
+
+def test_empty_captions_are_refused(run):
+    for captions in ([], ["  "], ""):
+        with pytest.raises(OptionError, match="caption"):
+            Coalescer.from_pretrained(run)(captions)
+
+
+def test_what_is_no_run_is_refused(tmp_path, run):
+    with pytest.raises(RunError, match="no run at"):
+        Coalescer.from_pretrained(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"no config\.json"):
+        Coalescer.from_pretrained(tmp_path / "empty")
+    shutil.copytree(run, tmp_path / "foreign")
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(RunError, match="other software"):
+        Coalescer.from_pretrained(tmp_path / "foreign")
+
+
+def test_weights_of_another_shape_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = read_config(run)
+    config["network"]["size"] = "small"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="do not fit the network"):
+        Coalescer.from_pretrained(tmp_path / "run")
+
+
+def test_evaluation_stands_beside_its_floors(run, tmp_path):
+    report = evaluate(run, steps=[1, 2], out=tmp_path)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"].keys() == {"1", "2"}
+    floors = report["floors"]
+    assert floors["train rows"]["frechet"] < floors["gaussian"]["frechet"]
+    assert report["steps"]["2"]["frechet"] < floors["gaussian"]["frechet"]
+
+
+def test_evaluating_without_the_table_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = read_config(run)
+    config["table"]["uri"] = str(tmp_path / "gone.lance")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="cannot be compared with its table"):
+        evaluate(tmp_path / "run", steps=[1], out=tmp_path / "out")
+
+
+def test_a_table_without_index_is_not_trained_on(encoded):
+    with pytest.raises(TableError, match="build-index"):
+        open_table(encoded.uri, indexed=True)

@@ -1,0 +1,110 @@
+"""The batch of a step depends on (seed, step) alone, and resuming needs nothing else."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from index.build import BuildConfig, build_index
+from index.errors import OptionError
+from index.schema import TRAIN
+from index.search import ExactNeighbours, open_neighbours
+from index.table import open_table
+from trainer import stream as stream_module
+from trainer.stream import NeighborStream
+
+
+def stream(table, **options) -> NeighborStream:
+    return NeighborStream(table, open_neighbours(table), **{"batch_size": 16, "seed": 3, **options})
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+
+
+def test_iterating_gives_the_batches_of_the_steps_in_order(indexed):
+    one = stream(indexed)
+    for wanted, (step, batch) in zip(range(70), one, strict=False):
+        assert step == wanted
+        if step % 23 == 0:
+            assert same(batch, one.batches(step, 1)[0])
+    assert one.waited > 0
+
+
+def test_a_stream_that_starts_later_goes_on_the_same(indexed):
+    whole = [batch for _, batch in itertools.islice(stream(indexed), 75)]
+    later = list(itertools.islice(stream(indexed, start=70), 5))
+    assert [step for step, _ in later] == [70, 71, 72, 73, 74]
+    assert all(same(a, b) for a, (_, b) in zip(whole[70:], later, strict=True))
+
+
+def test_a_larger_batch_begins_with_the_smaller_one(indexed):
+    (small,), (large,) = stream(indexed).batches(9, 1), stream(indexed, batch_size=40).batches(9, 1)
+    for name in small.__slots__:
+        assert torch.equal(getattr(small, name), getattr(large, name)[:16])
+
+
+def test_seeds_and_steps_differ(indexed):
+    a, b = stream(indexed).batches(0, 2)
+    (c,) = stream(indexed, seed=4).batches(0, 1)
+    assert not torch.equal(a.r, b.r)
+    assert not torch.equal(a.r, c.r)
+
+
+def test_targets_are_the_nearest_training_pairs(encoded):
+    table = encoded
+    exact = ExactNeighbours(table)
+    (batch,) = NeighborStream(table, exact, batch_size=64, seed=0).batches(0, 1)
+    geometry = table.meta.geometry
+    vectors = table.column("vector").astype(np.float64)
+    queries = geometry.queries(batch.query.numpy(), batch.r.numpy()).astype(np.float64)
+    best = np.square(queries[:, None] - vectors[None]).sum(-1).argmin(1)
+    assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(table.column("latent")[best]))
+    assert np.array_equal(batch.text.numpy(), table.column("text")[best].astype(np.float32))
+    training = {row.tobytes() for row in table.column("text", TRAIN).astype(np.float32)}
+    assert all(row.tobytes() in training for row in batch.query.numpy())
+
+
+def test_independent_coupling_pairs_a_description_with_its_own_latent(encoded):
+    table = encoded
+    (batch,) = NeighborStream(table, ExactNeighbours(table), batch_size=64, seed=0, coupling="independent").batches(
+        0, 1
+    )
+    assert torch.equal(batch.text, batch.query)
+    texts = [row.tobytes() for row in table.column("text").astype(np.float32)]
+    latents = table.meta.geometry.to_coordinates(table.column("latent"))
+    pairs = {(text, latent.tobytes()) for text, latent in zip(texts, latents, strict=True)}
+    drawn = zip(batch.text.numpy(), batch.y.numpy(), strict=True)
+    assert all((text.tobytes(), latent.tobytes()) in pairs for text, latent in drawn)
+
+
+def test_searches_ahead_are_bounded(indexed, monkeypatch):
+    asked = []
+    whole = NeighborStream.batches
+    monkeypatch.setattr(NeighborStream, "batches", lambda self, a, n: (asked.append(a), whole(self, a, n))[1])
+    for step, _ in stream(indexed, batch_size=512):
+        assert max(asked) <= step + 2 * stream_module.SEARCHES_AHEAD * 2
+        if step == 10:
+            break
+
+
+def test_an_error_in_the_background_is_raised_where_batches_are_used(indexed, monkeypatch):
+    def broken(self, first, count):
+        raise ValueError("the disk is gone")
+
+    monkeypatch.setattr(NeighborStream, "batches", broken)
+    with pytest.raises(ValueError, match="the disk is gone"):
+        next(iter(stream(indexed)))
+
+
+def test_the_table_version_is_pinned(shapes, encode_shapes, tmp_path):
+    table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
+    before = stream(table).batches(0, 1)[0]
+    build_index(open_table(table.uri), BuildConfig(desc_scale=1.5, geometry="raw"))
+    assert same(stream(table).batches(0, 1)[0], before)
+
+
+def test_an_unknown_coupling_is_refused(indexed):
+    with pytest.raises(OptionError, match="nearest, independent"):
+        stream(indexed, coupling="random")
