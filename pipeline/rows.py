@@ -225,7 +225,7 @@ class EncodeShard:
         """Which rows are finite in float16 and not zero; the others are rejected."""
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
-        good: Bool[np.ndarray, B] = np.isfinite(half).all(1) & half.any(1)
+        good = np.asarray(np.isfinite(half).all(1) & half.any(1))
         for r, row in zip(np.array(ready, dtype=object)[~good], half[~good], strict=True):
             self._reject(r.sample.key, Rejected(reason, "all zero" if not row.any() else "not finite in float16"))
         return good

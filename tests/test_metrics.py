@@ -26,8 +26,8 @@ def test_frechet_with_correlated_features_agrees_with_a_matrix_root():
 
 def test_sliced_wasserstein_of_a_shift_is_its_length_over_root_d():
     rng = np.random.default_rng(0)
-    a = rng.normal(size=(2000, 5))
+    a = rng.normal(size=(300, 5))
     shift = np.array([3.0, 0, 0, 4, 0])
-    assert sliced_wasserstein(a, a + shift, projections=4000) == pytest.approx(5 / np.sqrt(5), rel=0.05)
+    assert sliced_wasserstein(a, a + shift, projections=3000) == pytest.approx(5 / np.sqrt(5), rel=0.05)
     assert sliced_wasserstein(a, a) == 0
-    assert sliced_wasserstein(a, a[:500]) < 0.2
+    assert sliced_wasserstein(a, a[:100]) < 0.3

@@ -5,6 +5,7 @@ probability `segment` the input lies on the segment from R to its pair y and the
 near the data, and without having seen such points it diverges.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -76,7 +77,7 @@ class Coalescer:
         return (share * guess.distance)[:, None] * normalize(guess.direction, dim=1)
 
 
-PRESETS = {
+PRESETS: dict[str, Callable[..., Coalescer]] = {
     "default": Coalescer,
     "paper": partial(Coalescer, p=0.5, segment=0.0, rule="paper", distance_weight=1.0, dropout=0.0),
 }

@@ -4,6 +4,7 @@ The velocity is the network's direction head; its distance head is unused. Sampl
 steps of equal length. With `--coupling nearest` the pairs come from the search, as in semi-discrete optimal transport.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,4 +49,4 @@ class FlowMatching:
         return Step(x + velocity / n, velocity.norm(dim=1))
 
 
-PRESETS = {"default": FlowMatching}
+PRESETS: dict[str, Callable[..., FlowMatching]] = {"default": FlowMatching}
