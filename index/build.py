@@ -22,6 +22,7 @@ from index.report import (
     Recall,
     Truth,
     count_bad_vectors,
+    draws_for,
     find_truth,
     measure_ladder,
     measure_recall,
@@ -89,9 +90,8 @@ def build_index(table: Table, config: BuildConfig) -> Built:
     truth = find_truth(exact, real_queries(table, 1024, seed=config.seed))
     table, recall, tried = _choose_index(table, truth, config, log)
     neighbours = exact if _is_exact(table) else LanceNeighbours(table)
-    with Progress("measure shares", total=None, unit="draws", log=log) as bar:
-        shares = measure_shares(table, neighbours, exact, seed=config.seed)
-        bar.advance(shares.draws)
+    with Progress("measure shares", total=draws_for(len(exact.row)), unit="draws", log=log) as bar:
+        shares = measure_shares(table, neighbours, exact, seed=config.seed, drawn=bar.advance)
     coordinate = table.meta.geometry.balance_of(exact.vectors.cpu().numpy())
     ladder = measure_ladder(table.meta.geometry, exact.text, exact.latent, balance=coordinate)
     at_scale = measure_ladder(

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -132,14 +132,21 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_table(title: str, rows: dict[str, Any]) -> None:
+def print_table(title: str, rows: Mapping[str, Any]) -> None:
     """Print names and values in two aligned columns on standard output."""
+    print_columns(title, {name: {"": value} for name, value in rows.items()})
+
+
+def print_columns(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print one line per name, with a column for every figure that any of them has."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in rows.items():
-        table.add_row(name, _short(value))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(figures))
+    table.add_column("", style="bold", no_wrap=True)
+    for figure in figures:
+        table.add_column(figure.replace("_", " "), justify="right" if figure else "left", overflow="fold")
+    for name, row in rows.items():
+        table.add_row(name, *(_short(row[figure]) if figure in row else "" for figure in figures))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

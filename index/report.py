@@ -7,6 +7,7 @@ chi-square of shares (SD-FM, arXiv 2509.25519), the perplexity of the target giv
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -123,17 +124,29 @@ def real_queries(table: Table, count: int, *, seed: int = 0) -> Float32[np.ndarr
     return geometry.queries(table.take(offsets[rows], "text"), draw_points(geometry, count, seed=seed, step=0))
 
 
-def measure_shares(table: Table, neighbours: Neighbours, exact: ExactNeighbours, *, seed: int = 0) -> Shares:
+def draws_for(rows: int) -> int:
+    """How many targets `measure_shares` draws of so many rows."""
+    return int(np.clip(2 * rows, 2048, 20_480)) // 1024 * 1024
+
+
+def measure_shares(
+    table: Table,
+    neighbours: Neighbours,
+    exact: ExactNeighbours,
+    *,
+    seed: int = 0,
+    drawn: Callable[[int], object] = lambda count: None,
+) -> Shares:
     """Draw targets as training does, and count how often each row is one and how well a line predicts it."""
     geometry, n = table.meta.geometry, len(exact.row)
-    draws = int(np.clip(2 * n, 2048, 20_480))
     counts = np.zeros(n, np.int64)
     inputs, targets = [], []
-    for step in range(-(-draws // 1024)):
+    for step in range(draws_for(n) // 1024):
         description = exact.text[draw_rows(n, 1024, seed=seed, step=step)]
         r = draw_points(geometry, 1024, seed=seed, step=step)
         pairs = neighbours.nearest(geometry.queries(description, r))
         counts += np.bincount(exact.place_of(pairs.row[:, 0]), minlength=n)
+        drawn(1024)
         if step < 8:
             inputs.append(np.concatenate([r, unit(description.astype(np.float32)) * geometry.kappa], 1))
             targets.append(geometry.to_coordinates(pairs.latent[:, 0]))

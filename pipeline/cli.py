@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from index.console import print_table, run
+from index.console import print_columns, print_table, run
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     help=__doc__.split(". A")[0] + ".",
@@ -194,10 +195,8 @@ def _show(title: str, report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    print_table(title, {k: v for k, v in report.items() if not isinstance(v, list | dict) or len(str(v)) < 80})
-    for name in ("ladder", "alternatives"):
-        for line in report.get(name, ()):
-            print(
-                f"{name:<14}"
-                + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            )
+    lists = {name: lines for name, lines in report.items() if isinstance(lines, list) and lines}
+    tables = {name: lines for name, lines in lists.items() if isinstance(lines[0], dict)}
+    print_table(title, {name: value for name, value in report.items() if name not in tables})
+    for name, lines in tables.items():
+        print_columns(f"\n{name}", {str(number): line for number, line in enumerate(lines, 1)})

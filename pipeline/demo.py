@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from index.console import Progress
+from index.console import Progress, write_json
 from index.errors import OptionError
 
 PALETTE = {
@@ -120,19 +120,23 @@ def write_demo_data(out: Path, *, samples: int, size: int, seed: int, per_shard:
     """Draw `samples` training pictures to OUT/NNNNN.tar and one of each held-out scene to OUT/heldout/00000.tar."""
     if samples < 1 or size < 16:
         raise OptionError(f"--samples {samples} --size {size}: give at least 1 sample of at least 16 pixels")
+    if any(out.glob("*.tar")):
+        raise OptionError(f"{out} holds shards already: name another folder, or delete it first")
     scenes = list(all_scenes())
     heldout = [scene for scene in scenes if is_heldout(scene)]
     known = [scene for scene in scenes if not is_heldout(scene)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "heldout").mkdir(exist_ok=True)
-    with Progress("draw shapes", total=samples, unit="pictures") as bar:
+    with Progress("draw shapes", total=samples, unit="pictures", log=out / "demo-data.jsonl") as bar:
         for number, start in enumerate(range(0, samples, per_shard)):
             shard = range(start, min(start + per_shard, samples))
             chosen = [known[np.random.default_rng([seed, i, 0]).integers(len(known))] for i in shard]
             _write_shard(out / f"{number:05d}.tar", chosen, shard, size, seed)
             bar.advance(len(chosen))
     _write_shard(out / "heldout" / "00000.tar", heldout, range(samples, samples + len(heldout)), size, seed)
-    return {"samples": samples, "captions": len(known), "heldout_captions": len(heldout)}
+    report = {"samples": samples, "captions": len(known), "heldout_captions": len(heldout), "size": size, "seed": seed}
+    write_json(out / "demo-data.json", report)
+    return report
 
 
 def _write_shard(path: Path, scenes: list[Scene], numbers: range, size: int, seed: int) -> None:

@@ -83,6 +83,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
     assert "no run at" in refused(tmp_path, "trainer", "sample", "nowhere", "a circle", "--out", "a.png")
     assert "ends in .png" in refused(tmp_path, "trainer", "sample", "nowhere", "a circle", "--out", "a.gif")
     assert "'sound'" in refused(tmp_path, "trainer", "fit-autoencoder", "sound", shapes, "--out", "a")
+    for kind in ("image", "text"):
+        assert "no shards at" in refused(tmp_path, "trainer", "fit-autoencoder", kind, "none", "--out", "a")
     assert "--image-size 33" in refused(
         tmp_path, "trainer", "fit-autoencoder", "image", shapes, "--out", "a", "--image-size", "33"
     )

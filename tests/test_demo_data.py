@@ -82,3 +82,8 @@ def test_nonsense_is_refused(tmp_path):
     with pytest.raises(OptionError):
         write_demo_data(tmp_path / "out", samples=0, size=32, seed=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_not_overwritten(shapes):
+    with pytest.raises(OptionError, match="holds shards already"):
+        write_demo_data(shapes, samples=10, size=32, seed=0)

@@ -109,6 +109,16 @@ def test_resuming_nothing_is_refused(indexed, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(short, indexed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(indexed, SHORT, tmp_path / "run")
+    fit(indexed, SHORT, tmp_path / "run", resume=True)
+    resumed = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(short[name], resumed[name]) for name in short)
+
+
 def test_a_damaged_checkpoint_is_refused(run, indexed, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (path,) = (tmp_path / "run" / "checkpoint").glob("*.safetensors")

@@ -5,7 +5,6 @@ run that is killed resumes from its last whole checkpoint.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,8 @@ def save_checkpoint(folder: Path, step: int, network: nn.Module, optimiser: Opti
 
 
 def load_checkpoint(folder: Path, network: nn.Module, optimiser: Optimiser) -> int:
-    """Restore the last whole checkpoint and return the step to go on with; RunError where there is none."""
-    path = folder / "checkpoint" / "state.json"
-    if not path.is_file():
-        raise RunError(f"{folder} has no checkpoint to resume from: leave out --resume to train from the start")
-    state = json.loads(path.read_text())
+    """Restore the last whole checkpoint and return the step to go on with; RunError where it cannot be read."""
+    state = json.loads((folder / "checkpoint" / "state.json").read_text())
     tensors = _load(folder / "checkpoint" / state["weights"])
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
     network.load_state_dict(_checked(weights, network, folder))
@@ -94,9 +90,9 @@ def load_checkpoint(folder: Path, network: nn.Module, optimiser: Optimiser) -> i
     return int(state["step"])
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete what only resuming needs."""
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has got as far as its first checkpoint."""
+    return (folder / "checkpoint" / "state.json").is_file()
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from index.console import print_table, run
+from index.console import print_columns, print_table, run
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     help=__doc__.split(". A")[0] + ".",
@@ -127,6 +128,7 @@ def sample(
 
     trainer sample runs/shapes "a large black triangle above a small green square" --out triangle.png --steps 4 --num 8
     """
+    from index.console import write_json
     from index.errors import OptionError
     from trainer.grid import draw_grid
     from trainer.sampler import Coalescer
@@ -136,6 +138,8 @@ def sample(
     coalescer = Coalescer.from_pretrained(run, device=device)
     samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
     draw_grid(samples.images, samples.captions, out, columns=num if num > 1 and len(caption) > 1 else 8)
+    made = [{"caption": c, "confidence": float(s)} for c, s in zip(samples.captions, samples.confidence, strict=True)]
+    write_json(out.with_suffix(".json"), {"run": str(run), "seed": seed, "steps": steps, "images": made})
     print(f"{out}: {len(samples.images)} pictures in {steps} steps, mean confidence {samples.confidence.mean():.2f}")
 
 
@@ -156,7 +160,7 @@ def evaluate(
     from trainer.evaluate import lines_of
 
     report = run_evaluate(run, steps=_numbers(steps), out=out or run / "report", seed=seed)
-    print_table(str(run), lines_of(report))
+    print_columns(str(run), lines_of(report))
 
 
 @app.command()
@@ -178,7 +182,7 @@ def compare(
 
     result = run_compare(runs, steps=_numbers(steps), captions=caption or [], out=out, seed=seed)
     for name, report in result["runs"].items():
-        print_table(name, lines_of(report))
+        print_columns(name, lines_of(report))
     print(f"page: {out / 'index.html'}")
 
 

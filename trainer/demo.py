@@ -25,7 +25,9 @@ STEPS = 2
 
 
 def main(out: Path) -> None:
-    """Run every stage into `out`, which is emptied first, and end with the pictures' name and a table."""
+    """Run every stage into `out`, in the place of an earlier demo; end with the pictures' name and a table."""
+    if out.exists() and any(out.iterdir()) and not (out / "data" / "demo-data.json").exists():
+        raise SystemExit(f"{out} is not empty and holds no earlier demo: name another folder")
     shutil.rmtree(out, ignore_errors=True)
     data, image, text = (str(out / name) for name in ("data", "models/image", "models/text"))
     table, run, picture = (str(out / name) for name in ("db/shapes.lance", "run", "samples.png"))

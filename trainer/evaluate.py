@@ -44,7 +44,7 @@ def evaluate(run: Path, *, steps: list[int], out: Path, seed: int = 0) -> dict[s
         "floors": _floors(table, text, truth, seed),
         "steps": {},
     }
-    with Progress("evaluate", total=len(steps) * len(heldout), unit="samples") as bar:
+    with Progress("evaluate", total=len(steps) * len(heldout), unit="samples", log=out / "log.jsonl") as bar:
         for n in steps:
             began = time.perf_counter()
             x, sure = coalescer.coordinates(text, range(len(text)), steps=n, seed=seed)
@@ -84,11 +84,8 @@ def _floors(
     }
 
 
-def lines_of(report: dict[str, Any]) -> dict[str, str]:
+def lines_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """A report as lines of a table: the run's steps, then the floors."""
-    rows = {f"{n} steps": figures for n, figures in report["steps"].items()}
-    rows |= {f"floor: {name}": figures for name, figures in report["floors"].items()}
-    return {
-        name: "  ".join(f"{figure.replace('_', ' ')} {value:.4g}" for figure, value in figures.items())
-        for name, figures in rows.items()
+    return {f"{n} steps": figures for n, figures in report["steps"].items()} | {
+        f"floor: {name}": figures for name, figures in report["floors"].items()
     }

@@ -18,7 +18,7 @@ from index.schema import EncoderRef
 from index.search import open_neighbours
 from index.table import Table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
-from trainer.checkpoint import FORMAT, load_checkpoint, read_config, save_checkpoint, save_model
+from trainer.checkpoint import FORMAT, has_checkpoint, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.network import SIZES, Network, NetworkConfig
 from trainer.objectives import Objective, make_objective
 from trainer.optimise import Optimiser
@@ -121,7 +121,9 @@ def _train(
         for step, batch in stream:
             loss = objective.loss(network, batch.to(device))
             optimiser.step(loss.total)
-            if step % 20 == 0 or step + 1 == config.steps:
+            last = step + 1 == config.steps
+            due = last or watch.bar.seconds - saved > CHECKPOINT_SECONDS
+            if due or step % 20 == 0:
                 figures = {
                     "loss": loss.total.item(),
                     **{name: part.item() for name, part in loss.parts.items()},
@@ -132,10 +134,10 @@ def _train(
                         f"the loss is {figures['loss']} at step {step}: lower --learning-rate, then --resume"
                     )
             watch.advance(size, **figures)
-            if watch.bar.seconds - saved > CHECKPOINT_SECONDS or step + 1 == config.steps:
+            if due:
                 save_checkpoint(out, step + 1, network, optimiser)
                 saved = watch.bar.seconds
-            if step + 1 == config.steps:
+            if last:
                 break
         seconds = watch.bar.seconds
     return {
@@ -186,4 +188,5 @@ def _resume(out: Path, settings: dict[str, Any], network: Network, optimiser: Op
                     f"{out} was trained with another {name} ({before[part].get(name)} instead of {value}): "
                     "resume with the same options, or name another --out"
                 )
-    return load_checkpoint(out, network, optimiser)
+    # A run that was stopped before its first checkpoint begins again.
+    return load_checkpoint(out, network, optimiser) if has_checkpoint(out) else 0

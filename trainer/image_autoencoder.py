@@ -63,7 +63,9 @@ def fit_image_autoencoder(sources: list[str], config: ImageAutoencoderConfig, ou
     """Train, save to `out`, and report the PSNR of held-out pictures in dB."""
     from diffusers import AutoencoderKL
 
-    pictures = load_pictures(sources, config.image_size, heldout_share=config.heldout_share, limit=config.limit)
+    pictures = load_pictures(
+        sources, config.image_size, heldout_share=config.heldout_share, limit=config.limit, log=out / "log.jsonl"
+    )
     torch.manual_seed(config.seed)
     channels = config.block_out_channels
     model = AutoencoderKL(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,11 +22,14 @@ class Split:
     heldout: UInt8[np.ndarray, "M H W 3"]
 
 
-def load_pictures(sources: Sequence[str], size: int, *, heldout_share: float, limit: int) -> Split:
+def load_pictures(
+    sources: Sequence[str], size: int, *, heldout_share: float, limit: int, log: Path | None = None
+) -> Split:
     """The first `limit` pictures that can be decoded; a row held out here is held out in a table of the same share."""
+    shards = list_shards(sources)
     parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {"train": [], HELDOUT: []}
-    with Progress("read pictures", total=None, unit="pictures") as bar:
-        for sample in _samples(sources):
+    with Progress("read pictures", total=None, unit="pictures", log=log) as bar:
+        for sample in _samples(shards):
             try:
                 pixels = decode_image(sample.image, size).pixels
             except Rejected:
@@ -40,11 +44,14 @@ def load_pictures(sources: Sequence[str], size: int, *, heldout_share: float, li
     return Split(np.stack(parts["train"]), np.stack(parts[HELDOUT] or parts["train"][:1]))
 
 
-def load_captions(sources: Sequence[str], *, heldout_share: float, limit: int) -> tuple[list[str], list[str]]:
+def load_captions(
+    sources: Sequence[str], *, heldout_share: float, limit: int, log: Path | None = None
+) -> tuple[list[str], list[str]]:
     """Distinct training and held-out captions of the first `limit` samples, split by the caption itself."""
+    shards = list_shards(sources)
     seen: dict[str, str] = {}
-    with Progress("read captions", total=None, unit="captions") as bar:
-        for sample in _samples(sources):
+    with Progress("read captions", total=None, unit="captions", log=log) as bar:
+        for sample in _samples(shards):
             try:
                 caption = decode_caption(sample.caption)
             except Rejected:
@@ -59,8 +66,8 @@ def load_captions(sources: Sequence[str], *, heldout_share: float, limit: int) -
     return train, [caption for caption, split in seen.items() if split == HELDOUT] or train[:1]
 
 
-def _samples(sources: Sequence[str]) -> Iterator[Sample]:
-    for shard in list_shards(sources):
+def _samples(shards: Sequence[str]) -> Iterator[Sample]:
+    for shard in shards:
         for sample in read_samples(shard):
             if isinstance(sample, Sample):
                 yield sample

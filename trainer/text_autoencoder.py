@@ -74,7 +74,9 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
     """Train, save to `out`, and report how many tokens of held-out captions come back right."""
     from transformers import BertConfig, BertModel
 
-    train, heldout = load_captions(sources, heldout_share=config.heldout_share, limit=config.limit)
+    train, heldout = load_captions(
+        sources, heldout_share=config.heldout_share, limit=config.limit, log=out / "log.jsonl"
+    )
     tokenizer = train_tokenizer(train, config)
     torch.manual_seed(config.seed)
     width, layers = SIZES[config.size]
