@@ -6,7 +6,7 @@ load with a mere warning and then encode wrongly, so missing and unexpected weig
 
 import contextlib
 import hashlib
-import io
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -200,22 +200,29 @@ def _place(name: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise while loading into an EncoderError, and keep their progress bars quiet."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """Turn whatever the libraries raise while loading into an EncoderError."""
+    quiet_libraries()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     except EncoderError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         text = " ".join(str(error).split())[:200]
-        raise EncoderError(f"{name} cannot be opened as {what}: {text}") from error
+        hint = "" if Path(name).is_dir() else " (is it a hub id, and can the hub be reached?)"
+        raise EncoderError(f"{name} cannot be opened as {what}: {text}{hint}") from error
+
+
+def quiet_libraries() -> None:
+    """Keep the warnings, retries and progress bars of the model libraries off our terminal."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
 
 
 def _refuse_mismatch(name: str, info: dict[str, Any], without: tuple[str, ...] = ()) -> None:

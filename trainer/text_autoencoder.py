@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from index.errors import OptionError
-from pipeline.encoders import mean_pool
+from pipeline.encoders import mean_pool, quiet_libraries
 from trainer.optimise import Optimiser
 from trainer.pictures import load_captions
 from trainer.watch import Watch
@@ -108,6 +108,7 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
             optimiser.step(loss)
             watch.advance(1, **({} if step % 50 else {"cross_entropy": loss.item()}))
     optimiser.use_average()
+    quiet_libraries()
     encoder.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
