@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +45,7 @@ SMALL_TABLE = 10_000
 class BuildConfig:
     """What the user wants of the search; None keeps what the table has."""
 
-    desc_scale: float | Literal["auto"] | None = None
+    desc_scale: float | int | str | None = None
     """Weight of the description in the search; `auto` picks it by `perplexity`."""
     geometry: str | None = None
     balance: bool | None = None
@@ -118,7 +118,7 @@ def build_index(table: Table, config: BuildConfig) -> Built:
 
 def _wanted_geometry(table: Table, config: BuildConfig) -> Geometry:
     now = table.meta.geometry
-    scale = config.desc_scale if isinstance(config.desc_scale, float) else now.desc_scale
+    scale = now.desc_scale if config.desc_scale in (None, "auto") else float(config.desc_scale)
     # What the table has been given before is not questioned again.
     allow = config.allow_small_desc_scale or scale == now.desc_scale
     wanted = Geometry.fit(

@@ -99,7 +99,7 @@ class Progress:
         self._ticked = time.monotonic()
         if self.log is None:
             return
-        left = None if self.total is None else (self.total - self.done) / max(self.rate, 1e-9)
+        left = None if self.total is None or self.rate == 0 else (self.total - self.done) / self.rate
         line = {
             "time": round(time.time(), 3),
             "step": self.title,

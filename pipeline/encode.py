@@ -70,26 +70,23 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
         takes=takes,
     )
     report_path = reports_of(uri) / "encode.json"
-    if is_table(uri):
-        existing = open_table(uri)
-        if job.run_id in existing.meta.run_ids:
-            return Encoded(existing, json.loads(report_path.read_text()), done_before=True)
+    marks = uri.removesuffix(".lance") + f".encode/{job.run_id}"
+    done_before = is_table(uri) and job.run_id in open_table(uri).meta.run_ids
+    if is_table(uri) and not done_before:
         raise TableError(f"{table} exists{_changes(report_path, settings)}: name another --table, or delete it first")
     if dry_run:
-        plan = {
-            "shards": len(config.shards),
-            "latent_shape": list(job.latent_shape),
-            "text_width": job.text_width,
-        }
+        plan = {"shards": len(config.shards), "latent_shape": list(job.latent_shape), "text_width": job.text_width}
         return Encoded(None, plan)
-    marks = uri.removesuffix(".lance") + f".encode/{job.run_id}"
     began = time.monotonic()
-    _run_beam(job, uri, marks)
-    parts = finished_parts(marks, list(config.shards))
-    report = _report(job, parts, time.monotonic() - began) | {"table": uri, "settings": settings}
-    write_json(report_path, report)
-    shutil.rmtree(Path(marks).parent)
-    return Encoded(open_table(uri), report)
+    if not done_before:
+        _run_beam(job, uri, marks)
+    # A run that was stopped between its commit and its report still has its marks.
+    if Path(marks).exists():
+        parts = finished_parts(marks, list(config.shards))
+        report = _report(job, parts, time.monotonic() - began) | {"table": uri, "settings": settings}
+        write_json(report_path, report)
+        shutil.rmtree(Path(marks).parent)
+    return Encoded(open_table(uri), json.loads(report_path.read_text()), done_before)
 
 
 def _takes(config: EncodeConfig) -> dict[str, int]:

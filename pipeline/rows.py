@@ -255,11 +255,7 @@ class EncodeShard:
             "text": list_array(text),
             "latent": list_array(latent),
         }
-        arrays = [
-            columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type)
-            for f in schema
-        ]
-        return pa.record_batch(arrays, schema=schema)
+        return pa.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
 
     def _reject(self, key: str, rejected: Rejected) -> None:
         self.rejects.append(

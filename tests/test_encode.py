@@ -71,6 +71,18 @@ def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
     assert not list(tmp_path.glob("t.encode*"))
 
 
+def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shapes, tmp_path, monkeypatch):
+    from pipeline import encode as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            encode_shapes(shapes, tmp_path / "t.lance")
+    again = encode_shapes(shapes, tmp_path / "t.lance")
+    assert (again.done_before, again.report["rows"], again.table.version) == (True, 360, 1)
+    assert not list(tmp_path.glob("t.encode*"))
+
+
 def test_changed_options_are_refused_and_named(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance")
     with pytest.raises(TableError, match="another desc_scale"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from index.build import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
 from index.table import open_table
 from trainer import fit as fit_module
@@ -87,6 +88,27 @@ def test_a_run_that_is_stopped_resumes_to_the_same_weights(short, indexed, tmp_p
     assert saved == list(range(1, 41))
     resumed = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(short[name], resumed[name]) for name in short)
+
+
+def test_a_run_resumes_on_the_table_version_it_began_with(shapes, encode_shapes, tmp_path, monkeypatch):
+    table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
+    fit(table, SHORT, tmp_path / "whole")
+    whole = fit_module.save_checkpoint
+
+    def stop(out, step, network, optimiser):
+        whole(out, step, network, optimiser)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(fit_module, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(table, SHORT, tmp_path / "run")
+    newer = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="raw")).table
+    assert newer.version > table.version
+    fit(newer, SHORT, tmp_path / "run", resume=True)
+    weights, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
 def test_a_changed_option_is_refused_on_resume(run, indexed):

@@ -113,6 +113,7 @@ def test_a_new_desc_scale_rewrites_and_the_index_must_be_built_again(shapes, enc
         after.column("vector", None),
         after.meta.geometry.vectors(after.column("text", None), after.column("latent", None)).astype(np.float16),
     )
+    assert build_index(open_table(table.uri), BuildConfig(desc_scale=2)).table.meta.geometry.desc_scale == 2
     again = build_index(open_table(table.uri), BuildConfig())
     assert again.table.meta.geometry.same_as(after.meta.geometry)
 

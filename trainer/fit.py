@@ -16,7 +16,7 @@ from index.console import write_json
 from index.errors import EncoderError, OptionError, RunError
 from index.schema import EncoderRef
 from index.search import open_neighbours
-from index.table import Table
+from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, has_checkpoint, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.network import SIZES, Network, NetworkConfig
@@ -69,7 +69,12 @@ CHECKPOINT_SECONDS = 120.0
 
 
 def fit(table: Table, config: FitConfig, out: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
-    """Train (or go on training), write RUN, and return what was measured: steps, seconds, losses, waiting share."""
+    """Train (or go on training), write RUN, and return what was measured: steps, seconds, losses, waiting share.
+
+    A run goes on with the version of the table that it began with, whatever has been done to the table since.
+    """
+    if resume:
+        table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
     meta = table.meta
     device = pick_device(device)
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -88,6 +93,8 @@ def fit(table: Table, config: FitConfig, out: Path, *, resume: bool = False, dev
         "table": {"uri": table.uri, "version": table.version, "meta": meta.to_json()},
     }
     start = _resume(out, settings, network, optimiser) if resume else _begin(out, table, settings)
+    if start == config.steps:
+        raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
     stream = NeighborStream(
         table,
         open_neighbours(table, exact=config.search == "exact", device=device),
@@ -116,8 +123,6 @@ def _train(
     size, saved = config.batch_size, 0.0
     figures: dict[str, float] = {}
     with Watch("fit", total=config.steps * size, unit="images", folder=out, done=start * size) as watch:
-        if start == config.steps:
-            raise RunError(f"{out} is already trained for {config.images:,} images: give more --images")
         for step, batch in stream:
             loss = objective.loss(network, batch.to(device))
             optimiser.step(loss.total)
