@@ -125,21 +125,21 @@ def _wanted_geometry(table: Table, config: BuildConfig) -> Geometry:
         table.meta.moments, kind=config.geometry or now.kind, desc_scale=scale, allow_small_desc_scale=allow
     )
     if config.desc_scale == "auto":
-        wanted = replace(wanted, desc_scale=_auto_desc_scale(table, wanted, config.perplexity, config.seed))
+        wanted = replace(wanted, desc_scale=_auto_desc_scale(table, wanted, config))
     return wanted
 
 
-def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, seed: int) -> float:
-    """Bisect, on a logarithmic scale from 1 to 64, for the wanted perplexity; larger scales leave R less choice."""
+def _auto_desc_scale(table: Table, geometry: Geometry, config: BuildConfig) -> float:
+    """Bisect, on a logarithmic scale up to 64, for the wanted perplexity; larger scales leave R less choice."""
     text, latent = table.column("text"), table.column("latent")
-    wanted = min(perplexity, max(2.0, len(text) / 50))
-    low, high = 0.0, 6.0
-    for _ in range(7):
+    wanted = min(config.perplexity, max(2.0, len(text) / 10))
+    low, high = (-4.0, 6.0) if config.allow_small_desc_scale else (0.0, 6.0)
+    for _ in range(9):
         middle = (low + high) / 2
-        rung = measure_ladder(geometry, text, latent, (2.0**middle,), seed=seed)[0]
+        rung = measure_ladder(geometry, text, latent, (2.0**middle,), seed=config.seed)[0]
         low, high = (middle, high) if rung.perplexity > wanted else (low, middle)
     scale: float = 2.0 ** ((low + high) / 2)
-    return round(max(scale, 1.01), 2)
+    return round(scale if config.allow_small_desc_scale else max(scale, 1.01), 2)
 
 
 def _settle_vectors(
@@ -191,7 +191,9 @@ def _choose_index(
         table = _create(table, candidate, partitions, log)
         nprobes = 1
         while True:
-            recall = measure_recall(LanceNeighbours(table, nprobes), truth)
+            with Progress("measure recall", total=len(truth.queries), unit="queries", log=log) as bar:
+                recall = measure_recall(LanceNeighbours(table, nprobes), truth)
+                bar.advance(len(truth.queries), nprobes=nprobes, recall=recall.recall_at_1)
             # What more probes no longer change is lost to quantisation, not to the partitions left out.
             stuck = bool(tried) and tried[-1]["kind"] == candidate and tried[-1]["recall_at_1"] == recall.recall_at_1
             tried.append({"kind": candidate, "nprobes": nprobes, **asdict(recall)})

@@ -47,6 +47,13 @@ def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_enc
     assert 0.1 < share < 0.3
 
 
+def test_a_table_without_rejects_has_an_empty_rejects_table(encoded):
+    import lance
+
+    rejects = lance.dataset(rejects_uri(encoded.uri))
+    assert (rejects.count_rows(), rejects.schema.names) == (0, ["key", "shard", "reason", "detail"])
+
+
 def test_the_report_says_what_was_done(encoded):
     report = json.loads((encoded.reports / "encode.json").read_text())
     assert (report["rows"], report["rejects"], report["shards"]) == (360, 0, 3)

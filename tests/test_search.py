@@ -130,6 +130,15 @@ def test_auto_desc_scale_meets_its_perplexity(shapes, encode_shapes, tmp_path):
     assert rungs[2].own_pair_rate >= rungs[0].own_pair_rate
 
 
+def test_auto_goes_below_one_only_where_that_is_allowed(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    wide = {"desc_scale": "auto", "perplexity": 1000.0}
+    assert build_index(table, BuildConfig(**wide)).table.meta.geometry.desc_scale >= 1.01
+    built = build_index(open_table(table.uri), BuildConfig(**wide, allow_small_desc_scale=True))
+    assert built.table.meta.geometry.desc_scale < 1
+    assert built.report["perplexity"] == pytest.approx(built.report["train_rows"] / 10, rel=0.3)
+
+
 def test_balance_evens_the_shares_and_is_stored(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     plain = build_index(table, BuildConfig(geometry="raw", desc_scale=1.5)).report
