@@ -83,7 +83,8 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
     # A run that was stopped between its commit and its report still has its marks.
     if Path(marks).exists():
         parts = finished_parts(marks, list(config.shards))
-        report = _report(job, parts, time.monotonic() - began) | {"table": uri, "settings": settings}
+        seconds = None if done_before else time.monotonic() - began
+        report = _report(job, parts, seconds) | {"table": uri, "settings": settings}
         write_json(report_path, report)
         shutil.rmtree(Path(marks).parent)
     return Encoded(open_table(uri), json.loads(report_path.read_text()), done_before)
@@ -180,7 +181,8 @@ def _watching(marks: str, shards: list[str], log: Path) -> Iterator[None]:
             show()
 
 
-def _report(job: EncodeJob, parts: list[ShardPart], seconds: float) -> dict[str, Any]:
+def _report(job: EncodeJob, parts: list[ShardPart], seconds: float | None) -> dict[str, Any]:
+    """What was done, and how fast where `seconds` were measured from the first shard to the commit."""
     spent = dict(sum((Counter(part.summary["seconds"]) for part in parts), Counter()))
     rows = sum(part.rows for part in parts)
     return {
@@ -188,8 +190,8 @@ def _report(job: EncodeJob, parts: list[ShardPart], seconds: float) -> dict[str,
         "rejects": sum(part.rejected for part in parts),
         "rejects_by_reason": dict(sum((Counter(part.summary["reasons"]) for part in parts), Counter())),
         "shards": len(parts),
-        "seconds": round(seconds, 2),
-        "images_per_second": round(rows / seconds, 1),
+        "seconds": seconds and round(seconds, 2),
+        "images_per_second": seconds and round(rows / seconds, 1),
         "seconds_by_step": {name: round(value, 2) for name, value in spent.items()},
         "image_encoder": asdict(job.image_ref),
         "text_encoder": asdict(job.text_ref),
