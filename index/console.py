@@ -84,6 +84,11 @@ class Progress:
         """Units per second since the step began."""
         return (self.done - self._done_before) / max(self.seconds, 1e-9)
 
+    def expect(self, total: int) -> None:
+        """Set or correct how much there is to do, where that is only learnt on the way."""
+        self.total = total
+        self._bar.update(self._task, total=total, of=f"{total:,}")
+
     def advance(self, count: int = 1, **figures: Any) -> bool:
         """Count `count` units done, note figures of the step so far; true where this was logged as a tick."""
         self.done += count

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from index.errors import SourceError, TableError
 from index.geometry import check_desc_scale
 from index.table import Table, is_table, open_table, reports_of, table_uri
 from pipeline.rows import EncodeConfig, EncodeJob, RunConfig, open_encoders
-from pipeline.sink import ShardPart, WriteLance, finished_parts
+from pipeline.sink import ShardPart, WriteLance, finished_part, rows_begun
 from pipeline.sources import Broken, list_shards, read_samples
 
 
@@ -82,7 +82,7 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
         _run_beam(job, uri, marks)
     # A run that was stopped between its commit and its report still has its marks.
     if Path(marks).exists():
-        parts = finished_parts(marks, list(config.shards))
+        parts = [part for shard in config.shards if (part := finished_part(marks, shard)) is not None]
         seconds = None if done_before else time.monotonic() - began
         report = _report(job, parts, seconds) | {"table": uri, "settings": settings}
         write_json(report_path, report)
@@ -156,16 +156,31 @@ def _worker_output(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watching(marks: str, shards: list[str], log: Path) -> Iterator[None]:
-    """Show progress by counting the marks of finished shards, whatever process or machine writes them."""
-    with Progress("encode", total=len(shards), unit="shards", log=log) as bar:
-        before = sum(part.rows for part in finished_parts(marks, shards))
+    """Show progress by the marks that shards leave, whatever process or machine writes them.
+
+    How many images there are is not known before the end; the finished shards' mean stands in for the others.
+    """
+    finished: dict[str, ShardPart] = {}
+
+    def look() -> int:
+        """Read what is new; returns the samples done so far."""
+        for shard in shards:
+            part = None if shard in finished else finished_part(marks, shard)
+            if part is not None:
+                finished[shard] = replace(part, summary={})
+        under_way = sum(rows_begun(marks, shard) for shard in shards if shard not in finished)
+        return sum(part.rows + part.rejected for part in finished.values()) + under_way
+
+    with Progress("encode", total=None, unit="images", log=log, done=look()) as bar:
         stop = threading.Event()
 
         def show() -> None:
-            parts = finished_parts(marks, shards)
-            rows, rejects = sum(part.rows for part in parts), sum(part.rejected for part in parts)
-            rate = round((rows - before) / max(bar.seconds, 1e-9), 1)
-            bar.advance(len(parts) - bar.done, rows=rows, rejects=rejects, images_per_s=rate)
+            done = look()
+            if finished:
+                mean = sum(part.rows + part.rejected for part in finished.values()) / len(finished)
+                bar.expect(max(done, round(mean * len(shards))))
+            rejects = sum(part.rejected for part in finished.values())
+            bar.advance(done - bar.done, shards=f"{len(finished)}/{len(shards)}", rejects=rejects)
 
         def follow() -> None:
             while not stop.wait(0.5):

@@ -81,10 +81,18 @@ def mark_of(marks: str, shard: str) -> Path:
     return Path(marks) / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.json"
 
 
-def finished_parts(marks: str, shards: list[str]) -> list[ShardPart]:
-    """The parts of those shards that are finished."""
-    found = (mark_of(marks, shard) for shard in shards)
-    return [ShardPart(**json.loads(mark.read_text())) for mark in found if mark.exists()]
+def finished_part(marks: str, shard: str) -> ShardPart | None:
+    """What a shard has become, if it is finished."""
+    mark = mark_of(marks, shard)
+    return ShardPart(**json.loads(mark.read_text())) if mark.exists() else None
+
+
+def rows_begun(marks: str, shard: str) -> int:
+    """How many rows a shard that is being written has come to, as far as is known from outside."""
+    try:
+        return int(mark_of(marks, shard).with_suffix(".rows").read_text() or 0)
+    except FileNotFoundError:
+        return 0
 
 
 class WriteLance(beam.PTransform):  # type: ignore[misc]
@@ -121,17 +129,19 @@ class _WriteFragments(beam.DoFn):  # type: ignore[misc]
         self.uri, self.job, self.marks = uri, job, marks
 
     def process(self, shard: str) -> Iterator[ShardPart]:
-        mark = mark_of(self.marks, shard)
-        if mark.exists():
-            yield ShardPart(**json.loads(mark.read_text()))
+        finished = finished_part(self.marks, shard)
+        if finished is not None:
+            yield finished
             return
-        part = ShardPart(shard)
-        run = self.job.open(shard)
+        mark, part, run = mark_of(self.marks, shard), ShardPart(shard), self.job.open(shard)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        begun = mark.with_suffix(".rows")
 
         # Lance pulls this generator on a thread of its own, where Beam's counters would be lost: count here.
         def counted() -> Iterator[pa.RecordBatch]:
             for batch in run.batches():
                 part.rows += len(batch)
+                begun.write_text(str(part.rows))
                 yield batch
 
         part.fragments = _write(self.uri, self.job.schema, counted())
@@ -140,6 +150,7 @@ class _WriteFragments(beam.DoFn):  # type: ignore[misc]
         part.reject_fragments = _write(rejects_uri(self.uri), REJECTS, iter([rejects]))
         part.summary = run.summary
         write_json(mark, asdict(part))
+        begun.unlink(missing_ok=True)
         counter = beam.metrics.Metrics.counter
         counter("encode", "rows").inc(part.rows)
         counter("encode", "rejects").inc(part.rejected)

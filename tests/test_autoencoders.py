@@ -8,6 +8,7 @@ import torch
 
 from index.errors import OptionError, SourceError
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from trainer import pictures
 from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder, psnr
 from trainer.pictures import load_captions, load_pictures
 from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder
@@ -61,6 +62,16 @@ def test_same_seed_same_weights(shapes, tmp_path):
         fit_text_autoencoder([str(shapes)], TextAutoencoderConfig(steps=3, seed=seed), tmp_path / name)
         digests.append(TransformersTextEncoder(str(tmp_path / name)).ref.digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_pictures_are_read_up_to_a_limit_and_a_memory_bound(shapes, monkeypatch):
+    def count(limit):
+        split = load_pictures([str(shapes)], 32, heldout_share=0.2, limit=limit)
+        return len(split.train) + len(split.heldout)
+
+    assert count(50) == 50
+    monkeypatch.setattr(pictures, "MAX_BYTES", 3 * 32 * 32 * 70)
+    assert count(10**6) == 70
 
 
 def test_heldout_captions_are_held_out_whole(shapes):

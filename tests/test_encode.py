@@ -60,8 +60,8 @@ def test_the_report_says_what_was_done(encoded):
     assert report["image_encoder"]["digest"] == encoded.meta.image_encoder.digest
     assert report["seconds_by_step"].keys() == {"read", "decode", "encode", "write"}
     ticks = [json.loads(line) for line in (encoded.reports / "encode.jsonl").read_text().splitlines()]
-    assert ticks[-1]["rows"] == 360
-    assert {"rate", "eta", "done", "total"} <= ticks[-1].keys()
+    assert (ticks[-1]["done"], ticks[-1]["total"], ticks[-1]["shards"]) == (360, 360, "3/3")
+    assert {"rate", "eta", "rejects"} <= ticks[-1].keys()
 
 
 def test_two_worker_processes_give_the_same_table(encoded, shapes, encode_shapes, tmp_path):

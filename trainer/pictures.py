@@ -13,6 +13,8 @@ from index.schema import HELDOUT, row_id, split_of
 from pipeline.images import Rejected, decode_caption, decode_image
 from pipeline.sources import Sample, list_shards, read_samples
 
+MAX_BYTES = 4 * 2**30
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Split:
@@ -25,8 +27,12 @@ class Split:
 def load_pictures(
     sources: Sequence[str], size: int, *, heldout_share: float, limit: int, log: Path | None = None
 ) -> Split:
-    """The first `limit` pictures that can be decoded; a row held out here is held out in a table of the same share."""
+    """The first `limit` pictures that can be decoded, or as many as fit into `MAX_BYTES`.
+
+    A row held out here is held out in a table of the same share.
+    """
     shards = list_shards(sources)
+    limit = min(limit, MAX_BYTES // (3 * size * size))
     parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {"train": [], HELDOUT: []}
     with Progress("read pictures", total=None, unit="pictures", log=log) as bar:
         for sample in _samples(shards):
