@@ -110,5 +110,9 @@ def test_a_source_without_pictures_is_refused(tmp_path):
     pq.write_table(pa.table({"caption": ["only words"] * 5}), tmp_path / "words.parquet")
     with pytest.raises(SourceError, match="no pictures"):
         load_pictures([str(tmp_path / "words.parquet")], 32, heldout_share=0.1, limit=10)
-    train, _ = load_captions([str(tmp_path / "words.parquet")], heldout_share=0.0, limit=10)
-    assert train == ["only words"]
+    train, heldout = load_captions([str(tmp_path / "words.parquet")], heldout_share=0.0, limit=10)
+    assert (train, heldout) == (["only words"], [])
+    report = fit_text_autoencoder(
+        [str(tmp_path / "words.parquet")], TextAutoencoderConfig(steps=1, heldout_share=0.0), tmp_path / "out"
+    )
+    assert (report["token_accuracy"], report["heldout_captions"]) == (None, 0)

@@ -60,7 +60,7 @@ class ImageAutoencoderConfig:
 
 
 def fit_image_autoencoder(sources: list[str], config: ImageAutoencoderConfig, out: Path) -> dict[str, Any]:
-    """Train, save to `out`, and report the PSNR of held-out pictures in dB."""
+    """Train, save to `out`, and report the PSNR of held-out pictures in dB (None where none are held out)."""
     from diffusers import AutoencoderKL
 
     pictures = load_pictures(
@@ -91,7 +91,7 @@ def fit_image_autoencoder(sources: list[str], config: ImageAutoencoderConfig, ou
     optimiser.use_average()
     model.save_pretrained(out)
     return {
-        "psnr_db": psnr(model, pictures.heldout),
+        "psnr_db": psnr(model, pictures.heldout) if len(pictures.heldout) else None,
         "heldout_pictures": len(pictures.heldout),
         "train_pictures": len(pictures.train),
         "latent_shape": [config.latent_channels, config.grid, config.grid],

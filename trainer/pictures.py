@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 
 from index.console import Progress
 from index.errors import SourceError
-from index.schema import HELDOUT, row_id, split_of
+from index.schema import HELDOUT, TRAIN, row_id, split_of
 from pipeline.images import Rejected, decode_caption, decode_image
 from pipeline.sources import Sample, list_shards, read_samples
 
@@ -18,7 +18,7 @@ MAX_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Split:
-    """Training and held-out pictures."""
+    """Training and held-out pictures; of a small source none may be held out."""
 
     train: UInt8[np.ndarray, "N H W 3"]
     heldout: UInt8[np.ndarray, "M H W 3"]
@@ -33,7 +33,7 @@ def load_pictures(
     """
     shards = list_shards(sources)
     limit = min(limit, MAX_BYTES // (3 * size * size))
-    parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {"train": [], HELDOUT: []}
+    parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {TRAIN: [], HELDOUT: []}
     with Progress("read pictures", total=None, unit="pictures", log=log) as bar:
         for sample in _samples(shards):
             try:
@@ -44,10 +44,10 @@ def load_pictures(
             bar.advance()
             if bar.done == limit:
                 break
-    if not parts["train"]:
+    if not parts[TRAIN]:
         raise SourceError(f"no pictures to train on in {', '.join(sources)}")
-    # A source too small to hold anything out is measured on itself; its report says how many were held out.
-    return Split(np.stack(parts["train"]), np.stack(parts[HELDOUT] or parts["train"][:1]))
+    nothing = np.empty((0, size, size, 3), np.uint8)
+    return Split(np.stack(parts[TRAIN]), np.stack(parts[HELDOUT]) if parts[HELDOUT] else nothing)
 
 
 def load_captions(
@@ -69,7 +69,7 @@ def load_captions(
     train = [caption for caption, split in seen.items() if split != HELDOUT]
     if not train:
         raise SourceError(f"no captions to train on in {', '.join(sources)}")
-    return train, [caption for caption, split in seen.items() if split == HELDOUT] or train[:1]
+    return train, [caption for caption, split in seen.items() if split == HELDOUT]
 
 
 def _samples(shards: Sequence[str]) -> Iterator[Sample]:

@@ -112,7 +112,7 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
     encoder.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
-        **token_accuracy(model, *tokenise(tokenizer, heldout)),
+        **(token_accuracy(model, *tokenise(tokenizer, heldout)) if heldout else {"token_accuracy": None}),
         "heldout_captions": len(heldout),
         "train_captions": len(train),
         "text_width": width,
