@@ -1,4 +1,4 @@
-"""Settle a table's geometry, build its index, choose how hard to search it, and report what came out.
+"""Build a table's index, choose how hard to search it, and report what came out.
 
 The user asks for recall; partitions and probes are found here. Where the wanted index cannot reach the target at any
 number of probes, the exact-within-partition IVF_FLAT replaces it. What a trainer may rely on is tagged, so that a
@@ -6,18 +6,14 @@ clean-up of old versions leaves it alone.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from index.balance import Potentials, fit_potentials
 from index.console import Progress, write_json
 from index.errors import OptionError, TableError
-from index.geometry import Geometry
-from index.queries import draw_points, draw_rows
 from index.report import (
     Recall,
     Truth,
@@ -32,7 +28,8 @@ from index.report import (
 )
 from index.schema import TRAIN, IndexRef
 from index.search import ExactNeighbours, LanceNeighbours
-from index.table import Table, rewrite_vectors, update_meta
+from index.settle import settle_vectors, wanted_geometry
+from index.table import Table, update_meta
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
 VECTOR_INDEX = "vector_idx"
@@ -81,8 +78,15 @@ def build_index(table: Table, config: BuildConfig) -> Built:
     log = table.reports / "index.jsonl"
     if len(table.offsets(TRAIN)) == 0:
         raise TableError(f"{table.uri} holds no training rows: encode more samples or lower --heldout-share")
-    geometry = _wanted_geometry(table, config)
-    table, balanced = _settle_vectors(table, geometry, config, log)
+    geometry = wanted_geometry(
+        table,
+        kind=config.geometry,
+        desc_scale=config.desc_scale,
+        allow_small=config.allow_small_desc_scale,
+        perplexity=config.perplexity,
+        seed=config.seed,
+    )
+    table, balanced = settle_vectors(table, geometry, balance=config.balance, seed=config.seed, log=log)
     bad = count_bad_vectors(table.column("vector"))
     if bad["nan_vectors"]:
         raise TableError(f"{bad['nan_vectors']} vectors of {table.uri} are not finite: encode the table again")
@@ -114,65 +118,6 @@ def build_index(table: Table, config: BuildConfig) -> Built:
     }
     write_json(table.reports / "index.json", report)
     return Built(table, report)
-
-
-def _wanted_geometry(table: Table, config: BuildConfig) -> Geometry:
-    now = table.meta.geometry
-    scale = now.desc_scale if config.desc_scale in (None, "auto") else float(config.desc_scale)
-    # What the table has been given before is not questioned again.
-    allow = config.allow_small_desc_scale or scale == now.desc_scale
-    wanted = Geometry.fit(
-        table.meta.moments, kind=config.geometry or now.kind, desc_scale=scale, allow_small_desc_scale=allow
-    )
-    if config.desc_scale == "auto":
-        wanted = replace(wanted, desc_scale=_auto_desc_scale(table, wanted, config))
-    return wanted
-
-
-def _auto_desc_scale(table: Table, geometry: Geometry, config: BuildConfig) -> float:
-    """Bisect, on a logarithmic scale up to 64, for the wanted perplexity; larger scales leave R less choice."""
-    text, latent = table.column("text"), table.column("latent")
-    wanted = min(config.perplexity, max(2.0, len(text) / 10))
-    low, high = (-4.0, 6.0) if config.allow_small_desc_scale else (0.0, 6.0)
-    for _ in range(9):
-        middle = (low + high) / 2
-        rung = measure_ladder(geometry, text, latent, (2.0**middle,), seed=config.seed)[0]
-        low, high = (middle, high) if rung.perplexity > wanted else (low, middle)
-    scale: float = 2.0 ** ((low + high) / 2)
-    return round(scale if config.allow_small_desc_scale else max(scale, 1.01), 2)
-
-
-def _settle_vectors(
-    table: Table, geometry: Geometry, config: BuildConfig, log: Path
-) -> tuple[Table, Potentials | None]:
-    """Rewrite the vectors where the geometry or the balance changes."""
-    balanced_now = bool(table.meta.geometry.balance_of(table.column("vector")).any())
-    plain_needed = balanced_now and config.balance is not None
-    if plain_needed or not geometry.same_as(table.meta.geometry):
-        table = _rewritten(rewrite_vectors(table, geometry), table, log)
-    if not config.balance:
-        return table, None
-    exact = ExactNeighbours(table)
-
-    def queries(step: int) -> Any:
-        description = exact.text[draw_rows(len(exact.row), 1024, seed=config.seed, step=step)]
-        return geometry.queries(description, draw_points(geometry, 1024, seed=config.seed, step=step))
-
-    with Progress("balance", total=400, unit="steps", log=log) as bar:
-        for potentials in fit_potentials(exact, queries, steps=400):
-            bar.advance(potentials.step - bar.done, chi_square=potentials.chi_square)
-    coordinate = np.zeros(table.dataset().count_rows(), np.float32)
-    coordinate[table.offsets(TRAIN)] = potentials.coordinate()
-    return _rewritten(rewrite_vectors(table, geometry, coordinate), table, log), potentials
-
-
-def _rewritten(steps: Iterator[int | Table], table: Table, log: Path) -> Table:
-    with Progress("write vectors", total=table.dataset().count_rows(), unit="rows", log=log) as bar:
-        for step in steps:
-            if isinstance(step, Table):
-                return step
-            bar.advance(step - bar.done)
-    raise AssertionError("rewrite_vectors ends with a table")
 
 
 def _choose_index(

@@ -138,9 +138,10 @@ def sample(
     coalescer = Coalescer.from_pretrained(run, device=device)
     samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
     draw_grid(samples.images, samples.captions, out, columns=num if num > 1 and len(caption) > 1 else 8)
-    made = [{"caption": c, "confidence": float(s)} for c, s in zip(samples.captions, samples.confidence, strict=True)]
+    sure = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
+    made = [{"caption": c, "confidence": s} for c, s in zip(samples.captions, sure, strict=True)]
     write_json(out.with_suffix(".json"), {"run": str(run), "seed": seed, "steps": steps, "images": made})
-    print(f"{out}: {len(samples.images)} pictures in {steps} steps, mean confidence {samples.confidence.mean():.2f}")
+    print(f"{out}: {len(samples.images)} pictures in {steps} steps, confidences in {out.with_suffix('.json')}")
 
 
 @app.command()

@@ -50,7 +50,7 @@ def evaluate(run: Path, *, steps: list[int], out: Path, seed: int = 0) -> dict[s
             x, sure = coalescer.coordinates(text, range(len(text)), steps=n, seed=seed)
             report["steps"][str(n)] = {
                 **_distances(x, truth),
-                "confidence": float(sure.mean()),
+                **({} if np.isnan(sure).all() else {"confidence": float(sure.mean())}),
                 "evaluations": n,
                 "ms_per_latent": (time.perf_counter() - began) / len(text) * 1e3,
             }

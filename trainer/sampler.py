@@ -29,7 +29,7 @@ class Samples:
     captions: list[str]
     """The caption of each image."""
     confidence: Float32[np.ndarray, "B"]
-    """Length of the direction at the first step, 0 to 1: how sure the network was of where to go."""
+    """How sure the network was of where to go, at the first step, 0 to 1; NaN where its objective cannot say."""
     latents: Float32[np.ndarray, "B C h w"]
     """As the autoencoder decodes them."""
 

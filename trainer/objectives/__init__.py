@@ -25,7 +25,7 @@ class Loss(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where a step has led, and how sure the network was: the length of the direction that it predicted."""
+    """Where a step has led, and how sure the network was, 0 to 1; NaN where an objective cannot say."""
 
     x: Float[Tensor, "B L"]
     confidence: Float[Tensor, "B"]

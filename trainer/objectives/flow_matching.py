@@ -40,13 +40,13 @@ class FlowMatching:
         n: int,
         guidance: float,
     ) -> Step:
-        """One Euler step of length 1/n from time i/n; classifier-free guidance on the velocity."""
+        """One Euler step of length 1/n from time i/n; classifier-free guidance on the velocity. It knows no confidence."""
         t = torch.full((len(x),), i / n, device=x.device)
         velocity = network(x, text, time=t).direction
         if guidance != 1:
             blind = network(x, text, keep=torch.zeros(len(x), dtype=torch.bool, device=x.device), time=t).direction
             velocity = blind + guidance * (velocity - blind)
-        return Step(x + velocity / n, velocity.norm(dim=1))
+        return Step(x + velocity / n, torch.full((len(x),), torch.nan, device=x.device))
 
 
 PRESETS: dict[str, Callable[..., FlowMatching]] = {"default": FlowMatching}
