@@ -141,8 +141,8 @@ def test_flow_matching_regresses_the_velocity_and_integrates_it():
     for i in range(5):
         x = objective.step(right, x, batch.text, i, 5, 1.0).x
     assert torch.allclose(x, batch.y, atol=1e-5)
-    assert objective.step(right, x, batch.text, 0, 1, 1.0).confidence.isnan().all()
     assert torch.allclose(right.seen[-1][3], torch.full((B,), 0.8))
+    assert objective.step(right, x, batch.text, 0, 1, 1.0).confidence.isnan().all()
 
 
 def test_unknown_names_are_refused():

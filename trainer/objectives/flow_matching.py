@@ -40,7 +40,7 @@ class FlowMatching:
         n: int,
         guidance: float,
     ) -> Step:
-        """One Euler step of length 1/n from time i/n; classifier-free guidance on the velocity. It knows no confidence."""
+        """One Euler step of length 1/n from time i/n, classifier-free guidance on the velocity; no confidence."""
         t = torch.full((len(x),), i / n, device=x.device)
         velocity = network(x, text, time=t).direction
         if guidance != 1:
