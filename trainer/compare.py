@@ -19,7 +19,10 @@ th:first-child,td:first-child{{text-align:left}}img{{width:72px;margin:2px}}</st
 
 def compare(runs: list[Path], *, steps: list[int], captions: list[str], out: Path, seed: int = 0) -> dict[str, Any]:
     """Evaluate every run, sample the same captions from each; writes OUT/report.json and OUT/index.html."""
-    reports = {str(run): evaluate(run, steps=steps, out=out / "runs" / run.name, seed=seed) for run in runs}
+    reports = {
+        str(run): evaluate(run, steps=steps, out=out / "runs" / f"{number}-{run.name}", seed=seed)
+        for number, run in enumerate(runs, 1)
+    }
     tables = []
     for metric in ("frechet", "sliced_wasserstein"):
         head = "".join(f"<th>{n} steps</th>" for n in steps)
@@ -31,8 +34,10 @@ def compare(runs: list[Path], *, steps: list[int], captions: list[str], out: Pat
         tables.append(f"<h2>{metric.replace('_', ' ')}</h2><table><tr><th>run</th>{head}</tr>{body}</table>")
     for run in runs if captions else []:
         coalescer = Coalescer.from_pretrained(run)
-        images = "".join(_inline(image) for image in coalescer(captions, steps=steps[-1], num=4, seed=seed).images)
-        tables.append(f"<h2>{html.escape(str(run))}, {steps[-1]} steps</h2>{images}")
+        tables.append(f"<h2>{html.escape(str(run))}, {steps[-1]} steps</h2>")
+        for caption in captions:
+            images = coalescer(caption, steps=steps[-1], num=4, seed=seed).images
+            tables.append(f"<p>{html.escape(caption)}<br>{''.join(_inline(image) for image in images)}</p>")
     first = next(iter(reports.values()))
     floors = ", ".join(f"{name} {figures['frechet']:.3f}" for name, figures in first["floors"].items())
     result = {"runs": reports, "captions": captions, "seed": seed}
