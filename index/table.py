@@ -72,6 +72,8 @@ class Table:
 def table_uri(given: str | Path) -> str:
     """The absolute path of DB/NAME.lance (LanceDB takes a relative `db...` for its cloud); TableError otherwise."""
     path = Path(given)
+    if path.parts and path.parts[0].endswith(":"):  # s3://bucket has become s3:/bucket
+        raise TableError(f"{str(given)!r} is not on this machine: give a local path of the form DB/NAME.lance")
     if path.suffix != ".lance" or not path.stem:
         raise TableError(
             f"{str(given)!r} is not a table: give a path of the form DB/NAME.lance, for instance data/pairs.lance"

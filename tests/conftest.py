@@ -1,9 +1,11 @@
 """Small real things that many tests need: drawn shapes, encoders saved to disk, an encoded and indexed table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from index.build import BuildConfig, build_index
 from index.table import Table, open_table
@@ -40,6 +42,18 @@ def image_encoder(tmp_path_factory) -> str:
         norm_num_groups=4,
         mid_block_add_attention=False,
     ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def changed_encoder(image_encoder, tmp_path_factory) -> str:
+    """The same autoencoder with one weight changed."""
+    folder = tmp_path_factory.mktemp("changed") / "image_encoder"
+    shutil.copytree(image_encoder, folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"] += 1
+    save_file(weights, path, {"format": "pt"})
     return str(folder)
 
 

@@ -43,12 +43,15 @@ def test_braces_globs_and_repeats(tmp_path):
     assert [f.rsplit("/", 1)[1] for f in found] == ["00000.tar", "00001.tar", "00002.tar"]
 
 
-def test_other_file_systems():
+def test_other_file_systems(tmp_path):
     import fsspec
 
-    with fsspec.open("memory://bucket/a.tar", "wb") as file:
-        file.write(b"")
+    local = write_tar(tmp_path / "a.tar", {"x.png": png(), "x.txt": b"words"})
+    with fsspec.open("memory://bucket/a.tar", "wb") as file, open(local, "rb") as source:
+        file.write(source.read())
     assert list_shards(["memory://bucket/*.tar"]) == ["memory:///bucket/a.tar"]
+    (sample,) = read_samples("memory:///bucket/a.tar")
+    assert (sample.image, sample.caption) == (png(), b"words")
 
 
 @pytest.mark.parametrize("given", ["nowhere", "nowhere/*.tar", "{a,b}.tar"])

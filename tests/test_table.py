@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -108,6 +109,12 @@ def test_take_keeps_order_and_repeats(encoded):
 def test_a_name_that_is_no_table(given):
     with pytest.raises(TableError, match=r"DB/NAME\.lance"):
         table_uri(given)
+
+
+def test_a_table_on_another_machine_is_refused():
+    for given in ("s3://bucket/pairs.lance", Path("gs://bucket/db/pairs.lance")):
+        with pytest.raises(TableError, match="give a local path"):
+            table_uri(given)
 
 
 def test_a_table_that_is_not_there(tmp_path):
