@@ -78,6 +78,11 @@ class TableMeta:
     """One for each encode run whose rows the table holds."""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def searched_exactly(self) -> bool:
+        """Whether no index serves the table, so that every query is compared with all rows."""
+        return self.index is None or self.index.kind == "none"
+
     def to_json(self) -> str:
         """All fields as JSON; arrays become base64 of their little-endian bytes, so the round trip is exact."""
         content = {field: getattr(self, field) for field in self.__slots__}

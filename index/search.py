@@ -132,7 +132,6 @@ class ExactNeighbours:
 
 def open_neighbours(table: Table, *, exact: bool = False, device: str = "cpu") -> Neighbours:
     """The search that `table` was indexed for, or the exact one."""
-    index = table.meta.index
-    if exact or index is None or index.kind == "none":
+    if exact or table.meta.searched_exactly:
         return ExactNeighbours(table, device)
     return LanceNeighbours(table)

@@ -103,6 +103,8 @@ def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, enco
     assert built.table.meta.index.kind == "ivf_flat"
     assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_pq", "ivf_flat"}
     assert built.report["recall_at_1"] > 0.99
+    assert "ivf_pq finds 0." in built.report["index_choice"]
+    assert "more do not help; ivf_flat finds" in built.report["index_choice"]
 
 
 def test_a_new_desc_scale_rewrites_and_the_index_must_be_built_again(shapes, encode_shapes, tmp_path):
