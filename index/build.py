@@ -8,6 +8,7 @@ from index.choose import INDEX_TYPES, VECTOR_INDEX, choose_index
 from index.console import Progress, write_json
 from index.errors import OptionError, TableError
 from index.report import (
+    LADDER,
     count_bad_vectors,
     draws_for,
     find_truth,
@@ -82,10 +83,8 @@ def build_index(table: Table, config: BuildConfig) -> Built:
     with Progress("measure shares", total=draws_for(len(exact.row)), unit="draws", log=log) as bar:
         shares = measure_shares(table, neighbours, exact, seed=config.seed, drawn=bar.advance)
     coordinate = table.meta.geometry.balance_of(exact.vectors.cpu().numpy())
-    ladder = measure_ladder(table.meta.geometry, exact.text, exact.latent, balance=coordinate)
-    at_scale = measure_ladder(
-        table.meta.geometry, exact.text, exact.latent, (geometry.desc_scale,), balance=coordinate
-    )[0]
+    scales = (*LADDER, geometry.desc_scale)
+    *ladder, at_scale = measure_ladder(table.meta.geometry, exact.text, exact.latent, scales, balance=coordinate)
     report = {
         **settings_of(table),
         "index_choice": choice.why,

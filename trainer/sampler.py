@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from index.errors import OptionError, RunError
 from index.geometry import Geometry
 from index.schema import TableMeta
+from index.table import first_line
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import load_model, read_config
 from trainer.network import Network, NetworkConfig
@@ -167,4 +168,4 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError) as error:
-        raise RunError(f"no folder {name}, and the hub does not give it: {str(error).splitlines()[0]}") from error
+        raise RunError(f"no folder {name}, and the hub does not give it: {first_line(error)}") from error
