@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from index.choose import INDEX_TYPES, VECTOR_INDEX, choose_index
-from index.console import Progress, write_json
+from index.console import Progress
 from index.errors import OptionError, TableError
 from index.report import (
     LADDER,
@@ -60,7 +60,7 @@ class Built:
 def build_index(table: Table, config: BuildConfig) -> Built:
     """Do all of it; the report is also written to DB/NAME.reports/index.json."""
     began = time.monotonic()
-    log = table.reports / "index.jsonl"
+    log = table.log("index")
     if len(table.offsets(TRAIN)) == 0:
         raise TableError(f"{table.uri} holds no training rows: encode more samples or lower --heldout-share")
     geometry = wanted_geometry(
@@ -100,7 +100,7 @@ def build_index(table: Table, config: BuildConfig) -> Built:
         "ladder": [asdict(rung) for rung in ladder],
         "alternatives": choice.tried,
     }
-    write_json(table.reports / "index.json", report)
+    table.write_report("index", report)
     return Built(table, report)
 
 

@@ -37,7 +37,7 @@ class Choice:
     """Every type and number of probes that was measured."""
 
 
-def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float, log: Path) -> Choice:
+def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float, log: Path | None) -> Choice:
     """Build the index that was asked for, or a finer one where it cannot reach the target; store and tag the choice."""
     n = len(truth.exact.row)
     if kind == "ivf_pq" and n < PQ_CENTROIDS:
@@ -62,7 +62,9 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
     return Choice(_served_by(table, ref), recall, why, tried)
 
 
-def _fewest_probes(table: Table, partitions: int, truth: Truth, target_recall: float, log: Path) -> dict[int, Recall]:
+def _fewest_probes(
+    table: Table, partitions: int, truth: Truth, target_recall: float, log: Path | None
+) -> dict[int, Recall]:
     """Double the probes until the target is reached or more of them change nothing; what each number reached."""
     measured: dict[int, Recall] = {}
     nprobes = 1
@@ -77,7 +79,7 @@ def _fewest_probes(table: Table, partitions: int, truth: Truth, target_recall: f
             nprobes = min(2 * nprobes, partitions)
 
 
-def _create(table: Table, kind: str, partitions: int, log: Path) -> Table:
+def _create(table: Table, kind: str, partitions: int, log: Path | None) -> Table:
     dataset = table.dataset()
     extra: dict[str, Any] = {"num_bits": 8} if kind == "ivf_rq" else {}
     if kind == "ivf_pq":
@@ -99,7 +101,7 @@ def _create(table: Table, kind: str, partitions: int, log: Path) -> Table:
             progress_callback=tick,
             **extra,
         )
-    return Table(table.uri, dataset.version, table.meta)
+    return Table(table.uri, dataset.version, table.meta, table.storage)
 
 
 def _served_by(table: Table, ref: IndexRef) -> Table:

@@ -5,10 +5,12 @@ with rate and time left on a terminal, prints its last line elsewhere, and appen
 `TICK_SECONDS`, so that a long run can be watched from outside by reading a file.
 """
 
+import contextlib
 import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +37,13 @@ def run(app: Callable[[], Any]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON aside and rename it, so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    aside.replace(path)
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class Progress:
@@ -116,7 +122,8 @@ class Progress:
             "eta": None if left is None else round(left, 1),
             **self.figures,
         }
-        with self.log.open("a") as file:
+        # A full disk ends the step with its own words, not here.
+        with contextlib.suppress(OSError), self.log.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __exit__(

@@ -5,7 +5,6 @@ there is. What each figure means is said at its field. Science behind them: hubn
 chi-square of shares (SD-FM, arXiv 2509.25519), the perplexity of the target given a description.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -245,7 +244,7 @@ def settings_of(table: Table) -> dict[str, Any]:
 
 def describe(table: Table) -> dict[str, Any]:
     """What a table holds, with the figures of its last index report where there is one."""
-    meta, path = table.meta, table.reports / "index.json"
+    meta = table.meta
     return {
         "table": table.uri,
         "version": table.version,
@@ -259,5 +258,5 @@ def describe(table: Table) -> dict[str, Any]:
         "geometry": meta.geometry.kind,
         "desc_scale": meta.geometry.desc_scale,
         "indexed": meta.index is not None,
-        **(json.loads(path.read_text()) if meta.index is not None and path.exists() else {}),
+        **((table.report("index") or {}) if meta.index is not None else {}),
     }

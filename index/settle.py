@@ -36,6 +36,8 @@ def wanted_geometry(
 ) -> Geometry:
     """The geometry that the user asks for; None keeps what the table has, desc_scale `auto` goes by perplexity."""
     now = table.meta.geometry
+    if kind is None and desc_scale is None:
+        return now
     scale = now.desc_scale if desc_scale in (None, "auto") else float(desc_scale)
     # What the table has been given before is not questioned again.
     allowed = allow_small or scale == now.desc_scale
@@ -60,7 +62,7 @@ def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, *, all
 
 
 def settle_vectors(
-    table: Table, geometry: Geometry, *, balance: bool | None, seed: int, log: Path
+    table: Table, geometry: Geometry, *, balance: bool | None, seed: int, log: Path | None
 ) -> tuple[Table, Potentials | None]:
     """Lay the table out in this geometry, with or without balance (None keeps it); the potentials where fitted now."""
     balanced = bool(table.meta.geometry.balance_of(table.column("vector")).any())
@@ -74,7 +76,7 @@ def settle_vectors(
     return _rewritten(rewrite_vectors(table, geometry, coordinate), table, log), potentials
 
 
-def _fit_balance(table: Table, geometry: Geometry, seed: int, log: Path) -> Potentials:
+def _fit_balance(table: Table, geometry: Geometry, seed: int, log: Path | None) -> Potentials:
     """Fit dual potentials to the law that training draws from."""
     exact = ExactNeighbours(table)
 
@@ -88,7 +90,7 @@ def _fit_balance(table: Table, geometry: Geometry, seed: int, log: Path) -> Pote
     return potentials
 
 
-def _rewritten(steps: Iterator[int | Table], table: Table, log: Path) -> Table:
+def _rewritten(steps: Iterator[int | Table], table: Table, log: Path | None) -> Table:
     with Progress("write vectors", total=table.dataset().count_rows(), unit="rows", log=log) as bar:
         for step in steps:
             if isinstance(step, Table):

@@ -15,7 +15,11 @@ app = typer.Typer(
     help=__doc__.split(". A")[0] + ".",
 )
 
-TableArgument = Annotated[Path, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)]
+TableArgument = Annotated[str, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(help="For object stores, name=value, as LanceDB names them: aws_endpoint, aws_region ..."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -47,11 +51,12 @@ def encode(
     source: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, brace patterns of .tar or .parquet; after `--` Beam options as --name=value.",
+            help="Tar or parquet shards, image folders, saved datasets, hf:NAME; globs, braces, any fsspec URI. "
+            "After `--`: Beam options as --name=value.",
             show_default=False,
         ),
     ],
-    table: Annotated[Path, typer.Option(help="The table to write, DB/NAME.lance.", show_default=False)],
+    table: Annotated[str, typer.Option(help="The table to write, DB/NAME.lance or s3://...", show_default=False)],
     image_encoder: Annotated[
         str, typer.Option(help="Folder or hub id of a diffusers autoencoder.", show_default=False)
     ],
@@ -59,35 +64,73 @@ def encode(
         str, typer.Option(help="Folder or hub id of a transformers text model.", show_default=False)
     ],
     image_size: Annotated[int, typer.Option(help="Side of the square that is encoded, in pixels.")] = 256,
-    desc_scale: Annotated[float, typer.Option(help="Weight of the description in the search, above 1.")] = 4.0,
-    geometry: Annotated[str, typer.Option(help="sphere, standard or raw.")] = "sphere",
+    image_key: Annotated[str | None, typer.Option(help="Column or tar ending of the picture, `a;b`: in order.")] = None,
+    caption_key: Annotated[str | None, typer.Option(help="Column, tar ending or JSON key of the caption.")] = None,
+    min_side: Annotated[int | None, typer.Option(help="Filter: shorter side in pixels, at least.")] = None,
+    max_aspect: Annotated[float | None, typer.Option(help="Filter: longer over shorter side, at most.")] = None,
+    min_caption: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at least.")] = None,
+    max_caption: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at most.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Filter: over the JSON sidecar, as in 'aesthetic > 5 and pwatermark < 0.8'.")
+    ] = None,
+    dedup: Annotated[
+        str | None, typer.Option(help="Filter: keep the first of equal `image`s, or of equal image-caption `pair`s.")
+    ] = None,
+    desc_scale: Annotated[
+        float | None, typer.Option(help="Weight of the description in the search, above 1; 4 unless given.")
+    ] = None,
+    geometry: Annotated[str | None, typer.Option(help="sphere (unless given), standard or raw.")] = None,
     heldout_share: Annotated[float, typer.Option(help="Share of rows kept from training.")] = 0.05,
     keep_images: Annotated[bool, typer.Option(help="Store the original bytes with each row.")] = False,
     limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
     max_reject_share: Annotated[float, typer.Option(help="Stop before publishing if more is rejected.")] = 0.5,
+    append: Annotated[bool, typer.Option(help="Add the shards that the table does not have.")] = False,
     workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on cuda), float32, bfloat16 or float16.")] = "auto",
+    storage_option: StorageOption = None,
     runner: Annotated[str, typer.Option(help="Beam runner.")] = "FnApiRunner",
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check sources, encoders and target, print the plan, stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything on a few samples, print the plan, stop.")] = False,
 ) -> None:
-    """Encode image-caption shards into a Lance table, on Apache Beam.
+    """Encode image-caption pairs into a Lance table, on Apache Beam.
 
     pipeline encode data/shapes --table db/shapes.lance --image-encoder models/image --text-encoder models/text
     --image-size 32 --workers 2
 
-    pipeline encode 's3://laion/{00000..00099}.tar' --table db/laion.lance --image-encoder stabilityai/sd-vae-ft-mse
-    --text-encoder openai/clip-vit-large-patch14 --image-size 256
+    pipeline encode 's3://laion/{00000..00099}.tar' --table s3://mine/db/laion.lance --image-encoder
+    stabilityai/sd-vae-ft-mse --text-encoder openai/clip-vit-large-patch14 --where 'aesthetic > 5' --min-side 256
     """
+    from index.storage import Storage
+    from pipeline.config import RunConfig
     from pipeline.encode import encode as run_encode
     from pipeline.encode import plan_encode
-    from pipeline.rows import RunConfig
+    from pipeline.encoders import pick_device
 
+    device = pick_device(device)
+    # What follows `--` reaches us among the sources.
+    beam_options = [part for part in source if part.startswith("--")]
+    how = RunConfig(
+        workers=workers,
+        batch_size=batch_size,
+        device=device,
+        storage=Storage.of(storage_option or ()),
+        beam_options=(f"--runner={runner}", *beam_options),
+    )
     options: dict[str, Any] = {
         "image_encoder": image_encoder,
         "text_encoder": text_encoder,
         "image_size": image_size,
+        "image_key": image_key,
+        "caption_key": caption_key,
+        "min_side": min_side,
+        "max_aspect": max_aspect,
+        "min_caption": min_caption,
+        "max_caption": max_caption,
+        "where": where,
+        "dedup": dedup,
+        "dtype": ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype,
         "desc_scale": desc_scale,
         "allow_small_desc_scale": allow_small_desc_scale,
         "geometry": geometry,
@@ -95,30 +138,14 @@ def encode(
         "keep_images": keep_images,
         "limit": limit,
         "max_reject_share": max_reject_share,
+        "append": append,
     }
-    # What follows `--` reaches us among the sources.
-    beam_options = [part for part in source if part.startswith("--")]
-    config = plan_encode([part for part in source if part not in beam_options], options)
-    how = RunConfig(
-        workers=workers,
-        batch_size=batch_size,
-        device=device,
-        beam_options=(f"--runner={runner}", *beam_options),
-    )
-    encoded = run_encode(config, how, str(table), dry_run=dry_run)
+    config = plan_encode([part for part in source if part not in beam_options], options, how)
+    encoded = run_encode(config, how, table, dry_run=dry_run)
     if encoded.done_before:
         print(f"{table} is already encoded with these options: nothing to do")
-    shown = (
-        "rows",
-        "rejects",
-        "rejects_by_reason",
-        "shards",
-        "seconds",
-        "images_per_second",
-        "latent_shape",
-        "text_width",
-    )
-    print_table(str(table), {name: encoded.report[name] for name in shown if name in encoded.report})
+    hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
 
 
 @app.command("build-index")
@@ -139,6 +166,7 @@ def build_index(
     target_recall: Annotated[float, typer.Option(help="recall@1 wanted on the real query law.")] = 0.95,
     perplexity: Annotated[float, typer.Option(help="For auto: targets that a description chooses among.")] = 100.0,
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Settle the geometry, build the LanceDB index, and report recall, shares and learnability.
@@ -149,6 +177,7 @@ def build_index(
     """
     from index.build import BuildConfig
     from index.build import build_index as run_build
+    from index.storage import Storage
     from index.table import open_table
 
     config = BuildConfig(
@@ -160,12 +189,12 @@ def build_index(
         perplexity=perplexity,
         allow_small_desc_scale=allow_small_desc_scale,
     )
-    built = run_build(open_table(table), config)
-    _show(str(table), built.report, as_json)
+    built = run_build(open_table(table, storage=Storage.of(storage_option or ())), config)
+    _show(table, built.report, as_json)
 
 
 @app.command()
-def inspect(table: TableArgument, as_json: JsonOption = False) -> None:
+def inspect(table: TableArgument, storage_option: StorageOption = None, as_json: JsonOption = False) -> None:
     """Say what a table holds, and what its last index report found.
 
     pipeline inspect db/shapes.lance
@@ -173,9 +202,10 @@ def inspect(table: TableArgument, as_json: JsonOption = False) -> None:
     pipeline inspect db/shapes.lance --json
     """
     from index.report import describe
+    from index.storage import Storage
     from index.table import open_table
 
-    _show(str(table), describe(open_table(table)), as_json)
+    _show(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
 
 
 def _scale(given: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Encode image-caption shards into a table: plan the run, put it on Beam, watch it, report it.
+"""Encode image-caption shards into a table: plan the run, put it on Beam, report it.
 
 Running the same command again goes on where it was stopped, shard by shard; on a finished table it does nothing.
 """
@@ -7,28 +7,27 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
-import os
-import shutil
-import sys
-import threading
+import re
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
-import index.errors
-from index.console import Progress, write_json
-from index.errors import SourceError, TableError
-from index.geometry import check_desc_scale
-from index.table import Table, is_table, open_table, reports_of, table_uri
-from pipeline.rows import EncodeConfig, EncodeJob, RunConfig, open_encoders
-from pipeline.sink import ShardPart, WriteLance, finished_part, rows_begun
-from pipeline.sources import Broken, list_shards, read_samples
+from index.errors import CoalescerError, TableError
+from index.table import Table, is_table, log_of, open_table, shards_of, table_uri
+from pipeline.claim import claim
+from pipeline.config import EncodeConfig, RunConfig
+from pipeline.filters import Filters
+from pipeline.graph import STOPPED, EncodeShards
+from pipeline.job import EncodeJob, Tally, open_encoders
+from pipeline.marks import Marks
+from pipeline.preflight import check_source, check_target, expected_samples, first_samples, plan
+from pipeline.sources import Reading, list_shards
+from pipeline.watch import watching, worker_output
+
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,179 +40,181 @@ class Encoded:
     done_before: bool = False
 
 
-def plan_encode(sources: list[str], config: dict[str, Any]) -> EncodeConfig:
-    """The config for some sources and options; the sources are listed now."""
-    check_desc_scale(config.get("desc_scale", 4.0), allow_small=config.get("allow_small_desc_scale", False))
-    return EncodeConfig(shards=tuple(list_shards(sources)), **config)
+def plan_encode(sources: list[str], options: dict[str, Any], run: RunConfig) -> EncodeConfig:
+    """The config for some sources and options by name; the sources are listed now."""
+    filters = Filters(**{name: options.pop(name) for name in Filters.__dataclass_fields__ if name in options})
+    reading = Reading(options.get("image_key"), options.get("caption_key"), run.storage)
+    blank = EncodeConfig(shards=(), filters=filters, **options)  # refuses wrong options before anything is listed
+    return replace(blank, shards=tuple(list_shards(sources, reading)))
 
 
 def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = False) -> Encoded:
     """Encode all shards and publish the table; goes on where an earlier run of the same config stopped.
 
-    A dry run checks sources, encoders and target, reports the plan, and writes nothing.
+    A dry run checks sources, encoders, device, target and space, encodes a few samples, and writes nothing.
     """
     uri = table_uri(table)
-    takes = _takes(config)
-    image, text = open_encoders(config.image_encoder, config.text_encoder, run.device)
-    blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
-    settings = {**asdict(config), "image_digest": image.ref.digest, "text_digest": text.ref.digest}
+    free = check_target(uri, run.storage)
+    marks = Marks(uri.removesuffix(".lance") + ".encode", run.storage)
+    image, text = open_encoders(config.image_encoder, config.text_encoder, run.device, config.dtype)
+    settings = {**config.settings, "image_digest": image.ref.digest, "text_digest": text.ref.digest}
     # A run that stopped for too many rejects goes on when more are allowed, so that limit is no part of its identity.
     identity = {name: value for name, value in settings.items() if name != "max_reject_share"}
+    blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
     job = EncodeJob(
         config=config,
         run=run,
+        uri=uri,
+        marks=marks,
+        run_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
         image_ref=image.ref,
         text_ref=text.ref,
         latent_shape=image.encode(blank).shape[1:],
         text_width=text.encode(["a"]).shape[1],
-        run_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
-        takes=takes,
     )
-    report_path = reports_of(uri) / "encode.json"
-    marks = uri.removesuffix(".lance") + f".encode/{job.run_id}"
-    done_before = is_table(uri) and job.run_id in open_table(uri).meta.run_ids
-    if is_table(uri) and not done_before:
-        raise TableError(f"{table} exists{_changes(report_path, settings)}: name another --table, or delete it first")
-    if dry_run:
-        plan = {"shards": len(config.shards), "latent_shape": list(job.latent_shape), "text_width": job.text_width}
-        return Encoded(None, plan)
+    with contextlib.nullcontext() if dry_run else claim(marks.folder, run.storage):
+        there = open_table(uri, storage=run.storage) if is_table(uri, run.storage) else None
+        done_before = there is not None and job.run_id in there.meta.run_ids
+        if there is not None and not done_before:
+            job = _appending(job, there) if config.append else _refuse(there, settings)
+            done_before = not job.config.shards
+        _refuse_changes(marks, identity)
+        if not done_before:
+            check_source(job.config.shards, run.reading(config))
+            if config.limit is not None:
+                job.takes = first_samples(job.config.shards, config.limit, run.reading(config))
+        if dry_run:
+            return Encoded(None, {"to_do": "nothing"} if done_before else plan(job, free))
+        return _finish(job, settings, identity, done_before)
+
+
+def _finish(job: EncodeJob, settings: dict[str, Any], identity: dict[str, Any], done_before: bool) -> Encoded:
+    """Run what is left of it, report it, and clear up."""
     began = time.monotonic()
     if not done_before:
-        _run_beam(job, uri, marks)
+        job.marks.write(SETTINGS, identity)
+        _run_beam(job)
+    table = job.table()
     # A run that was stopped between its commit and its report still has its marks.
-    if Path(marks).exists():
-        parts = [part for shard in config.shards if (part := finished_part(marks, shard)) is not None]
+    parts = Tally()
+    for shard in job.config.shards:
+        if (part := job.marks.finished(shard)) is not None:
+            parts.add(part)
+    if parts.shards:
         seconds = None if done_before else time.monotonic() - began
-        report = _report(job, parts, seconds) | {"table": uri, "settings": settings}
-        write_json(report_path, report)
-        shutil.rmtree(Path(marks).parent)
-    return Encoded(open_table(uri), json.loads(report_path.read_text()), done_before)
+        table.write_report("encode", _report(job, parts, seconds) | {"table": job.uri, "settings": settings})
+        if len(table.meta.run_ids) == 1 and table.version == 1:
+            # Shards that were in flight when a run was killed have left files that no commit refers to.
+            table.dataset().cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+    job.run.storage.remove(job.marks.folder)
+    return Encoded(table, table.report("encode") or {}, done_before)
 
 
-def _takes(config: EncodeConfig) -> dict[str, int]:
-    """How many samples to read of each shard, so that all together are the first `limit`; SourceError where none is."""
-    left = 1 if config.limit is None else config.limit
-    takes = dict.fromkeys(config.shards, 0)
-    for shard in config.shards:
-        for sample in read_samples(shard):
-            takes[shard] += not isinstance(sample, Broken)
-            left -= not isinstance(sample, Broken)
-            if left == 0:
-                return {} if config.limit is None else takes
-    if not any(takes.values()):
-        raise SourceError(
-            f"no samples in {len(config.shards)} shards ({config.shards[0]} ...): is the source complete?"
+def _appending(job: EncodeJob, table: Table) -> EncodeJob:
+    """The same job for the shards that the table does not have; TableError where its rows would not fit."""
+    meta = table.meta
+    geometry = meta.geometry
+    config = job.config
+    pairs = {
+        "image-encoder": (meta.image_encoder.digest, job.image_ref.digest),
+        "text-encoder": (meta.text_encoder.digest, job.text_ref.digest),
+        "image-size": (meta.image_size, config.image_size),
+        "heldout-share": (meta.heldout_share, config.heldout_share),
+        "keep-images": ("image" in table.dataset().schema.names, config.keep_images),
+        "desc-scale": (geometry.desc_scale, config.desc_scale or geometry.desc_scale),
+        "geometry": (geometry.kind, config.geometry or geometry.kind),
+    }
+    changed = [f"--{name}" for name, (before, now) in pairs.items() if before != now]
+    if changed:
+        raise TableError(
+            f"{table.uri} was encoded with another {', '.join(changed)}: append with the same, or leave it out"
         )
-    return takes
+    present = shards_of(table)
+    shards = tuple(shard for shard in config.shards if shard not in present)
+    return replace(job, config=replace(config, shards=shards), base=meta)
 
 
-def _changes(report_path: Path, settings: dict[str, Any]) -> str:
-    if not report_path.exists():
-        return " and was written by other means"
-    before = json.loads(report_path.read_text())["settings"]
-    changed = [name for name, value in json.loads(json.dumps(settings)).items() if before.get(name) != value]
-    return f" and was encoded with another {', '.join(changed)}"
+def _refuse(table: Table, settings: dict[str, Any]) -> EncodeJob:
+    report = table.report("encode")
+    told = f" and was encoded with another {_changes(report['settings'], settings)}" if report else ""
+    raise TableError(f"{table.uri} exists{told}: name another --table, add --append, or delete it first")
 
 
-def _run_beam(job: EncodeJob, uri: str, marks: str) -> None:
+def _refuse_changes(marks: Marks, identity: dict[str, Any]) -> None:
+    """TableError where an unfinished run of other settings has left its marks."""
+    before = marks.read(SETTINGS)
+    if before is not None and (changed := _changes(before, identity)):
+        raise TableError(
+            f"an unfinished run in {marks.folder} has another {changed}: type its options to go on with it, "
+            f"or delete that folder to start anew"
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The names of what differs."""
+    now = json.loads(json.dumps(now))
+    return ", ".join(name for name in now if before.get(name) != now[name])
+
+
+def _run_beam(job: EncodeJob) -> None:
+    """Put the graph on Beam; a CoalescerError of a worker is raised here as what it was."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    outcome = Path(marks) / "outcome.json"
-    outcome.unlink(missing_ok=True)
-    shards = list(job.config.shards)
+    job.marks.storage.remove(f"{job.marks.folder}/{STOPPED}")
     options = ["--runner=FnApiRunner"]
     if job.run.workers > 1:
         options += [f"--direct_num_workers={job.run.workers}", "--direct_running_mode=multi_processing"]
     options += job.run.beam_options  # the last of equal options counts
-    reports = reports_of(uri)
-    with _worker_output(reports / "encode.workers.log"), _watching(marks, shards, reports / "encode.jsonl"):
+    log = log_of(job.uri, "encode")
+    with worker_output(), watching(job, expected_samples(job), log):
         pipeline = beam.Pipeline(options=PipelineOptions(options))
-        pipeline | "Shards" >> beam.Create(shards) | WriteLance(uri, job, marks, job.run_id)
-        pipeline.run().wait_until_finish()
-    result = json.loads(outcome.read_text())
-    if "error" in result:
-        raise getattr(index.errors, result["error"])(result["text"])
-
-
-@contextlib.contextmanager
-def _worker_output(path: Path) -> Iterator[None]:
-    """Send what Beam and its worker processes say to a file; this process keeps the terminal for its progress.
-
-    Workers inherit descriptor 2, so it is the descriptor that moves, not `sys.stderr`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    with os.fdopen(os.dup(2), "w", buffering=1) as terminal, path.open("ab") as log:
-        os.dup2(log.fileno(), 2)
-        shown, sys.stderr = sys.stderr, terminal if sys.stderr is sys.__stderr__ else sys.stderr
+        pipeline | "Shards" >> beam.Create(list(job.config.shards)) | "Encode shards" >> EncodeShards(job)
         try:
-            yield
-        finally:
-            sys.stderr = shown
-            os.dup2(terminal.fileno(), 2)
+            _wait(pipeline.run())
+        except Exception as error:
+            raise _user_error(error) or error from None
 
 
-@contextlib.contextmanager
-def _watching(marks: str, shards: list[str], log: Path) -> Iterator[None]:
-    """Show progress by the marks that shards leave, whatever process or machine writes them.
-
-    How many images there are is not known before the end; the finished shards' mean stands in for the others.
-    """
-    finished: dict[str, ShardPart] = {}
-
-    def look() -> int:
-        """Read what is new; returns the samples done so far."""
-        for shard in shards:
-            part = None if shard in finished else finished_part(marks, shard)
-            if part is not None:
-                finished[shard] = replace(part, summary={})
-        under_way = sum(rows_begun(marks, shard) for shard in shards if shard not in finished)
-        return sum(part.rows + part.rejected for part in finished.values()) + under_way
-
-    with Progress("encode", total=None, unit="images", log=log, done=look()) as bar:
-        stop = threading.Event()
-
-        def show() -> None:
-            done = look()
-            if finished:
-                mean = sum(part.rows + part.rejected for part in finished.values()) / len(finished)
-                bar.expect(max(done, round(mean * len(shards))))
-            rejects = sum(part.rejected for part in finished.values())
-            bar.advance(done - bar.done, shards=f"{len(finished)}/{len(shards)}", rejects=rejects)
-
-        def follow() -> None:
-            while not stop.wait(0.5):
-                show()
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            show()
+def _wait(running: Any) -> None:
+    try:
+        running.wait_until_finish()
+    finally:
+        if client := getattr(running, "client", None):  # Dask's runner leaves its client open
+            client.close()
 
 
-def _report(job: EncodeJob, parts: list[ShardPart], seconds: float | None) -> dict[str, Any]:
+def _user_error(error: BaseException) -> CoalescerError | None:
+    """The CoalescerError behind what an engine raised: workers send it as the text of a traceback."""
+    kinds = {kind.__name__: kind for kind in CoalescerError.__subclasses__()}
+    found = re.findall(r"index\.errors\.(\w+): (.*)", f"index.errors.{type(error).__name__}: {error}")
+    for name, text in reversed(found):
+        if name in kinds:
+            return kinds[name](re.sub(r" \[while running .*", "", text))
+    return None
+
+
+def _report(job: EncodeJob, done: Tally, seconds: float | None) -> dict[str, Any]:
     """What was done, and how fast where `seconds` were measured from the first shard to the commit."""
-    spent = dict(sum((Counter(part.summary["seconds"]) for part in parts), Counter()))
-    rows = sum(part.rows for part in parts)
     return {
-        "rows": rows,
-        "rejects": sum(part.rejected for part in parts),
-        "rejects_by_reason": dict(sum((Counter(part.summary["reasons"]) for part in parts), Counter())),
-        "shards": len(parts),
+        "rows": done.rows,
+        "rejects": done.rejected,
+        "rejects_by_reason": dict(done.rejects),
+        "filtered": done.filtered.total(),
+        "filtered_by_reason": dict(done.filtered),
+        "success_share": round(1 - done.reject_share, 4),
+        "shards": done.shards,
         "seconds": seconds and round(seconds, 2),
-        "images_per_second": seconds and round(rows / seconds, 1),
-        "seconds_by_step": {name: round(value, 2) for name, value in spent.items()},
+        "images_per_second": seconds and round(done.rows / seconds, 1),
+        "seconds_by_step": {name: round(value, 2) for name, value in done.seconds.items()},
         "image_encoder": asdict(job.image_ref),
         "text_encoder": asdict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_width": job.text_width,
         "run_id": job.run_id,
         "workers": job.run.workers,
+        "device": job.run.device,
+        "beam_options": list(job.run.beam_options),
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")

@@ -7,14 +7,14 @@ load with a mere warning and then encode wrongly, so missing and unexpected weig
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from index.errors import EncoderError
+from index.errors import EncoderError, OptionError
 from index.schema import EncoderRef
 
 if TYPE_CHECKING:
@@ -61,26 +61,29 @@ class TextEncoder(Protocol):
 class DiffusersAutoencoder:
     """AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; of a distribution the mode is taken."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        """Open a folder or hub id (`org/name` or `org/name/subfolder`)."""
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
+        """Open a folder or hub id (`org/name` or `org/name/subfolder`); it computes in `dtype`."""
         self.model, self.ref = _load_autoencoder(name)
-        self.model.to(device).eval().requires_grad_(False)
-        self.device = device
+        self.device, self.dtype = device, _placed(self.model, device, dtype)
 
     def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
-        """Latents as the autoencoder gives them, unscaled."""
+        """Latents as the autoencoder gives them, unscaled; a batch too large for the device is split."""
         import torch
 
+        def forward(part: torch.Tensor) -> torch.Tensor:
+            x = part.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+            return latent_of(self.model.encode(x.to(self.dtype))).float().cpu()
+
+        whole = torch.from_numpy(pixels)
         with torch.inference_mode():
-            x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            return np.asarray(latent_of(self.model.encode(x)).float().cpu())
+            return np.asarray(_in_parts(forward, whole.pin_memory() if self.device.startswith("cuda") else whole))
 
     def decode(self, latent: Float32[np.ndarray, "B C h w"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Pixels of latents."""
         import torch
 
         with torch.inference_mode():
-            x = self.model.decode(torch.from_numpy(latent).to(self.device)).sample
+            x = self.model.decode(torch.from_numpy(latent).to(self.device, self.dtype)).sample
             x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             return np.asarray(x.permute(0, 2, 3, 1).cpu())
 
@@ -99,11 +102,11 @@ def latent_of(encoded: Any) -> "torch.Tensor":
 class TransformersTextEncoder:
     """A CLIP text model by its pooled output, a T5 encoder or any BERT-like model by the mean of its token states."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        """Open a folder or hub id that holds a text model and its tokenizer."""
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
+        """Open a folder or hub id that holds a text model and its tokenizer; it computes in `dtype`."""
         self.model, self.tokenizer, self.ref = _load_text_model(name)
-        self.model.to(device).eval().requires_grad_(False)
         self.device = device
+        _placed(self.model, device, dtype)
         limits = (
             self.tokenizer.model_max_length,
             getattr(self.model.config, "max_position_embeddings", None),
@@ -131,6 +134,28 @@ class TransformersTextEncoder:
         """Write an ordinary transformers folder, the tokenizer in it."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def _placed(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
+    """Make a model ready to run; returns its dtype."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    model.to(device, kind).eval().requires_grad_(False)
+    return kind
+
+
+def _in_parts(forward: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> "torch.Tensor":
+    """`forward` of a batch, in halves where the device's memory does not hold the whole."""
+    import torch
+
+    try:
+        return forward(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([_in_parts(forward, half) for half in batch.chunk(2)])
 
 
 def mean_pool(states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
@@ -249,10 +274,14 @@ def digest_of(model: "torch.nn.Module", without: tuple[str, ...] = ()) -> str:
 
 
 def pick_device(wanted: str = "auto") -> str:
-    """`cuda`, `mps` or `cpu`: the first there is, unless one is named."""
+    """`cuda`, `mps` or `cpu`: the first there is, unless one is named; OptionError where that is not there."""
     import torch
 
     if wanted != "auto":
+        try:
+            torch.empty(1, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from error
         return wanted
     if torch.cuda.is_available():
         return "cuda"

@@ -5,13 +5,17 @@ that its shorter side fits, and cropped at the centre. Its size is checked befor
 """
 
 import io
+import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
+
+from pipeline.filters import Filtered
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -23,7 +27,11 @@ class Reason(StrEnum):
     """Why a sample is in the rejects table; nothing else stands there."""
 
     BROKEN_SHARD = "broken_shard"
+    DUPLICATE_KEY = "duplicate_key"
+    UNSAFE_NAME = "unsafe_name"
+    BROKEN_METADATA = "broken_metadata"
     MISSING_IMAGE = "missing_image"
+    EMPTY_IMAGE = "empty_image"
     UNREADABLE_IMAGE = "unreadable_image"
     IMAGE_TOO_LARGE = "image_too_large"
     MISSING_CAPTION = "missing_caption"
@@ -64,27 +72,51 @@ def decode_caption(data: bytes | None) -> str:
     return caption
 
 
-def decode_image(data: bytes | None, size: int) -> Picture:
-    """A square picture of `size` pixels; Rejected where the bytes are no picture or too large a one."""
+def decode_meta(data: bytes) -> dict[str, Any]:
+    """The sidecar's fields; Rejected where it is no JSON object in UTF-8."""
+    try:
+        fields = json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise Rejected(Reason.BROKEN_METADATA, str(error)) from error
+    if not isinstance(fields, dict):
+        raise Rejected(Reason.BROKEN_METADATA, f"a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def decode_image(data: bytes | None, size: int, check_size: Callable[[int, int], None] | None = None) -> Picture:
+    """A square picture of `size` pixels; Rejected where the bytes are no picture or too large a one.
+
+    `check_size` sees width and height before anything is decompressed, and may raise on its own account.
+    """
     from PIL import Image, ImageOps
 
+    if data is None:
+        raise Rejected(Reason.MISSING_IMAGE, "no image member or column")
     if not data:
-        raise Rejected(Reason.MISSING_IMAGE, "no image member or an empty one")
+        raise Rejected(Reason.EMPTY_IMAGE, "0 bytes")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
-            warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise Rejected(Reason.IMAGE_TOO_LARGE, f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+            if check_size is not None:
+                check_size(width, height)
+            # A JPEG is decoded at a lower resolution where that is still twice what is wanted.
+            opened.draft(None, (2 * size, 2 * size))
             image = to_rgb(ImageOps.exif_transpose(opened))
             square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except Rejected:
+    except (Rejected, Filtered):
         raise
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.IMAGE_TOO_LARGE, str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever they meet; all of it is this sample's fault
         raise Rejected(Reason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from error
     return Picture(np.asarray(square), width, height)
+
+
+def quiet_pillow() -> None:
+    """Keep Pillow's warnings of odd pictures to itself, in this process: what matters of them becomes a reason."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":

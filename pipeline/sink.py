@@ -1,230 +1,151 @@
-"""WriteLance: shard names in, one committed Lance table out, on any Beam runner.
+"""WriteLance: record batches in, one committed Lance table out, on any Beam runner.
 
-    shards -> write fragments -> gather -> search vectors -> gather -> commit
+    batches -> write fragments -> gather -> commit
 
-Bulk data never crosses Beam: an element is a shard's name, and what its rows are is the business of a `ShardJob`
-that runs beside the writer. A finished shard leaves a mark, written aside and renamed; running again skips it.
-Rows, search vectors, metadata and rejects become visible in one commit at the end, so a reader sees the table as it
-was before or whole. What fails for a reason that the user can put right is left as an outcome file for the driver,
-because an exception would come back from a worker as text.
+Workers write their rows to files that no reader sees; only the files' descriptions travel on, and one commit at the
+end makes all of them the table. A failed or repeated bundle leaves files that no commit refers to; a repeated commit
+is noticed by its run id. Beam has sinks for many stores, and none for Lance.
 """
 
-import hashlib
 import json
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 
-from index.console import write_json
-from index.errors import CoalescerError
-from index.schema import REJECTS, TableMeta
-from index.table import add_vectors, publish
+from index.errors import TableError
+from index.storage import Storage
+from index.table import commit_fragments, first_line, is_table, table_uri
 
-
-@dataclass(slots=True)
-class ShardPart:
-    """What one shard has become: fragments that no commit refers to yet, and a summary."""
-
-    shard: str
-    rows: int = 0
-    rejected: int = 0
-    fragments: list[dict[str, Any]] = field(default_factory=list)
-    reject_fragments: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class ShardRun(Protocol):
-    """One shard on its way through a job: iterate `batches` to its end, then read the rest."""
-
-    rejects: list[dict[str, str]]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What the job wants to know of the shard when it settles the metadata; JSON-ready."""
-        ...
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The shard's rows, without their search vectors."""
-        ...
-
-
-@runtime_checkable
-class ShardJob(Protocol):
-    """What turns shards into rows, and summaries into the table's metadata. It is pickled, so it holds config only."""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of a row without its search vector."""
-        ...
-
-    def open(self, shard: str) -> ShardRun:
-        """Begin one shard."""
-        ...
-
-    def meta(self, parts: list[ShardPart]) -> TableMeta:
-        """The table's metadata once all shards are written; a CoalescerError stops the commit."""
-        ...
-
-
-def rejects_uri(uri: str) -> str:
-    """The rejects table beside a table: DB/NAME_rejects.lance."""
-    return uri.removesuffix(".lance") + "_rejects.lance"
-
-
-def mark_of(marks: str, shard: str) -> Path:
-    """The file that says a shard is finished."""
-    return Path(marks) / f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.json"
-
-
-def finished_part(marks: str, shard: str) -> ShardPart | None:
-    """What a shard has become, if it is finished."""
-    mark = mark_of(marks, shard)
-    return ShardPart(**json.loads(mark.read_text())) if mark.exists() else None
-
-
-def rows_begun(marks: str, shard: str) -> int:
-    """How many rows a shard that is being written has come to, as far as is known from outside."""
-    try:
-        return int(mark_of(marks, shard).with_suffix(".rows").read_text() or 0)
-    except FileNotFoundError:
-        return 0
+MODES = ("create", "overwrite", "append")
 
 
 class WriteLance(beam.PTransform):  # type: ignore[misc]
-    """PCollection of shard names -> PCollection with the one version number that was committed.
+    """PCollection of `pyarrow.RecordBatch` -> PCollection with the one version number that was committed.
+
+    Rows keep their order within a bundle; bundles come in any order.
 
     Args:
-        uri: absolute path of the table, DB/NAME.lance; it is replaced by the commit, not before.
-        job: what makes rows of shards.
-        marks: folder for the marks of finished shards; use one per configuration, delete it after the commit.
-        run_id: written into the commit's message.
+        uri: DB/NAME.lance, an absolute path or an object store that Lance knows.
+        schema: of every batch.
+        mode: create (TableError where a table is), overwrite (readers keep the old version), or append.
+        run_id: where a recent commit carries it already, nothing is committed again; None: a new one each time the
+            pipeline is built.
+        bytes_per_file: a bundle's rows are written out when they have come to so many bytes.
+        storage: how to reach an object store.
     """
 
-    def __init__(self, uri: str, job: ShardJob, marks: str, run_id: str) -> None:
+    def __init__(
+        self,
+        uri: str,
+        schema: pa.Schema,
+        *,
+        mode: str = "create",
+        run_id: str | None = None,
+        bytes_per_file: int = 256 * 2**20,
+        storage: Storage | None = None,
+    ) -> None:
         super().__init__()
-        self.uri, self.job, self.marks, self.run_id = uri, job, marks, run_id
+        storage = storage or Storage()
+        if mode not in MODES:
+            raise TableError(f"mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+        if mode == "create" and is_table(table_uri(uri), storage):
+            raise TableError(f"{uri} exists: choose mode overwrite or append")
+        self.uri, self.schema, self.storage = table_uri(uri), schema, storage
+        self.append, self.run_id, self.bytes_per_file = mode == "append", run_id or uuid.uuid4().hex, bytes_per_file
 
-    def expand(self, shards: Any) -> Any:
+    def expand(self, batches: Any) -> Any:
         """The graph."""
         return (
-            shards
-            | "Spread shards" >> beam.Reshuffle()
-            | "Write fragments" >> beam.ParDo(_WriteFragments(self.uri, self.job, self.marks))
-            | "Gather parts" >> beam.combiners.ToList()
-            | "Settle metadata" >> beam.ParDo(_SettleMetadata(self.job, self.marks))
-            | "Spread fragments" >> beam.Reshuffle()
-            | "Add vectors" >> beam.ParDo(_AddVectors(self.uri, self.job.schema))
-            | "Gather fragments" >> beam.combiners.ToList()
-            | "Commit" >> beam.ParDo(_Commit(self.uri, self.job.schema, self.marks, self.run_id))
+            batches
+            | "Write fragments" >> beam.ParDo(_WriteFragments(self.uri, self.schema, self.bytes_per_file, self.storage))
+            | "Gather" >> beam.combiners.ToList()
+            | "Commit" >> beam.Map(self._commit)
+        )
+
+    def _commit(self, fragments: list[str]) -> int:
+        found = [fragment_of(json.loads(text)) for text in sorted(fragments)]
+        return commit_fragments(
+            self.uri, self.schema, found, run_id=self.run_id, append=self.append, storage=self.storage
         )
 
 
 class _WriteFragments(beam.DoFn):  # type: ignore[misc]
-    def __init__(self, uri: str, job: ShardJob, marks: str) -> None:
-        self.uri, self.job, self.marks = uri, job, marks
+    """Buffers a bundle's batches, writes them out when they have grown large, and at the bundle's end."""
 
-    def process(self, shard: str) -> Iterator[ShardPart]:
-        finished = finished_part(self.marks, shard)
-        if finished is not None:
-            yield finished
-            return
-        mark, part, run = mark_of(self.marks, shard), ShardPart(shard), self.job.open(shard)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        begun = mark.with_suffix(".rows")
+    def __init__(self, uri: str, schema: pa.Schema, bytes_per_file: int, storage: Storage) -> None:
+        self.uri, self.schema, self.bytes_per_file, self.storage = uri, schema, bytes_per_file, storage
 
-        # Lance pulls this generator on a thread of its own, where Beam's counters would be lost: count here.
-        def counted() -> Iterator[pa.RecordBatch]:
-            for batch in run.batches():
-                part.rows += len(batch)
-                begun.write_text(str(part.rows))
-                yield batch
+    def start_bundle(self) -> None:
+        self.waiting: list[pa.RecordBatch] = []
+        self.bytes = 0
 
-        part.fragments = _write(self.uri, self.job.schema, counted())
-        part.rejected = len(run.rejects)
-        rejects = pa.RecordBatch.from_pylist(run.rejects, schema=REJECTS)
-        part.reject_fragments = _write(rejects_uri(self.uri), REJECTS, iter([rejects]))
-        part.summary = run.summary
-        write_json(mark, asdict(part))
-        begun.unlink(missing_ok=True)
-        counter = beam.metrics.Metrics.counter
-        counter("encode", "rows").inc(part.rows)
-        counter("encode", "rejects").inc(part.rejected)
-        yield part
+    def process(self, batch: pa.RecordBatch) -> Iterator[str]:
+        self.waiting.append(batch)
+        self.bytes += batch.nbytes
+        if self.bytes >= self.bytes_per_file:
+            yield from self._write()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        for text in self._write():
+            yield beam.utils.windowed_value.WindowedValue(
+                text, beam.window.GlobalWindow().max_timestamp(), [beam.window.GlobalWindow()]
+            )
+
+    def _write(self) -> list[str]:
+        written = write_fragments(self.uri, self.schema, iter(self.waiting), self.storage)
+        self.waiting, self.bytes = [], 0
+        return [json.dumps(fragment) for fragment in written]
 
 
-def _write(uri: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> list[dict[str, Any]]:
+def write_fragments(
+    uri: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch], storage: Storage
+) -> list[dict[str, Any]]:
+    """Write rows to files that no commit refers to yet; their descriptions, or none where there are no rows.
+
+    What `batches` raises is raised as it is, though Lance pulls it on a thread of its own; what Lance raises of the
+    target, such as a full disk, is a TableError.
+    """
     import lance
 
     first = next((batch for batch in batches if len(batch)), None)
     if first is None:
         return []
+    failed: list[BaseException] = []
 
-    def all_batches() -> Iterator[pa.RecordBatch]:
-        yield first
-        yield from batches
+    def pulled() -> Iterator[pa.RecordBatch]:
+        try:
+            yield first
+            yield from batches
+        except BaseException as error:
+            failed.append(error)
+            raise
 
-    reader = pa.RecordBatchReader.from_batches(schema, all_batches())
-    written = lance.fragment.write_fragments(reader, uri, schema=schema, mode="create")
+    reader = pa.RecordBatchReader.from_batches(schema, pulled())
+    try:
+        # `overwrite` writes files alone; `create` would refuse where a table is that they will be added to.
+        written = lance.fragment.write_fragments(
+            reader, uri, schema=schema, mode="overwrite", storage_options=storage.lance
+        )
+    except Exception as error:
+        if failed:
+            raise failed[0] from None
+        raise unwritable(uri, error) from error
     return [fragment.to_json() for fragment in written]
 
 
-class _SettleMetadata(beam.DoFn):  # type: ignore[misc]
-    """All parts in; out come the fragments one by one, each with the metadata that its vectors need."""
-
-    def __init__(self, job: ShardJob, marks: str) -> None:
-        self.job, self.marks = job, marks
-
-    def process(self, parts: list[ShardPart]) -> Iterator[tuple[int, dict[str, Any], list[dict[str, Any]], str]]:
-        parts = sorted(parts, key=lambda part: part.shard)
-        try:
-            meta = self.job.meta(parts).to_json()
-        except CoalescerError as error:
-            write_json(Path(self.marks) / "outcome.json", {"error": type(error).__name__, "text": str(error)})
-            return
-        rejects = [fragment for part in parts for fragment in part.reject_fragments]
-        fragments = [fragment for part in parts for fragment in part.fragments]
-        for number, fragment in enumerate(fragments):
-            yield number, fragment, rejects if number == 0 else [], meta
-
-
-class _AddVectors(beam.DoFn):  # type: ignore[misc]
-    def __init__(self, uri: str, schema: pa.Schema) -> None:
-        self.uri, self.schema = uri, schema
-
-    def process(self, element: Any) -> Iterator[Any]:
-        import lance
-
-        number, content, rejects, meta = element
-        fragment = lance.FragmentMetadata.from_json(json.dumps(content))
-        geometry = TableMeta.from_json(meta).geometry
-        yield number, add_vectors(self.uri, fragment, self.schema, geometry).to_json(), rejects, meta
-
-
-class _Commit(beam.DoFn):  # type: ignore[misc]
-    def __init__(self, uri: str, schema: pa.Schema, marks: str, run_id: str) -> None:
-        self.uri, self.schema, self.marks, self.run_id = uri, schema, marks, run_id
-
-    def process(self, elements: list[Any]) -> Iterator[int]:
-        import lance
-
-        if not elements:  # the metadata could not be settled; the outcome file says why
-            return
-        elements = sorted(elements, key=lambda element: element[0])
-        rejects = [_fragment(content) for element in elements for content in element[2]]
-        lance.LanceDataset.commit(rejects_uri(self.uri), lance.LanceOperation.Overwrite(REJECTS, rejects))
-        fragments = [_fragment(element[1]) for element in elements]
-        meta = TableMeta.from_json(elements[0][3])
-        table = publish(self.uri, self.schema, meta, fragments, self.run_id)
-        write_json(Path(self.marks) / "outcome.json", {"version": table.version})
-        yield table.version
-
-
-def _fragment(content: dict[str, Any]) -> Any:
+def fragment_of(content: dict[str, Any]) -> Any:
+    """The inverse of a fragment's `to_json`."""
     import lance
 
     return lance.FragmentMetadata.from_json(json.dumps(content))
+
+
+def unwritable(uri: str, error: Exception) -> TableError:
+    """What to say where a target cannot be written."""
+    return TableError(
+        f"{uri} cannot be written ({first_line(error)[:200]}): make room there or name another --table; "
+        "the same command goes on where it stopped"
+    )

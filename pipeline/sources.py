@@ -1,122 +1,107 @@
-"""Where image-caption pairs come from: list shards, read samples.
+"""Where image-caption pairs come from: list shards, count and read their samples.
 
-A shard is one file: a tar in the WebDataset / img2dataset layout (KEY.png|jpg|webp, KEY.txt, KEY.json), or a parquet
-file with image bytes (raw, or Hugging Face's struct{bytes, path}). Samples come in the file's order, undecoded: what
-is wrong with one of them is said by whoever decodes it. Any fsspec URI can be a source.
+A shard is one unit of work, named by a string that means the same on every machine that reaches the data:
+
+    path/00000.tar  .tar.gz  .tgz   WebDataset / img2dataset                                    readers/tar.py
+    path/00000.parquet              rows with image bytes                                       readers/parquet.py
+    FOLDER#0-1000                   pictures with captions beside them or in metadata.csv       readers/folder.py
+    FOLDER/train#0-1000             a dataset that Hugging Face's `save_to_disk` wrote          readers/saved.py
+    hf:NAME?split=train&shard=0/3   a dataset of the Hugging Face hub, streamed                 readers/huggingface.py
+
+All but the last may stand at any fsspec URI. Samples come in their source's order, undecoded: what is wrong with a
+picture or a caption is said by whoever decodes it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
-from index.errors import SourceError
+from index.errors import CoalescerError, SourceError
+from pipeline.images import Reason
+from pipeline.readers import files, folder, huggingface, parquet, saved, tar
+from pipeline.readers.piece import Piece
+from pipeline.readers.sample import Broken, Reading, Sample, one_line
 
-SHARD_ENDINGS = (".tar", ".parquet")
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-IMAGE_COLUMNS = ("image", "jpg", "png", "img", "bytes")
-CAPTION_COLUMNS = ("caption", "text", "txt", "sentence", "prompt")
+__all__ = ["Broken", "Reading", "Sample", "count_samples", "list_shards", "read_samples"]
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image-caption pair as it was read."""
-
-    key: str
-    """Its name within the source."""
-    shard: str
-    image: bytes | None
-    caption: bytes | None
-    meta: str
-    """Its JSON sidecar, unchanged; `{}` where there is none."""
+STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "s3fs")
+"""Packages whose own exceptions mean that a store cannot be reached or refuses."""
+USUAL = Reading()
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The rest of a shard that could not be read."""
+@runtime_checkable
+class Reader(Protocol):
+    """What every file in `readers` offers."""
 
-    shard: str
-    detail: str
+    def count_samples(self, shard: str, reading: Reading) -> int | None:
+        """How many samples, without reading them."""
+
+    def read_samples(self, shard: str, reading: Reading) -> Iterator[Sample | Broken]:
+        """The samples in their order."""
 
 
-def list_shards(sources: Sequence[str]) -> list[str]:
-    """The shards behind folders, files, globs and brace patterns, sorted; SourceError where there is none."""
-    import braceexpand
-    from fsspec.core import url_to_fs
-
+def list_shards(sources: Sequence[str], reading: Reading = USUAL) -> list[str]:
+    """The shards behind folders, files, globs, brace patterns and hub names; SourceError where there is none."""
     found: dict[str, None] = {}
     for source in sources:
-        shards: list[str] = []
-        for pattern in braceexpand.braceexpand(source):
-            files, path = url_to_fs(pattern)
-            if files.isdir(path):
-                names = sorted(files.ls(path, detail=False))
-                tars = {name.removesuffix(".tar") for name in names if name.endswith(".tar")}
-                # img2dataset puts a parquet of metadata beside every tar; its rows stand in the tar already.
-                matches = [n for n in names if n.endswith(SHARD_ENDINGS) and n.removesuffix(".parquet") not in tars]
-            else:
-                matches = sorted(files.glob(path))
-            shards += [files.unstrip_protocol(m).removeprefix("file://") for m in matches]
+        is_hub = source.startswith(huggingface.SCHEME)
+        try:
+            shards = huggingface.list_shards(source, reading) if is_hub else files.list_shards(source, reading)
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORES:
+                raise
+            raise SourceError(f"{source!r} cannot be listed: {one_line(error)}") from error
         if not shards:
             raise SourceError(
-                f"no shards at {source!r}: give .tar or .parquet files, a folder of them, or a pattern such as "
-                "'data/{00000..00009}.tar'"
+                f"no shards at {source!r}: give .tar or .parquet files, a folder of them or of pictures, a pattern "
+                "such as 'data/{00000..00009}.tar', or hf:NAME"
             )
-        for shard in shards:
-            if not shard.endswith(SHARD_ENDINGS):
-                raise SourceError(f"{shard!r} is not a shard: its name must end in {' or '.join(SHARD_ENDINGS)}")
         found |= dict.fromkeys(shards)
     return list(found)
 
 
-def read_samples(shard: str) -> Iterator[Sample | Broken]:
-    """The samples of one shard, in its order; where it cannot be read on, a last `Broken`."""
-    read = _read_tar if shard.endswith(".tar") else _read_parquet
+def count_samples(shard: str, reading: Reading = USUAL) -> int | None:
+    """How many samples a shard has, without reading them; None where only reading tells."""
     try:
-        yield from read(shard)
+        return _reader(shard, reading).count_samples(shard, reading)
+    except CoalescerError:
+        raise
+    except Exception:  # whatever is wrong with the shard, reading it will say so
+        return None
+
+
+def read_samples(shard: str, reading: Reading = USUAL) -> Iterator[Sample | Broken]:
+    """The samples of one shard, in its order; where it cannot be read on, a last `Broken` without a key."""
+    seen: set[str] = set()
+    try:
+        for sample in _reader(shard, reading).read_samples(shard, reading):
+            if isinstance(sample, Broken):
+                yield sample
+            elif fault := _fault(sample.key):
+                yield Broken(repr(sample.key)[1:-1], shard, Reason.UNSAFE_NAME, fault)
+            elif sample.key in seen:
+                yield Broken(sample.key, shard, Reason.DUPLICATE_KEY, "an earlier sample of the shard has this key")
+            else:
+                seen.add(sample.key)
+                yield sample
+    except CoalescerError:
+        raise
     except Exception as error:  # whatever tarfile, pyarrow or a file system raise, the shard ends here
-        yield Broken(shard, f"{type(error).__name__}: {error}")
+        yield Broken("", shard, Reason.BROKEN_SHARD, one_line(error))
 
 
-def _read_tar(shard: str) -> Iterator[Sample]:
-    import fsspec
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    with fsspec.open(shard, "rb") as file:
-        members = ({**member, "__url__": shard} for member in tar_file_iterator(file))
-        for group in group_by_keys(members):
-            image = next((group[ending] for ending in IMAGE_ENDINGS if ending in group), None)
-            meta = group.get("json", b"{}").decode("utf-8", "replace")
-            yield Sample(group["__key__"], shard, image, group.get("txt"), meta)
+def _reader(shard: str, reading: Reading) -> Reader:
+    if shard.startswith(huggingface.SCHEME):
+        return huggingface
+    if shard.endswith(files.ENDINGS):
+        return parquet if shard.endswith(parquet.ENDINGS) else tar
+    return saved if saved.is_saved(Piece.parse(shard).folder, reading.storage) else folder
 
 
-def _read_parquet(shard: str) -> Iterator[Sample]:
-    import fsspec
-    import pyarrow.parquet as pq
-
-    with fsspec.open(shard, "rb") as file:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        image = next((name for name in IMAGE_COLUMNS if name in names), None)
-        caption = next((name for name in CAPTION_COLUMNS if name in names), None)
-        if caption is None:
-            raise SourceError(f"no caption column among {', '.join(names)}: name it {CAPTION_COLUMNS[0]!r}")
-        number = 0
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                yield _row_sample(row, shard, f"{number:08d}", image, caption)
-                number += 1
-
-
-def _row_sample(row: dict[str, Any], shard: str, number: str, image: str | None, caption: str) -> Sample:
-    picture, words = row.pop(image) if image else None, row.pop(caption)
-    if isinstance(picture, dict):
-        picture = picture.get("bytes")
-    stem = shard.rsplit("/", 1)[-1].removesuffix(".parquet")
-    return Sample(
-        key=str(row.get("key") or f"{stem}/{number}"),
-        shard=shard,
-        image=picture,
-        caption=None if words is None else str(words).encode(),
-        meta=json.dumps(row, default=str, ensure_ascii=False),
-    )
+def _fault(key: str) -> str | None:
+    """Why a name could lead astray whoever makes a path of it; None where it cannot."""
+    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 or 0xD800 <= ord(letter) < 0xE000 for letter in key):
+        return "it holds control characters or is not UTF-8"
+    parts = key.replace("\\", "/").split("/")
+    if parts[0] == "" or (len(parts[0]) == 2 and parts[0][1] == ":"):
+        return "it is absolute"
+    return "it leads up a folder" if ".." in parts else None

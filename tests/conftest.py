@@ -1,6 +1,8 @@
 """Small real things that many tests need: drawn shapes, encoders saved to disk, an encoded and indexed table."""
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from index.build import BuildConfig, build_index
-from index.table import Table, open_table
+from index.storage import Storage
+from index.table import Table, open_table, rejects_uri
+from pipeline.config import RunConfig
 from pipeline.demo import write_demo_data
-from pipeline.encode import encode
-from pipeline.rows import EncodeConfig, RunConfig
-from pipeline.sources import list_shards
+from pipeline.encode import encode, plan_encode
 
 torch.set_num_threads(1)
 
@@ -91,15 +93,16 @@ def text_encoder(tmp_path_factory, tokenizer) -> str:
 def encode_shapes(image_encoder, text_encoder):
     """A function that encodes a source into a table with the small encoders."""
 
-    def run(source, table, *, workers: int = 1, **options):
-        config = EncodeConfig(
-            shards=tuple(list_shards([str(source)])),
-            image_encoder=image_encoder,
-            text_encoder=text_encoder,
-            image_size=SIDE,
-            **{"heldout_share": 0.2, **options},
-        )
-        return encode(config, RunConfig(workers=workers, batch_size=32), str(table))
+    def run(source, table, *, workers: int = 1, dry_run: bool = False, storage=None, **options):
+        how = RunConfig(workers=workers, batch_size=32, device="cpu", storage=storage or Storage())
+        options = {
+            "image_encoder": image_encoder,
+            "text_encoder": text_encoder,
+            "image_size": SIDE,
+            "heldout_share": 0.2,
+        } | options
+        sources = [str(each) for each in (source if isinstance(source, list) else [source])]
+        return encode(plan_encode(sources, options, how), how, str(table), dry_run=dry_run)
 
     return run
 
@@ -115,3 +118,41 @@ def indexed(tmp_path_factory, shapes, encode_shapes) -> Table:
     """The shapes as a table with an IVF_RQ index; do not change it."""
     table = encode_shapes(shapes, tmp_path_factory.mktemp("db") / "indexed.lance").table
     return build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", target_recall=0.95)).table
+
+
+@pytest.fixture(scope="session")
+def content():
+    """A function that gives all rows of a table, sorted by id."""
+
+    def read(table: Table) -> list[dict]:
+        return sorted(table.dataset().to_table().to_pylist(), key=lambda row: row["id"])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def rejects():
+    """A function that gives all rows of a table's rejects."""
+
+    def read(table: Table) -> list[dict]:
+        import lance
+
+        return lance.dataset(rejects_uri(table.uri), storage_options=table.storage.lance).to_table().to_pylist()
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def write_tar():
+    """A function that writes members, in their order, to a tar."""
+
+    def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write

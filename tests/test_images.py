@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 
 from pipeline import images
-from pipeline.images import Reason, Rejected, decode_caption, decode_image
+from pipeline.images import Reason, Rejected, decode_caption, decode_image, quiet_pillow
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    quiet_pillow()
 
 
 def saved(image: Image.Image, kind: str = "png", **options) -> bytes:
@@ -77,7 +82,7 @@ whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64,
     ("data", "reason"),
     [
         (None, Reason.MISSING_IMAGE),
-        (b"", Reason.MISSING_IMAGE),
+        (b"", Reason.EMPTY_IMAGE),
         (b"<html>not found</html>", Reason.UNREADABLE_IMAGE),
         (whole[: len(whole) // 2], Reason.UNREADABLE_IMAGE),
         (whole[:20], Reason.UNREADABLE_IMAGE),

@@ -1,5 +1,6 @@
-"""Shards are listed and read as their makers wrote them."""
+"""Shards are listed and read as their makers wrote them: tars, parquets, and the door that all sources share."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.sources import Broken, Sample, list_shards, read_samples
+from pipeline.images import Reason
+from pipeline.sources import Broken, Reading, Sample, count_samples, list_shards, read_samples
 
 
 def png(colour=(255, 0, 0), side=8) -> bytes:
@@ -20,27 +22,79 @@ def png(colour=(255, 0, 0), side=8) -> bytes:
     return data.getvalue()
 
 
-def write_tar(path, members: dict[str, bytes]):
+def write_tar(path, members: dict[str, bytes] | list[tuple[str, bytes]]):
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return str(path)
 
 
+def names(shards: list[str]) -> list[str]:
+    return [shard.rsplit("/", 1)[1] for shard in shards]
+
+
+# --- listing -----------------------------------------------------------------------------------------------------
+
+
 def test_a_folder_gives_tars_without_their_metadata_parquets(tmp_path):
     for name in ("00001.tar", "00000.tar", "00000.parquet", "00000_stats.json", "more.parquet"):
         (tmp_path / name).write_bytes(b"")
+    assert names(list_shards([str(tmp_path)])) == ["00000.tar", "00001.tar", "more.parquet"]
+
+
+def test_hidden_files_and_zipped_tars(tmp_path):
+    for name in ("a.tar.gz", "a.parquet", "b.tgz", "._b.tgz", ".part.tar", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert names(list_shards([str(tmp_path)])) == ["a.tar.gz", "b.tgz"]
+
+
+def test_shards_in_sub_folders_are_found_where_the_folder_has_none(tmp_path):
+    for name in ("data/x/00000.tar", "data/x/00000.parquet", "data/train-0.parquet", "data/.cache/old.tar", "a/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     found = list_shards([str(tmp_path)])
-    assert [f.rsplit("/", 1)[1] for f in found] == ["00000.tar", "00001.tar", "more.parquet"]
+    assert found == [str(tmp_path / "data/train-0.parquet"), str(tmp_path / "data/x/00000.tar")]
+    assert list_shards([str(tmp_path / "data")]) == [str(tmp_path / "data/train-0.parquet")]
 
 
 def test_braces_globs_and_repeats(tmp_path):
     for number in range(4):
         (tmp_path / f"{number:05d}.tar").write_bytes(b"")
     found = list_shards([f"{tmp_path}/{{00000..00002}}.tar", f"{tmp_path}/*1.tar"])
-    assert [f.rsplit("/", 1)[1] for f in found] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert names(found) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_many_braces_give_what_is_there(tmp_path):
+    for number in (3, 40, 70):
+        (tmp_path / f"{number:05d}.tar").write_bytes(b"")
+    assert names(list_shards([f"{tmp_path}/{{00000..00099}}.tar"])) == ["00003.tar", "00040.tar", "00070.tar"]
+    with pytest.raises(SourceError, match="no shards at"):
+        list_shards([f"{tmp_path}/nowhere/{{00000..00099}}.tar"])
+
+
+def test_a_glob_may_match_folders(tmp_path):
+    for name in ("part-0/a.tar", "part-1/b.parquet", "other/c.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert names(list_shards([f"{tmp_path}/part-*"])) == ["a.tar", "b.parquet"]
+
+
+@pytest.mark.parametrize("name", ["a#b", "50%20", "a#0-1", "braces{1,2}", "glob[1]", "it's ü"])
+def test_odd_names_of_folders_do_not_matter(tmp_path, name):
+    folder = tmp_path / name
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "pictures" / "x#1.png").write_bytes(png())
+    (folder / "pictures" / "x#1.txt").write_bytes(b"picture")
+    write_tar(folder / "a#1.tar", {"x.png": png(), "x.txt": b"tar"})
+    pq.write_table(pa.table({"jpg": [png()], "text": ["parquet"]}), folder / "b%20.parquet")
+    shards = list_shards([str(folder), str(folder / "pictures"), str(folder / "b%20.parquet")])
+    assert shards == [str(folder / "a#1.tar"), str(folder / "b%20.parquet"), f"{folder / 'pictures'}#0-1"]
+    samples = [sample for shard in shards for sample in read_samples(shard)]
+    assert [sample.caption for sample in samples] == [b"tar", b"parquet", b"picture"]
+    assert [sample.key for sample in samples] == ["x", "b%20/00000000", "x#1.png"]
+    assert {sample.image for sample in samples} == {png()}
 
 
 def test_other_file_systems(tmp_path):
@@ -60,11 +114,34 @@ def test_nothing_found_is_said(given):
         list_shards([given])
 
 
+def test_an_empty_folder_and_a_bad_pattern_are_said(tmp_path):
+    with pytest.raises(SourceError, match="no shards at"):
+        list_shards([str(tmp_path)])
+    with pytest.raises(SourceError, match="brace pattern"):
+        list_shards([f"{tmp_path}/{{00000..00009.tar"])
+
+
 def test_a_file_that_is_no_shard_is_refused(tmp_path):
     path = tmp_path / "pictures.zip"
     path.write_bytes(b"")
     with pytest.raises(SourceError, match=r"\.tar or \.parquet"):
         list_shards([str(path)])
+
+
+@pytest.mark.parametrize("error", [PermissionError("Access\nDenied"), FileNotFoundError("no bucket")])
+def test_a_store_that_refuses_is_told_in_one_line(monkeypatch, error):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def refuse(self, path, **options):
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
+    with pytest.raises(SourceError, match=f"cannot be listed: {type(error).__name__}: ") as said:
+        list_shards(["memory://bucket"])
+    assert "\n" not in str(said.value)
+
+
+# --- tars --------------------------------------------------------------------------------------------------------
 
 
 def test_tar_samples_keep_order_and_sidecar(tmp_path):
@@ -74,11 +151,116 @@ def test_tar_samples_keep_order_and_sidecar(tmp_path):
         {"b.jpg": png(), "b.txt": b"second letter", "b.json": sidecar, "a.PNG": png((0, 0, 1)), "c.txt": b"no picture"},
     )
     b, a, c = read_samples(shard)
-    assert (b.key, b.caption, b.meta) == ("b", b"second letter", sidecar.decode())
+    assert (b.key, b.caption, b.meta) == ("b", b"second letter", sidecar)
     assert b.image == png()
-    assert (a.key, a.caption, a.meta) == ("a", None, "{}")
+    assert (a.key, a.caption, a.meta) == ("a", None, b"{}")
     assert a.image == png((0, 0, 1))
     assert (c.image, c.caption) == (None, b"no picture")
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz"])
+def test_tars_as_webdataset_writes_them(tmp_path, ending):
+    from webdataset import TarWriter
+
+    shard = str(tmp_path / f"a.{ending}")
+    with TarWriter(shard) as writer:
+        for number in range(3):
+            words = {"txt": f"caption {number}", "json": {"number": number}}
+            writer.write({"__key__": f"d.1/{number:03d}", "png": png((number, 0, 0)), **words})
+    samples = list(read_samples(shard))
+    assert [s.key for s in samples] == ["d.1/000", "d.1/001", "d.1/002"]
+    assert [s.caption for s in samples] == [b"caption 0", b"caption 1", b"caption 2"]
+    assert [json.loads(s.meta) for s in samples] == [{"number": 0}, {"number": 1}, {"number": 2}]
+    assert [s.image for s in samples] == [png((number, 0, 0)) for number in range(3)]
+
+
+def test_a_tar_is_unzipped_whatever_it_is_called(tmp_path):
+    plain = write_tar(tmp_path / "plain.tar", {"x.png": png(), "x.txt": b"words"})
+    (tmp_path / "a.tar").write_bytes(gzip.compress(open_bytes(plain)))
+    (sample,) = read_samples(str(tmp_path / "a.tar"))
+    assert sample.caption == b"words"
+
+
+def open_bytes(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def test_what_tars_hold_besides_samples_is_left_out(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("./d")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("./d/l.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ("./__meta__/x.json", "./d/README", "./d/._a.png", "./d/a.png", "./d/a.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    (sample,) = read_samples(str(path))
+    assert (sample.key, sample.image) == ("d/a", b"abc")
+
+
+@pytest.mark.parametrize(
+    ("caption_key", "members", "expected"),
+    [
+        (None, {"caption": b"c", "json": b'{"caption": "j"}'}, b"c"),
+        (None, {"json": b'{"caption": "j", "alt": "a"}'}, b"j"),
+        (None, {"json": b'{"text": ["first", "second"]}'}, b"first"),
+        (None, {"json": b'{"caption": null}'}, None),
+        (None, {"json": b"[1]"}, None),
+        (None, {"json": b"\xff{"}, None),
+        (None, {"json": b'{"caption": "\\ud800"}'}, b"\xed\xa0\x80"),
+        ("alt", {"txt": b"t", "json": b'{"caption": "j", "alt": "a"}'}, b"a"),
+        ("alt;txt", {"txt": b"t", "json": b'{"caption": "j", "alt": "a"}'}, b"t"),
+        (".blip", {"txt": b"t", "blip": b"b"}, b"b"),
+        ("blip", {"txt": b"t", "json": b'{"caption": "j"}'}, None),
+    ],
+)
+def test_where_a_caption_may_stand(tmp_path, caption_key, members, expected):
+    shard = write_tar(tmp_path / "a.tar", {"x.png": png(), **{f"x.{k}": v for k, v in members.items()}})
+    (sample,) = read_samples(shard, Reading(caption_key=caption_key))
+    assert sample.caption == expected
+    assert sample.meta == members.get("json", b"{}")
+
+
+def test_a_picture_by_its_ending(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", {"x.jpg": b"1", "x.mask.png": b"2", "x.webp": b"3", "y.jpg": b"4"})
+    assert [s.image for s in read_samples(shard)] == [b"1", b"4"]
+    assert [s.image for s in read_samples(shard, Reading(image_key="mask.png;jpg"))] == [b"2", b"4"]
+    assert [s.image for s in read_samples(shard, Reading(image_key="webp"))] == [b"3", None]
+
+
+def test_names_that_come_again_are_told_apart(tmp_path):
+    members = [("a.png", b"1"), ("a.txt", b"one"), ("a.png", b"2"), ("a.txt", b"two"), ("b.png", b"3"), ("a.txt", b"4")]
+    first, again, b, late = read_samples(write_tar(tmp_path / "a.tar", members))
+    assert (first.key, first.image, first.caption) == ("a", b"1", b"one")
+    assert (b.key, b.image) == ("b", b"3")
+    for broken in (again, late):
+        assert (broken.key, broken.reason) == ("a", Reason.DUPLICATE_KEY)
+
+
+@pytest.mark.parametrize(
+    "key", ["/etc/x", "../x", "a/../../x", "C:/x", "C:\\x", "\\\\host\\x", "a\nb", "a\x85", "a\udcff"]
+)
+def test_unsafe_names_are_refused_and_told_safely(tmp_path, key):
+    shard = write_tar(
+        tmp_path / "a.tar", {f"{key}.png": png(), f"{key}.txt": b"t", "good.png": png(), "good.txt": b"t"}
+    )
+    broken, good = read_samples(shard)
+    assert isinstance(broken, Broken)
+    assert broken.reason == Reason.UNSAFE_NAME
+    assert broken.key.encode().decode().isprintable()
+    assert good.key == "good"
+
+
+def test_names_that_only_look_unsafe_are_kept(tmp_path):
+    keys = ["a/b", "a..x/y", "ünï", "日本", "a\u200bb", "a b"]
+    table = pa.table({"key": keys, "image": [png()] * len(keys), "caption": ["c"] * len(keys)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [sample.key for sample in read_samples(str(tmp_path / "a.parquet"))] == keys
 
 
 def test_a_truncated_tar_gives_what_it_holds_and_says_so(tmp_path):
@@ -92,6 +274,83 @@ def test_a_truncated_tar_gives_what_it_holds_and_says_so(tmp_path):
     assert last.detail
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_tar_cut_anywhere_never_gives_half_a_sample(tmp_path, zipped):
+    rng = np.random.default_rng(0)
+    members = {f"{i}.{e}": rng.bytes(700) for i in range(4) for e in ("png", "txt", "json")}
+    data = open_bytes(write_tar(tmp_path / "whole.tar", members))
+    ends = 4 * 3 * (512 + 1024)
+    assert not any(data[ends:])
+    path = tmp_path / "a.tar"
+    data = gzip.compress(data, mtime=0) if zipped else data[: ends + 512]
+    for length in range(0, len(data), 256):
+        path.write_bytes(data[:length])
+        *samples, last = read_samples(str(path))
+        assert (last.key, last.reason) == ("", Reason.BROKEN_SHARD), length
+        assert len(samples) in ({length // 4608, length // 4608 - 1} if not zipped else range(5))
+        for sample in samples:
+            expected = (members[f"{sample.key}.png"], members[f"{sample.key}.txt"], members[f"{sample.key}.json"])
+            assert (sample.image, sample.caption, sample.meta) == expected
+        if len(samples) < 4 and "may be incomplete" in last.detail:
+            assert repr(str(len(samples))) in last.detail
+    path.write_bytes(data)
+    assert [sample.key for sample in read_samples(str(path))] == ["0", "1", "2", "3"]
+
+
+def test_a_damaged_header_is_no_end_of_the_shard(tmp_path):
+    path = tmp_path / "a.tar"
+    data = bytearray(open_bytes(write_tar(path, {f"{i}.{e}": b"x" * 700 for i in range(3) for e in ("png", "txt")})))
+    data[2 * 1536 + 100] ^= 1
+    path.write_bytes(data)
+    (broken,) = read_samples(str(path))
+    assert "damaged at byte 3,072" in broken.detail
+    assert "'0'" in broken.detail
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100, None])
+def test_what_is_no_tar_is_one_broken_shard(tmp_path, content):
+    path = tmp_path / "a.tar"
+    if content is not None:
+        path.write_bytes(content)
+    (broken,) = read_samples(str(path))
+    assert (broken.key, broken.shard, broken.reason) == ("", str(path), Reason.BROKEN_SHARD)
+    assert count_samples(str(path)) is None
+
+
+# --- beside a tar ------------------------------------------------------------------------------------------------
+
+
+def test_metadata_beside_a_tar_serves_samples_without_any(tmp_path):
+    members = {"000.jpg": b"0", "001.jpg": b"1", "001.txt": b"own words", "002.jpg": b"2"}
+    shard = write_tar(tmp_path / "00000.tar", members)
+    rows = {"key": ["000", "001", "009"], "caption": ["zero", "one", "nine"], "raw": [b"", b"", b""]}
+    pq.write_table(
+        pa.table({**rows, "status": ["success", "success", "failed_to_download"]}), tmp_path / "00000.parquet"
+    )
+    zero, one, two = read_samples(shard)
+    assert (zero.caption, json.loads(zero.meta)) == (b"zero", {"key": "000", "caption": "zero", "status": "success"})
+    assert (one.caption, one.meta) == (b"own words", b"{}")
+    assert (two.caption, two.meta) == (None, b"{}")
+    assert count_samples(shard) == 2
+
+
+def test_counts_beside_a_tar(tmp_path):
+    shard = write_tar(tmp_path / "00000.tar", {"000.jpg": b"0"})
+    stats = tmp_path / "00000_stats.json"
+    assert count_samples(shard) is None
+    pq.write_table(pa.table({"key": ["0", "1", "2"]}), tmp_path / "00000.parquet")
+    assert count_samples(shard) == 3
+    stats.write_text('{"count": 10}')
+    assert count_samples(shard) == 10
+    stats.write_text('{"count": 10, "successes": 7}')
+    assert count_samples(shard) == 7
+    stats.write_text("{")
+    assert count_samples(shard) is None
+
+
+# --- parquets ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("struct", [True, False])
 def test_parquet_as_hugging_face_writes_it_and_plain(tmp_path, struct):
     pictures = [png(), png((0, 255, 0))]
@@ -102,6 +361,7 @@ def test_parquet_as_hugging_face_writes_it_and_plain(tmp_path, struct):
     assert (one.key, one.image, one.caption) == ("train-00000/00000000", pictures[0], b"one")
     assert json.loads(one.meta) == {"label": 7}
     assert (two.key, two.caption) == ("train-00000/00000001", None)
+    assert count_samples(str(tmp_path / "train-00000.parquet")) == 2
 
 
 def test_parquet_without_captions_says_what_it_has(tmp_path):
@@ -109,3 +369,83 @@ def test_parquet_without_captions_says_what_it_has(tmp_path):
     (broken,) = read_samples(str(tmp_path / "a.parquet"))
     assert isinstance(broken, Broken)
     assert "image, label" in broken.detail
+
+
+def test_parquet_columns_by_name(tmp_path):
+    table = pa.table(
+        {"a": [b"1"], "b": [{"bytes": b"2", "path": "b.png"}], "Text": ["words"], "alt": ["other"], "n": [1]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    shard = str(tmp_path / "a.parquet")
+    (usual,) = read_samples(shard)
+    assert (usual.image, usual.caption, json.loads(usual.meta)) == (None, b"words", {"alt": "other", "n": 1})
+    (named,) = read_samples(shard, Reading(image_key="jpg;b", caption_key="alt"))
+    assert (named.image, named.caption, json.loads(named.meta)) == (b"2", b"other", {"Text": "words", "n": 1})
+
+
+@pytest.mark.parametrize(
+    ("reading", "message"),
+    [
+        (Reading(image_key="photo"), r"--image-key 'photo': .* image, caption, label"),
+        (Reading(caption_key="alt;words"), r"--caption-key 'alt;words': .* image, caption, label"),
+        (Reading(caption_key="label"), r"--caption-key 'label' holds int64: give a column of text"),
+        (Reading(image_key="caption"), r"--image-key 'caption' holds string: give a column of image bytes"),
+    ],
+)
+def test_a_named_column_that_does_not_serve_is_a_mistake(tmp_path, reading, message):
+    pq.write_table(pa.table({"image": [png()], "caption": ["c"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=message):
+        list(read_samples(str(tmp_path / "a.parquet"), reading))
+
+
+def test_parquet_captions_of_every_kind(tmp_path):
+    bad = pa.array([b"caf\xe9", b"good"]).cast(pa.binary()).view(pa.string())
+    kinds = {
+        "list": pa.array([["first", "second"], []]),
+        "dictionary": pa.array(["x", None]).dictionary_encode(),
+        "large": pa.array(["x", ""], pa.large_string()),
+        "binary": pa.array([b"x", b"y"]),
+        "not_utf8": bad,
+    }
+    found = {}
+    for name, captions in kinds.items():
+        pq.write_table(pa.table({"image": [png(), png()], "caption": captions}), tmp_path / f"{name}.parquet")
+        found[name] = [sample.caption for sample in read_samples(str(tmp_path / f"{name}.parquet"))]
+    assert found == {
+        "list": [b"first", None],
+        "dictionary": [b"x", None],
+        "large": [b"x", b""],
+        "binary": [b"x", b"y"],
+        "not_utf8": [b"caf\xe9", b"good"],
+    }
+
+
+def test_a_path_without_bytes_is_a_missing_picture(tmp_path):
+    (tmp_path / "secret.png").write_bytes(png())
+    image = [{"bytes": None, "path": str(tmp_path / "secret.png")}, None]
+    pq.write_table(pa.table({"image": image, "caption": ["a", "b"]}), tmp_path / "a.parquet")
+    assert [sample.image for sample in read_samples(str(tmp_path / "a.parquet"))] == [None, None]
+
+
+def test_meta_of_parquet_rows_is_json_without_bytes(tmp_path):
+    rows = {"image": [png()], "caption": ["c"], "mask": [b"1"], "crops": [[{"bytes": b"1"}]], "score": [float("nan")]}
+    pq.write_table(pa.table({**rows, "key": ["k"], "day": pa.array([0], pa.date32())}), tmp_path / "a.parquet")
+    (sample,) = read_samples(str(tmp_path / "a.parquet"))
+    assert sample.key == "k"
+    assert sample.meta == b'{"score": null, "key": "k", "day": "1970-01-01"}'
+
+
+def test_keys_of_rows_number_through_the_whole_file(tmp_path):
+    table = pa.table({"image": [png()] * 100, "caption": [f"c{i}" for i in range(100)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=33)
+    keys = [sample.key for sample in read_samples(str(tmp_path / "a.parquet"))]
+    assert keys == [f"a/{number:08d}" for number in range(100)]
+
+
+def test_a_damaged_parquet_is_one_broken_shard(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png()], "caption": ["c"]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    (broken,) = read_samples(str(path))
+    assert (broken.key, broken.reason) == ("", Reason.BROKEN_SHARD)
+    assert count_samples(str(path)) is None

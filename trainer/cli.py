@@ -72,7 +72,7 @@ def fit_autoencoder(
 
 @app.command()
 def fit(
-    table: Annotated[Path, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)],
+    table: Annotated[str, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
     objective: Annotated[str, typer.Option(help="coalescer or flow_matching.")] = "coalescer",
     preset: Annotated[str, typer.Option(help="coalescer: default or paper.")] = "default",

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from index.console import Progress
 from index.errors import SourceError
 from index.schema import HELDOUT, TRAIN, row_id, split_of
-from pipeline.images import Rejected, decode_caption, decode_image
+from pipeline.images import Rejected, decode_caption, decode_image, quiet_pillow
 from pipeline.sources import Sample, list_shards, read_samples
 
 MAX_BYTES = 4 * 2**30
@@ -32,6 +32,7 @@ def load_pictures(
     A row held out here is held out in a table of the same share.
     """
     shards = list_shards(sources)
+    quiet_pillow()
     limit = min(limit, MAX_BYTES // (3 * size * size))
     parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {TRAIN: [], HELDOUT: []}
     with Progress("read pictures", total=None, unit="pictures", log=log) as bar:

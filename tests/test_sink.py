@@ -1,0 +1,95 @@
+"""WriteLance alone: any PCollection of record batches becomes a Lance table, in one commit."""
+
+from pathlib import Path
+
+import apache_beam as beam
+import lance
+import pyarrow as pa
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from index.errors import TableError
+from pipeline.sink import WriteLance
+
+SCHEMA = pa.schema([("number", pa.int64()), ("word", pa.string())])
+
+
+def batch_of(first: int) -> pa.RecordBatch:
+    numbers = list(range(first, first + 10))
+    return pa.RecordBatch.from_pydict({"number": numbers, "word": [f"w{n}" for n in numbers]}, schema=SCHEMA)
+
+
+def failing(batch: pa.RecordBatch) -> pa.RecordBatch:
+    if batch["number"][0].as_py() == 30:
+        raise KeyError("pulled the plug")
+    return batch
+
+
+def write(uri, firsts, *, step=None, options=(), **how):
+    with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *options])) as pipeline:
+        batches = pipeline | beam.Create(firsts) | beam.Reshuffle() | beam.Map(batch_of)
+        if step is not None:
+            batches = batches | beam.Map(step)
+        batches | WriteLance(str(uri), SCHEMA, **how)
+
+
+def numbers(uri) -> list[int]:
+    return sorted(lance.dataset(str(uri)).to_table()["number"].to_pylist())
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """Worker processes import this file for its functions."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("options", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]])
+def test_all_rows_arrive_in_one_version(tmp_path, options):
+    write(tmp_path / "t.lance", range(0, 100, 10), options=options)
+    assert numbers(tmp_path / "t.lance") == list(range(100))
+    assert [version["version"] for version in lance.dataset(str(tmp_path / "t.lance")).versions()] == [1]
+
+
+def test_large_bundles_become_several_files(tmp_path):
+    write(tmp_path / "t.lance", range(0, 100, 10), bytes_per_file=1)
+    assert len(lance.dataset(str(tmp_path / "t.lance")).get_fragments()) == 10
+    assert numbers(tmp_path / "t.lance") == list(range(100))
+
+
+def test_append_and_overwrite(tmp_path):
+    uri = tmp_path / "t.lance"
+    write(uri, [0])
+    write(uri, [10], mode="append")
+    assert numbers(uri) == list(range(20))
+    write(uri, [50], mode="overwrite")
+    assert numbers(uri) == list(range(50, 60))
+    assert sorted(lance.dataset(str(uri), version=2).to_table()["number"].to_pylist()) == list(range(20))
+
+
+def test_the_same_run_twice_is_committed_once(tmp_path):
+    uri = tmp_path / "t.lance"
+    write(uri, [0])
+    for _ in range(2):
+        write(uri, [10], mode="append", run_id="monday")
+    assert numbers(uri) == list(range(20))
+
+
+def test_a_failed_run_leaves_the_table_as_it_was(tmp_path):
+    uri = tmp_path / "t.lance"
+    write(uri, [0])
+    with pytest.raises(Exception, match="pulled the plug"):
+        write(uri, range(0, 60, 10), step=failing, mode="append")
+    assert numbers(uri) == list(range(10))
+
+
+def test_what_is_there_is_not_overwritten_by_accident(tmp_path):
+    write(tmp_path / "t.lance", [0])
+    with pytest.raises(TableError, match="choose mode overwrite or append"):
+        WriteLance(str(tmp_path / "t.lance"), SCHEMA)
+    with pytest.raises(TableError, match="mode 'upsert' is unknown"):
+        WriteLance(str(tmp_path / "u.lance"), SCHEMA, mode="upsert")
+
+
+def test_a_target_that_cannot_be_written_is_one_line():
+    with pytest.raises(Exception, match=r"/proc/nowhere/t.lance cannot be written .*make room there"):
+        write("/proc/nowhere/t.lance", [0])
