@@ -25,7 +25,7 @@ from pipeline.job import EncodeJob, Tally, open_encoders
 from pipeline.marks import Marks
 from pipeline.preflight import check_source, check_target, expected_samples, first_samples, plan
 from pipeline.sources import Reading, list_shards
-from pipeline.watch import watching, worker_output
+from pipeline.watch import ending_with_its_workers, watching, worker_output
 
 SETTINGS = "settings.json"
 
@@ -167,7 +167,7 @@ def _run_beam(job: EncodeJob) -> None:
         options += [f"--direct_num_workers={job.run.workers}", "--direct_running_mode=multi_processing"]
     options += job.run.beam_options  # the last of equal options counts
     log = log_of(job.uri, "encode")
-    with worker_output(), watching(job, expected_samples(job), log):
+    with worker_output(), watching(job, expected_samples(job), log), ending_with_its_workers(job.uri):
         pipeline = beam.Pipeline(options=PipelineOptions(options))
         pipeline | "Shards" >> beam.Create(list(job.config.shards)) | "Encode shards" >> EncodeShards(job)
         try:

@@ -10,6 +10,7 @@ skipped when the run is started again.
 import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import apache_beam as beam
@@ -32,7 +33,8 @@ class EncodeShards(beam.PTransform):  # type: ignore[misc]
 
     def __init__(self, job: EncodeJob) -> None:
         super().__init__()
-        self.job = job
+        # Every step carries the job: without the names of all shards, which travel as elements.
+        self.job = replace(job, config=replace(job.config, shards=()))
 
     def expand(self, shards: Any) -> Any:
         """The graph."""

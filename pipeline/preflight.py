@@ -15,7 +15,7 @@ from typing import Any
 from index.errors import SourceError, TableError
 from index.storage import Storage, is_local
 from pipeline.job import EncodeJob
-from pipeline.sources import Reading, count_samples, read_samples
+from pipeline.sources import Broken, Reading, count_samples, read_samples
 
 TRIED_SAMPLES = 8
 COUNTED_SHARDS = 256
@@ -42,11 +42,13 @@ def check_target(uri: str, storage: Storage) -> int | None:
 
 def check_source(shards: tuple[str, ...], reading: Reading) -> None:
     """SourceError where no shard holds a sample, be it a broken one."""
+    trouble = "nothing in it"
     for shard in shards:
         for sample in read_samples(shard, reading):
             if sample.key:
                 return
-    raise SourceError(f"no samples in {len(shards)} shards ({shards[0]} ...): is the source complete?")
+            trouble = sample.detail if isinstance(sample, Broken) else trouble
+    raise SourceError(f"no samples in {len(shards)} shards; {shard}: {trouble[:300]}")
 
 
 def first_samples(shards: tuple[str, ...], limit: int, reading: Reading) -> dict[str, int]:

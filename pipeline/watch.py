@@ -3,19 +3,23 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from index.console import Progress
-from index.errors import CoalescerError
+from index.errors import CoalescerError, TableError
 from pipeline.graph import STOPPED
 from pipeline.job import EncodeJob
 from pipeline.marks import ShardPart
 
 LOOK_SECONDS = 0.5
+BEAM_WORKER = "run_worker"
+"""What Beam calls the thread that waits for a worker process."""
 STOPPING_REJECTS = 1000
 """So many rejects at least, before a run is stopped on the way."""
 
@@ -46,6 +50,54 @@ def worker_output() -> Iterator[None]:
         finally:
             sys.stderr = shown
             os.dup2(terminal.fileno(), 2)
+
+
+class _WorkerDied(BaseException):
+    """Raised in the main thread, out of whatever Beam waits for."""
+
+
+@contextlib.contextmanager
+def ending_with_its_workers(uri: str) -> Iterator[None]:
+    """TableError when a worker process of the local runner dies, for which Beam itself would wait for ever."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach no other
+        yield
+        return
+    died = list[str]()
+
+    def on_thread_error(thrown: threading.ExceptHookArgs) -> None:
+        os.write(2, "".join(traceback.format_exception(thrown.exc_value)).encode())
+        if thrown.thread is not None and thrown.thread.name == BEAM_WORKER and not died:
+            died.append(str(thrown.exc_value))
+            _kill_workers()  # Beam waits for them before it lets go
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def on_signal(number: int, frame: object) -> None:
+        raise _WorkerDied
+
+    hook, threading.excepthook = threading.excepthook, on_thread_error
+    handler = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        yield
+    except BaseException as error:
+        if not died:
+            raise
+        raise TableError(
+            f"{uri} is not finished: a worker process died ({died[0]}), for want of memory perhaps: "
+            "type the same command to go on, with fewer --workers or a smaller --batch-size"
+        ) from error
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+        threading.excepthook = hook
+
+
+def _kill_workers() -> None:
+    """Kill the local runner's worker processes."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "sdk_worker_main" in " ".join(process.cmdline()):
+                process.kill()
 
 
 @contextlib.contextmanager

@@ -236,6 +236,15 @@ def test_filters_count_by_reason_apart_from_rejects(varied, encode_shapes, conte
     assert result.report["rows"] + result.report["rejects"] + result.report["filtered"] == 8
 
 
+def test_appended_rejects_join_those_before(varied, encode_shapes, rejects, write_tar, tmp_path):
+    write_tar(varied / "0.tar", [("z.png", b"?"), ("z.txt", b"x"), ("y.png", PNG), ("y.txt", b"x")])
+    first = encode_shapes(varied / "0.tar", tmp_path / "t.lance", heldout_share=0.0)
+    assert [row["key"] for row in rejects(first.table)] == ["z"]
+    added = encode_shapes(varied, tmp_path / "t.lance", heldout_share=0.0, append=True)
+    assert sorted(row["key"] for row in rejects(added.table)) == ["g", "h", "z"]
+    assert (added.report["rows"], added.report["rejects"]) == (6, 2)
+
+
 def test_copies_are_found_by_any_number_of_workers(varied, encode_shapes, content, tmp_path):
     tables = [
         encode_shapes(varied, tmp_path / f"{workers}.lance", heldout_share=0.0, dedup="image", workers=workers).table

@@ -62,6 +62,17 @@ def test_two_worker_processes_give_the_same_table(content, encoded, shapes, enco
     assert table.meta.geometry.same_as(encoded.meta.geometry)
 
 
+def test_statistics_are_those_of_one_pass_over_the_training_rows(encoded):
+    text, latent = (encoded.column(name).astype(np.float64) for name in ("text", "latent"))
+    moments = encoded.meta.moments
+    assert moments.count == len(text) < 360
+    assert np.allclose(moments.latent_mean, latent.mean(0), rtol=0, atol=1e-6)
+    assert np.allclose(np.square(moments.latent_std), latent.var(0), rtol=0, atol=1e-6)
+    each = text / np.linalg.norm(text, axis=1, keepdims=True)
+    pairwise = np.square(each[:, None] - each[None]).sum(-1)
+    assert moments.text_distance == pytest.approx(np.sqrt(pairwise.mean()), abs=1e-6)
+
+
 def test_limit_reads_the_first_samples(content, encoded, shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance", limit=130).table
     keys = {row["key"] for row in content(table)}
@@ -121,6 +132,45 @@ def test_real_pictures_encode(encode_shapes, tmp_path):
         result = encode_shapes(data / name / shard, tmp_path / f"{name}.lance", limit=100)
         assert (result.report["rows"], result.report["rejects"]) == (100, 0)
         shutil.rmtree(result.table.uri)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "text beside", "metadata.csv", "saved", "hub"])
+def test_every_kind_of_source_encodes_to_the_same_rows(kind, shapes, encode_shapes, content, tmp_path):
+    import datasets
+
+    samples = [sample for sample in read_samples(str(shapes / "00000.tar")) if isinstance(sample, Sample)][:20]
+    source = tmp_path / "source"
+    source.mkdir()
+    rows = [{"image": {"bytes": s.image, "path": None}, "text": s.caption.decode()} for s in samples]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    if kind in ("parquet", "hub"):
+        table.to_parquet(source / "train-00000-of-00001.parquet")
+    elif kind == "saved":
+        table.save_to_disk(source)
+    else:
+        for number, sample in enumerate(samples):
+            (source / f"{number:04d}.png").write_bytes(sample.image)
+            if kind == "text beside":
+                (source / f"{number:04d}.txt").write_bytes(sample.caption)
+        if kind == "metadata.csv":
+            lines = [f'{number:04d}.png,"{sample.caption.decode()}"' for number, sample in enumerate(samples)]
+            (source / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    given = f"hf:{source}" if kind == "hub" else source
+    made = content(encode_shapes(given, tmp_path / "t.lance", heldout_share=0.0, keep_images=True).table)
+    assert {(row["image"], row["caption"]) for row in made} == {(s.image, s.caption.decode()) for s in samples}
+
+
+def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path):
+    import pyarrow.parquet as pq
+
+    (sample,) = (s for s in read_samples(str(shapes / "00000.tar")) if s.key == "00000000")
+    columns = {"photo_a": [sample.image], "photo_b": [b"?"], "alt": ["words"], "caption": ["other words"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    options = {"image_key": "photo_a", "caption_key": "alt", "heldout_share": 0.0}
+    (row,) = content(encode_shapes(tmp_path / "a.parquet", tmp_path / "t.lance", **options).table)
+    assert row["caption"] == "words"
+    with pytest.raises(SourceError, match="--caption-key 'title': there is no such column; there are photo_a, photo_b"):
+        encode_shapes(tmp_path / "a.parquet", tmp_path / "u.lance", caption_key="title")
 
 
 def test_demo_data_of_another_size_is_scaled(content, image_encoder, text_encoder, encode_shapes, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from index.errors import SourceError, TableError
@@ -141,6 +142,25 @@ def test_kill_9_at_random_moments_changes_nothing(
     named = {file["path"] for f in killed.dataset().get_fragments() for file in f.metadata.to_json()["files"]}
     assert {path.name for path in (table / "data").iterdir()} == named
     print(json.dumps({"workers": workers, "kills": len(finished), "finished_shards_at_each": finished}))
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(shapes, image_encoder, text_encoder, tmp_path):
+    """Beam would wait for it for ever."""
+    arguments = ["encode", str(shapes), "--table", str(tmp_path / "t.lance"), "--image-size", "32", "--workers", "2"]
+    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--device", "cpu"]
+    life = start(arguments)
+    workers: list[psutil.Process] = []
+    while life.poll() is None and len(workers) < 2:
+        family = psutil.Process(life.pid).children(recursive=True)
+        workers = [process for process in family if "python" in process.name()]
+    workers[0].kill()
+    _, told = life.communicate(timeout=60)
+    assert life.returncode == 2, told.decode()
+    (line,) = told.decode().splitlines()[-1:]
+    assert line.startswith(f"error: {tmp_path / 't.lance'} is not finished: a worker process died")
+    assert "Traceback" not in told.decode()
+    _, told = start(arguments).communicate(timeout=60)
+    assert open_table(tmp_path / "t.lance").dataset().count_rows() == 360
 
 
 def test_a_reader_sees_the_old_table_or_the_new_one(shapes, encode_shapes, tmp_path, unplugged):

@@ -1,5 +1,6 @@
 """Shards and tables in an object store: a real S3 server on loopback, reached by options or by the environment."""
 
+import json
 import os
 import re
 import subprocess
@@ -97,6 +98,30 @@ def test_two_workers_append_to_a_table_in_a_bucket(uploaded, s3, encode_shapes, 
     first = encode_shapes(f"{uploaded}/00000.tar", "s3://bucket/db/two.lance", storage=s3)
     added = encode_shapes(uploaded, first.table.uri, storage=s3, append=True, workers=2)
     assert (added.report["rows"], len(content(added.table))) == (240, 360)
+
+
+def test_the_command_line_reaches_a_bucket(uploaded, s3, endpoint, image_encoder, text_encoder, capsys):
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    options = [f"--storage-option={option}" for option in (f"endpoint={endpoint}", *KEYS)]
+    command = [
+        "encode",
+        uploaded,
+        "--table",
+        "s3://bucket/db/cli.lance",
+        "--image-size",
+        "32",
+        "--limit",
+        "30",
+        *options,
+    ]
+    command += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--device", "cpu"]
+    encoded = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert encoded.exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", "s3://bucket/db/cli.lance", "--json", *options], catch_exceptions=False)
+    assert json.loads(shown.stdout)["rows"] == 30
 
 
 def test_the_environment_names_the_endpoint(uploaded, s3, endpoint, monkeypatch):
