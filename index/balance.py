@@ -7,25 +7,40 @@ argmin_i |q - v_i|^2 - g_i, and the g that give every row the share 1/N maximise
 
 by stochastic ascent over the real query law: a row that wins too often loses potential and moves away. Adam on that
 gradient with the step falling to zero, and an average of the iterates (SD-FM, arXiv 2509.25519; AlignFlow, 2510.15038).
+The ascent ends when the average, asked fresh queries, has even shares, or when its time is spent.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.search import ExactNeighbours
+from index.blocks import VectorBlocks
+
+if TYPE_CHECKING:
+    import torch
+
+TARGET = 0.05
+"""chi^2 of shares below which a table counts as balanced."""
+DRAWS_PER_ROW = 150
+"""As many draws as exact potentials were seen to need."""
+CHECKS = 10
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Potentials:
-    """The potentials so far, and how even the shares were when they were last used."""
+    """The potentials so far, and how even the shares are with them."""
 
     g: Float32[np.ndarray, "N"]
     """One per training row, in squared distance; only differences matter."""
     chi_square: float
+    """Of fresh queries."""
     step: int
+    stopped: str | None = None
+    """Why the ascent ended; None on the way."""
 
     def coordinate(self) -> Float32[np.ndarray, "N"]:
         """The balance coordinate sqrt(max(g) - g_i) of each row."""
@@ -40,47 +55,118 @@ def chi_square(counts: Int[np.ndarray, "N"]) -> float:
 
 
 def fit_potentials(
-    exact: ExactNeighbours,
+    blocks: VectorBlocks,
     queries: Callable[[int], Float32[np.ndarray, "B S"]],
     *,
-    steps: int = 400,
+    start: Float32[np.ndarray, "N"] | None = None,
+    target: float = TARGET,
+    seconds: float = np.inf,
+    steps: int | None = None,
     learning_rate: float = 0.6,
-    block: int = 65_536,
 ) -> Iterator[Potentials]:
-    """Ascend the semi-dual from zero; yields after every tenth of the steps, the last time with the averaged g.
+    """Ascend the semi-dual; yields the averaged g at every tenth of the way, the last time with why it ended.
 
-    `queries(step)` draws a batch by the query law; vectors must carry a zero balance coordinate. The learning rate
-    is in squared distance per step, for coordinates of unit variance.
+    `queries(step)` draws a batch by the query law. The learning rate is in squared distance per step, for coordinates
+    of unit variance; from potentials that were fitted before (`start`) it begins lower. A time limit makes the result
+    depend on the machine, steps alone do not.
     """
     import torch
 
-    vectors = exact.vectors
-    n = len(vectors)
-    offset = -vectors.square().sum(1)
-    g, average = torch.zeros(n, device=vectors.device), torch.zeros(n, device=vectors.device)
-    first, second = torch.zeros_like(g), torch.zeros_like(g)
-    window = torch.zeros(n, dtype=torch.int64, device=vectors.device)
+    n, began = blocks.count, time.monotonic()
+    drawn = len(queries(0))
+    steps = steps or int(np.clip(DRAWS_PER_ROW * n / drawn, 400, 50_000))
+    g = torch.zeros(n) if start is None else torch.from_numpy(start - start.mean())
+    rate = learning_rate if start is None else learning_rate / 3
+    device = next(iter(blocks)).vectors.device
+    g = g.to(device)
+    average, first, second = g.clone(), torch.zeros_like(g), torch.zeros_like(g)
+
+    def check(step: int, stopped: str | None) -> Potentials:
+        counts = torch.zeros(n, dtype=torch.int64, device=device)
+        for number in range(-(-max(2 * n, 16_384) // drawn)):
+            counts += torch.bincount(winners(blocks, queries(steps + number), average), minlength=n)
+        found = chi_square(counts.cpu().numpy())
+        if found < target:
+            stopped = f"chi^2 of shares is below {target:g}"
+        return Potentials(average.cpu().numpy().astype(np.float32), found, step, stopped)
+
+    if start is not None:
+        now = check(0, None)
+        yield now
+        if now.stopped:
+            return
+    checked, gone = 0.0, 0.0
     for step in range(steps):
-        q = torch.from_numpy(queries(step)).to(vectors.device)
-        best = torch.full((len(q),), -torch.inf, device=vectors.device)
-        winner = torch.zeros(len(q), dtype=torch.int64, device=vectors.device)
-        for start in range(0, n, block):
-            rows = slice(start, start + block)
-            top = (2 * q @ vectors[rows].T + (offset + g)[rows]).max(1)
-            better = top.values > best
-            best = torch.where(better, top.values, best)
-            winner = torch.where(better, top.indices + start, winner)
-        counts = torch.bincount(winner, minlength=n)
-        gradient = 1.0 - counts * (n / len(q))
+        counts = torch.bincount(winners(blocks, queries(step), g), minlength=n)
+        gradient = 1.0 - counts * (n / drawn)
         first = 0.9 * first + 0.1 * gradient
         second = 0.99 * second + 0.01 * gradient.square()
         corrected = first / (1 - 0.9 ** (step + 1))
         scale = (second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
-        g = g + learning_rate * (1 - step / steps) * corrected / scale
+        g = g + rate * (1 - gone) * corrected / scale
         g = g - g.mean()
-        average = g.clone() if step < steps // 2 else 0.98 * average + 0.02 * g
-        window += counts
-        if (step + 1) % max(steps // 10, 1) == 0 or step + 1 == steps:
-            chi = chi_square(window.cpu().numpy())
-            yield Potentials(average.cpu().numpy().astype(np.float32), chi, step + 1)
-            window.zero_()
+        average = g.clone() if gone < 0.05 else 0.98 * average + 0.02 * g
+        gone = max((step + 1) / steps, (time.monotonic() - began) / seconds)
+        if gone >= 1 or gone - checked >= 1 / CHECKS:
+            checked = gone
+            spent = (
+                None if gone < 1 else "all steps are done" if step + 1 == steps else f"{seconds:g} seconds are spent"
+            )
+            now = check(step + 1, spent)
+            yield now
+            if now.stopped:
+                return
+
+
+def winners(blocks: VectorBlocks, queries: Float32[np.ndarray, "B S"], g: "torch.Tensor") -> "torch.Tensor":
+    """Places of the balanced neighbours of some queries (B)."""
+    return _best(blocks, queries, g)[1]
+
+
+def _best(
+    blocks: VectorBlocks, queries: Float32[np.ndarray, "B S"], g: "torch.Tensor"
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The largest |q|^2 - |q - v_i|^2 + g_i of each query (B), and whose it is (B)."""
+    import torch
+
+    q = torch.from_numpy(queries).to(g.device)
+    best = torch.full((len(q),), -torch.inf, device=g.device)
+    winner = torch.zeros(len(q), dtype=torch.int64, device=g.device)
+    for block in blocks:
+        top = (2 * q @ block.vectors.T + (g[block.rows] - block.squares)).max(1)
+        better = top.values > best
+        best = torch.where(better, top.values, best)
+        winner = torch.where(better, top.indices + block.start, winner)
+    return best, winner
+
+
+def extend(
+    sample: VectorBlocks,
+    g: Float32[np.ndarray, "M"],
+    blocks: VectorBlocks,
+    queries: Callable[[int], Float32[np.ndarray, "B S"]],
+    *,
+    draws: int = 65_536,
+) -> Float32[np.ndarray, "N"]:
+    """Potentials of all rows from those of a sample, by the c-transform of the semi-dual over drawn queries.
+
+    g(v) = min_q |q - v|^2 - f(q), with f(q) = min_j |q - v_j|^2 - g_j over the sample: the largest potential with
+    which a row wins no query from it.
+    """
+    import torch
+
+    potential = torch.from_numpy(g)
+    drawn, batches = 0, list[tuple[torch.Tensor, torch.Tensor]]()
+    while drawn < draws:
+        asked = queries(len(batches))
+        best, _ = _best(sample, asked, potential.to(next(iter(sample)).vectors.device))
+        batches.append((torch.from_numpy(asked).to(best.device), best))
+        drawn += len(asked)
+    out = np.empty(blocks.count, np.float32)
+    for block in blocks:
+        least = torch.full((len(block.vectors),), torch.inf, device=block.vectors.device)
+        for q, best in batches:
+            # |q - v|^2 - f(q) = |v|^2 - 2 q.v + best, for f(q) = |q|^2 - best.
+            least = torch.minimum(least, (best - 2 * block.vectors @ q.T).min(1).values)
+        out[block.rows] = (least + block.squares).cpu().numpy()
+    return out

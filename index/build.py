@@ -1,9 +1,10 @@
 """Build what a trainer searches, from geometry to index, and report what came out."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from index.advice import advise
 from index.choose import INDEX_TYPES, VECTOR_INDEX, choose_index
 from index.console import Progress
 from index.errors import OptionError, TableError
@@ -19,7 +20,7 @@ from index.report import (
 )
 from index.schema import TRAIN
 from index.search import ExactNeighbours, LanceNeighbours
-from index.settle import settle_vectors, wanted_geometry
+from index.settle import Effort, settle_vectors, wanted_geometry
 from index.table import Table
 
 
@@ -30,8 +31,12 @@ class BuildConfig:
     desc_scale: float | int | str | None = None
     """Weight of the description in the search; `auto` picks it by `perplexity`."""
     geometry: str | None = None
+    centre: bool | None = None
+    """Compare what descriptions do not tell of a latent, instead of the latent."""
     balance: bool | None = None
-    """Fit dual potentials, so that every row is drawn equally often; costs minutes on large tables."""
+    """Fit dual potentials, so that every row is drawn equally often; goes on from those that the table has."""
+    effort: Effort = field(default_factory=Effort)
+    """What fitting them may cost."""
     index_type: str = "auto"
     """auto: exact search for small tables, IVF_RQ with 8 bits otherwise."""
     target_recall: float = 0.95
@@ -67,11 +72,14 @@ def build_index(table: Table, config: BuildConfig) -> Built:
         table,
         kind=config.geometry,
         desc_scale=config.desc_scale,
+        centre=config.centre,
         allow_small=config.allow_small_desc_scale,
         perplexity=config.perplexity,
         seed=config.seed,
     )
-    table, balanced = settle_vectors(table, geometry, balance=config.balance, seed=config.seed, log=log)
+    table, balanced = settle_vectors(
+        table, geometry, balance=config.balance, effort=config.effort, seed=config.seed, log=log
+    )
     bad = count_bad_vectors(table.column("vector"))
     if bad["nan_vectors"]:
         raise TableError(f"{bad['nan_vectors']} vectors of {table.uri} are not finite: encode the table again")
@@ -96,10 +104,11 @@ def build_index(table: Table, config: BuildConfig) -> Built:
         **asdict(shares),
         **{name: value for name, value in asdict(at_scale).items() if name != "desc_scale"},
         **bad,
-        "balance": None if balanced is None else {"chi_square": balanced.chi_square, "steps": balanced.step},
+        **{f"balance_{name}": value for name, value in (asdict(balanced) if balanced else {}).items()},
         "ladder": [asdict(rung) for rung in ladder],
         "alternatives": choice.tried,
     }
+    report["warnings"] = advise(report)
     table.write_report("index", report)
     return Built(table, report)
 

@@ -47,6 +47,9 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
         ref = IndexRef(kind="none", num_partitions=None, nprobes=None, recall=recall.recall_at_1)
         return Choice(_served_by(table, ref), recall, f"every query is compared with all {n:,} rows", [])
     wanted = "ivf_rq" if kind == "auto" else kind
+    kept = _kept(table, truth, kind, target_recall, log)
+    if kept is not None:
+        return kept
     tried, why = [], ""
     for candidate in dict.fromkeys((wanted, "ivf_flat")):
         partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
@@ -60,6 +63,26 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
         why += ", more do not help; " if candidate != "ivf_flat" else ", the most there is"
     ref = IndexRef(kind=candidate, num_partitions=partitions, nprobes=nprobes, recall=recall.recall_at_1)
     return Choice(_served_by(table, ref), recall, why, tried)
+
+
+def _kept(table: Table, truth: Truth, kind: str, target_recall: float, log: Path | None) -> Choice | None:
+    """The index that the table has, with rows that came later assigned to its partitions, if it still serves."""
+    now, n = table.meta.index, len(truth.exact.row)
+    if now is None or now.num_partitions is None or kind not in ("auto", now.kind) or n > 4 * now.num_partitions**2:
+        return None
+    added = table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows
+    dataset = table.dataset()
+    if added:
+        dataset.optimize.optimize_indices()
+    table = Table(table.uri, dataset.version, table.meta, table.storage)
+    probes = _fewest_probes(table, now.num_partitions, truth, target_recall, log)
+    nprobes, recall = list(probes.items())[-1]
+    if recall.recall_at_1 < target_recall:
+        return None
+    why = f"{now.kind} is kept, {added:,} rows were added to it; it finds {recall.recall_at_1:.3f} of the nearest with "
+    ref = replace(now, nprobes=nprobes, recall=recall.recall_at_1)
+    tried = [{"kind": now.kind, "nprobes": p, **asdict(r)} for p, r in probes.items()]
+    return Choice(_served_by(table, ref), recall, f"{why}{nprobes} of {now.num_partitions} probes", tried)
 
 
 def _fewest_probes(

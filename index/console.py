@@ -35,11 +35,16 @@ def run(app: Callable[[], Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside and rename it, so that a reader sees the old file or the new one, never a part."""
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        aside.write_text(text)
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)

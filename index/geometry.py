@@ -1,7 +1,7 @@
 """What makes search mean something: latents <-> coordinates, the stored vector, the query vector.
 
     coordinates   x = (latent - mean) / std                       the network, R and the sampler live here
-    image part    x, on `sphere` scaled to length sqrt(L)
+    image part    x, or with `centre` what the description does not tell of it; on `sphere` scaled to length sqrt(L)
     text part     desc_scale * kappa * t/|t|
     vector        concat(text part, image part, balance, zeros)   width S, a multiple of 8
     query         concat(desc_scale * kappa * DE/|DE|, R, 0, zeros)
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from index.centring import Centring
 from index.errors import OptionError
 from index.moments import Moments, unit
 from index.packing import pack, unpack
@@ -40,6 +41,8 @@ class Geometry:
     std: Float32[np.ndarray, "L"]
     text_width: int
     """T."""
+    centring: Centring | None = None
+    """What is taken out of coordinates before they are compared; queries stay as they are."""
 
     @classmethod
     def fit(
@@ -49,13 +52,15 @@ class Geometry:
         kind: str = "sphere",
         desc_scale: float,
         allow_small_desc_scale: bool = False,
+        centring: Centring | None = None,
     ) -> "Geometry":
         """The geometry of a table with these moments; OptionError where an option is not allowed."""
         check_desc_scale(desc_scale, allow_small=allow_small_desc_scale)
         if kind not in KINDS:
             raise OptionError(f"geometry {kind!r} is unknown: choose one of {', '.join(KINDS)}")
         mean, std = moments.latent_mean.astype(np.float32), moments.latent_std.astype(np.float32)
-        image_distance = np.sqrt(2.0 * (len(std) if kind != "raw" else np.square(moments.latent_std).sum()))
+        standardised = kind != "raw" or centring is not None
+        image_distance = np.sqrt(2.0 * (len(std) if standardised else np.square(moments.latent_std).sum()))
         if kind == "raw":
             mean, std = np.zeros_like(mean), np.ones_like(std)
         # All descriptions alike: no length of the text part changes a search, so any will do.
@@ -67,6 +72,7 @@ class Geometry:
             mean=mean,
             std=std,
             text_width=len(moments.text_sum),
+            centring=centring,
         )
 
     @property
@@ -92,6 +98,13 @@ class Geometry:
         x = x.astype(np.float32)
         return unit(x) * np.float32(np.sqrt(self.latent_size)) if self.kind == "sphere" else x
 
+    def image_part(
+        self, text: Float[np.ndarray, "B T"], latent: Float[np.ndarray, "B L"]
+    ) -> Float32[np.ndarray, "B L"]:
+        """What of rows is compared with R."""
+        x = self.to_coordinates(latent)
+        return self.project(x if self.centring is None else self.centring.residual(text, x))
+
     def vectors(
         self,
         text: Float[np.ndarray, "B T"],
@@ -99,7 +112,7 @@ class Geometry:
         balance: Float[np.ndarray, "B"] | None = None,
     ) -> Float32[np.ndarray, "B S"]:
         """The stored vectors of rows; `balance` is sqrt(max(g) - g_i), zero where no potentials were fitted."""
-        return self._concat(text, self.project(self.to_coordinates(latent)), balance)
+        return self._concat(text, self.image_part(text, latent), balance)
 
     def queries(self, description: Float[np.ndarray, "B T"], r: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B S"]:
         """The queries for descriptions DE and random points R, which are already in the space of `project`."""
@@ -124,12 +137,15 @@ class Geometry:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; exact."""
-        return {name: pack(getattr(self, name)) for name in self.__slots__}
+        content = {name: pack(getattr(self, name)) for name in self.__slots__}
+        return content | {"centring": None if self.centring is None else self.centring.to_dict()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Geometry":
         """The inverse of `to_dict`."""
-        return cls(**{name: unpack(value) for name, value in content.items()})
+        centring = content.get("centring")
+        plain = {name: unpack(value) for name, value in content.items() if name != "centring"}
+        return cls(**plain, centring=None if centring is None else Centring.from_dict(centring))
 
     def same_as(self, other: "Geometry") -> bool:
         """Whether both lay out every row and query alike."""

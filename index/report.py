@@ -23,6 +23,7 @@ from index.table import Table
 
 LADDER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 BATCH = 256
+MOST_HITS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,8 @@ class Shares:
     """How evenly the training rows are drawn as targets by the training law."""
 
     draws: int
+    hits: list[int]
+    """How many rows were drawn 0, 1, 2 ... times; the last number is of those drawn as often or oftener."""
     never_hit_share: float
     never_hit_share_if_even: float
     """What chance alone leaves out of a perfectly even table in as many draws."""
@@ -113,14 +116,18 @@ def measure_recall(neighbours: Neighbours, truth: Truth) -> Recall:
     )
 
 
-def real_queries(table: Table, count: int, *, seed: int = 0) -> Float32[np.ndarray, "M S"]:
-    """Queries by the real law: held-out descriptions (training ones where none are held out) with random points."""
-    geometry = table.meta.geometry
+def real_rows(table: Table, count: int, *, seed: int = 0) -> Int[np.ndarray, "M"]:
+    """Positions of the rows whose descriptions `real_queries` asks for."""
     offsets = table.offsets(HELDOUT)
     if len(offsets) == 0:
         offsets = table.offsets(TRAIN)
-    rows = draw_rows(len(offsets), count, seed=seed, step=0)
-    return geometry.queries(table.take(offsets[rows], "text"), draw_points(geometry, count, seed=seed, step=0))
+    return np.asarray(offsets[draw_rows(len(offsets), count, seed=seed, step=0)])
+
+
+def real_queries(table: Table, count: int, *, seed: int = 0) -> Float32[np.ndarray, "M S"]:
+    """Queries by the real law: held-out descriptions (training ones where none are held out) with random points."""
+    geometry, rows = table.meta.geometry, real_rows(table, count, seed=seed)
+    return geometry.queries(table.take(rows, "text"), draw_points(geometry, count, seed=seed, step=0))
 
 
 def draws_for(rows: int) -> int:
@@ -152,6 +159,7 @@ def measure_shares(
     total = int(counts.sum())
     return Shares(
         draws=total,
+        hits=np.bincount(np.minimum(counts, MOST_HITS), minlength=MOST_HITS + 1).tolist(),
         never_hit_share=float((counts == 0).mean()),
         never_hit_share_if_even=float((1 - 1 / n) ** total),
         largest_share=float(counts.max() / total),
@@ -188,7 +196,7 @@ def measure_ladder(
     rng = np.random.default_rng([seed, len(text)])
     sample = np.sort(rng.choice(len(text), min(len(text), 20_000), replace=False))
     words = unit(text[sample].astype(np.float32))
-    image = geometry.project(geometry.to_coordinates(latent[sample]))
+    image = geometry.image_part(text[sample], latent[sample])
     r = draw_points(geometry, points, seed=seed, step=0)
     asked = rng.choice(len(sample), min(descriptions, len(sample)), replace=False)
     image_cost = np.square(image).sum(1) - 2 * r @ image.T
@@ -235,6 +243,8 @@ def settings_of(table: Table) -> dict[str, Any]:
         "table": table.uri,
         "version": table.version,
         "geometry": geometry.kind,
+        "centre": geometry.centring is not None,
+        "variance_told_by_descriptions": geometry.centring and geometry.centring.explained,
         "desc_scale": geometry.desc_scale,
         "kappa": geometry.kappa,
         "dims": geometry.width,

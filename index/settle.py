@@ -4,25 +4,30 @@ Whatever changes, only the vector column is rewritten, in one commit. A table ke
 is rewritten where nothing changes.
 """
 
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from index.balance import Potentials, fit_potentials
+from index.balance import extend, fit_potentials
+from index.blocks import VectorBlocks
+from index.centring import Centring, fit_centring
 from index.console import Progress
+from index.errors import OptionError
 from index.geometry import Geometry
 from index.queries import draw_points, draw_rows
 from index.report import measure_ladder
 from index.schema import TRAIN
-from index.search import ExactNeighbours
-from index.table import Table, rewrite_vectors
+from index.table import Table, column_array, rewrite_vectors
 
-BALANCE_STEPS = 400
+MAX_CENTRING = 2**24
 BALANCE_QUERIES = 1024
 """Queries per step."""
+MOST_FITTED = 200_000
+"""Rows whose potentials are fitted; of larger tables an even sample, from which the others' are derived."""
 
 
 def wanted_geometry(
@@ -30,22 +35,49 @@ def wanted_geometry(
     *,
     kind: str | None,
     desc_scale: float | int | str | None,
+    centre: bool | None,
     allow_small: bool,
     perplexity: float,
     seed: int,
 ) -> Geometry:
     """The geometry that the user asks for; None keeps what the table has, desc_scale `auto` goes by perplexity."""
     now = table.meta.geometry
-    if kind is None and desc_scale is None:
+    centre = (now.centring is not None) if centre is None else centre
+    if kind is None and desc_scale is None and centre == (now.centring is not None):
         return now
     scale = now.desc_scale if desc_scale in (None, "auto") else float(desc_scale)
     # What the table has been given before is not questioned again.
     allowed = allow_small or scale == now.desc_scale
-    wanted = Geometry.fit(table.meta.moments, kind=kind or now.kind, desc_scale=scale, allow_small_desc_scale=allowed)
+
+    def fit(centring: Centring | None) -> Geometry:
+        return Geometry.fit(
+            table.meta.moments,
+            kind=kind or now.kind,
+            desc_scale=scale,
+            allow_small_desc_scale=allowed,
+            centring=centring,
+        )
+
+    wanted = fit(None)
+    if centre:
+        wanted = fit(now.centring if wanted.kind == now.kind and now.centring else _centring(table, wanted))
     if desc_scale == "auto":
         scale = _auto_desc_scale(table, wanted, perplexity, allow_small=allow_small, seed=seed)
         return replace(wanted, desc_scale=scale)
     return wanted
+
+
+def _centring(table: Table, geometry: Geometry) -> Centring:
+    """What descriptions tell of this geometry's coordinates, from one pass over the training rows."""
+    size = geometry.text_width * geometry.latent_size
+    if size > MAX_CENTRING:
+        raise OptionError(
+            f"--centre keeps {geometry.text_width} x {geometry.latent_size} numbers in the table's metadata, "
+            f"{MAX_CENTRING:,} are the most: choose encoders with smaller latents or embeddings, or leave it out"
+        )
+    batches = table.dataset().to_batches(columns=["text", "latent"], filter=f"split = '{TRAIN}'", batch_size=8192)
+    rows = ([column_array(batch[name]) for name in ("text", "latent")] for batch in batches)
+    return fit_centring((text, geometry.to_coordinates(latent)) for text, latent in rows)
 
 
 def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, *, allow_small: bool, seed: int) -> float:
@@ -61,33 +93,87 @@ def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, *, all
     return round(scale if allow_small else max(scale, 1.01), 2)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """What balancing may cost."""
+
+    memory: int = 4 * 2**30
+    """Bytes for vectors; larger tables are read again at each step."""
+    seconds: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Balanced:
+    """How far balancing came, for the report."""
+
+    chi_square: float
+    """Of fresh draws, over the rows that were fitted."""
+    steps: int
+    seconds: float
+    stopped: str
+    fitted_rows: int
+    """Fewer than the training rows where the potentials of the others are derived from theirs."""
+    continued: bool
+    """Whether it began from the potentials of an earlier call."""
+
+
 def settle_vectors(
-    table: Table, geometry: Geometry, *, balance: bool | None, seed: int, log: Path | None
-) -> tuple[Table, Potentials | None]:
-    """Lay the table out in this geometry, with or without balance (None keeps it); the potentials where fitted now."""
-    balanced = bool(table.meta.geometry.balance_of(table.column("vector")).any())
-    if (balanced and balance is not None) or not geometry.same_as(table.meta.geometry):
+    table: Table, geometry: Geometry, *, balance: bool | None, effort: Effort, seed: int, log: Path | None
+) -> tuple[Table, Balanced | None]:
+    """Lay the table out in this geometry, with or without balance (None keeps it); how balancing went, where it did."""
+    coordinate = _balance_coordinate(table)
+    changed = not geometry.same_as(table.meta.geometry)
+    if changed or (balance is False and coordinate.any()):
         table = _rewritten(rewrite_vectors(table, geometry), table, log)
+        coordinate = np.zeros_like(coordinate)
     if not balance:
         return table, None
-    potentials = _fit_balance(table, geometry, seed, log)
-    coordinate = np.zeros(table.dataset().count_rows(), np.float32)
-    coordinate[table.offsets(TRAIN)] = potentials.coordinate()
-    return _rewritten(rewrite_vectors(table, geometry, coordinate), table, log), potentials
+    trained = table.offsets(TRAIN)
+    before = coordinate[trained]
+    g, balanced = _fit_balance(table, -np.square(before) if before.any() else None, effort, seed, log)
+    coordinate[trained] = np.sqrt(g.max() - g)
+    return _rewritten(rewrite_vectors(table, geometry, coordinate), table, log), balanced
 
 
-def _fit_balance(table: Table, geometry: Geometry, seed: int, log: Path | None) -> Potentials:
-    """Fit dual potentials to the law that training draws from."""
-    exact = ExactNeighbours(table)
+def _balance_coordinate(table: Table) -> Float32[np.ndarray, "N"]:
+    """The balance coordinate of every row, in the table's order."""
+    batches = table.dataset().to_batches(columns=["vector"], batch_size=65_536, batch_readahead=1)
+    parts = [table.meta.geometry.balance_of(column_array(batch["vector"])).astype(np.float32) for batch in batches]
+    return np.concatenate([np.empty(0, np.float32), *parts])
+
+
+def _fit_balance(
+    table: Table, start: Float32[np.ndarray, "N"] | None, effort: Effort, seed: int, log: Path | None
+) -> tuple[Float32[np.ndarray, "N"], Balanced]:
+    """Fit dual potentials of all training rows to the law that training draws from."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    geometry, offsets, began = table.meta.geometry, table.offsets(TRAIN), time.monotonic()
+    every = -(-len(offsets) // MOST_FITTED)
+    sample = VectorBlocks(table, memory=effort.memory // (1 if every == 1 else 2), device=device, every=every)
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
-        rows = draw_rows(len(exact.row), BALANCE_QUERIES, seed=seed, step=step)
-        return geometry.queries(exact.text[rows], draw_points(geometry, BALANCE_QUERIES, seed=seed, step=step))
+        rows = draw_rows(len(offsets), BALANCE_QUERIES, seed=seed, step=step)
+        points = draw_points(geometry, BALANCE_QUERIES, seed=seed, step=step)
+        return geometry.queries(table.take(offsets[rows], "text"), points)
 
-    with Progress("balance", total=BALANCE_STEPS, unit="steps", log=log) as bar:
-        for potentials in fit_potentials(exact, queries, steps=BALANCE_STEPS):
-            bar.advance(potentials.step - bar.done, chi_square=potentials.chi_square)
-    return potentials
+    first = None if start is None else start[::every]
+    with Progress("balance", total=100, unit="% of the time", log=log) as bar:
+        for potentials in fit_potentials(sample, queries, start=first, seconds=effort.seconds):
+            share = min(100, round(100 * (time.monotonic() - began) / effort.seconds))
+            bar.advance(max(0, share - bar.done), steps=potentials.step, chi_square=potentials.chi_square)
+    g = potentials.g
+    if every > 1:
+        g = extend(sample, g, VectorBlocks(table, memory=effort.memory // 2, device=device), queries)
+    return g, Balanced(
+        chi_square=potentials.chi_square,
+        steps=potentials.step,
+        seconds=round(time.monotonic() - began, 1),
+        stopped=str(potentials.stopped),
+        fitted_rows=sample.count,
+        continued=start is not None,
+    )
 
 
 def _rewritten(steps: Iterator[int | Table], table: Table, log: Path | None) -> Table:

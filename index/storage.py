@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from index.console import write_json
+from index.console import write_text
 from index.errors import OptionError, SourceError
 
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
@@ -104,11 +104,15 @@ class Storage:
 
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON so that a reader sees the old file or the new one, never a part."""
+        self.write_text(uri, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, uri: str, text: str) -> None:
+        """The same for any text."""
         if is_local(uri):
-            write_json(Path(uri), content)
+            write_text(Path(uri), text)
             return
         files, path = self.files(uri)
-        files.pipe_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
+        files.pipe_file(path, text.encode())
 
     def remove(self, uri: str) -> None:
         """Delete a file or folder with all that is in it, if it is there."""

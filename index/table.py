@@ -78,6 +78,12 @@ class Table:
         """Write DB/NAME.reports/`name`.json."""
         self.storage.write_json(f"{reports_of(self.uri)}/{name}.json", content)
 
+    def write_page(self, name: str, page: str) -> str:
+        """Write DB/NAME.reports/`name`.html and return where it is."""
+        uri = f"{reports_of(self.uri)}/{name}.html"
+        self.storage.write_text(uri, page)
+        return uri
+
     def log(self, name: str) -> Path | None:
         """The file that progress is appended to; see `log_of`."""
         return log_of(self.uri, name)
@@ -141,8 +147,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def column_array(column: pa.ChunkedArray) -> Any:
+def column_array(column: pa.ChunkedArray | pa.Array) -> Any:
     """An Arrow column as numpy; a fixed_size_list column as rows x width."""
+    if isinstance(column, pa.Array):
+        column = pa.chunked_array([column])
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy()
     width = column.type.list_size
@@ -179,7 +187,7 @@ def add_vectors(
     done = 0
     with LanceFileWriter(f"{uri}/data/{name}", schema, storage_options=options) as writer:
         for batch in reader.read_all(batch_size=4096).to_batches():
-            text, latent = (column_array(pa.chunked_array([batch[c]])) for c in ("text", "latent"))
+            text, latent = (column_array(batch[c]) for c in ("text", "latent"))
             vectors = geometry.vectors(text, latent, each[done : done + len(text)])
             writer.write_batch(pa.record_batch([list_array(vectors)], schema=schema))
             done += len(text)

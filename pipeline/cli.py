@@ -156,10 +156,16 @@ def build_index(
         typer.Option(help="A number above 1, or `auto`; the table's own unless given."),
     ] = None,
     geometry: Annotated[str | None, typer.Option(help="sphere, standard or raw.")] = None,
+    centre: Annotated[
+        bool | None,
+        typer.Option("--centre/--no-centre", help="Compare what descriptions do not tell of a latent."),
+    ] = None,
     balance: Annotated[
         bool | None,
         typer.Option("--balance/--no-balance", help="Fit dual potentials: every row drawn equally often."),
     ] = None,
+    balance_seconds: Annotated[float, typer.Option(help="Time for --balance; call again to go on.")] = 300.0,
+    memory: Annotated[float, typer.Option(help="GiB for the vectors that --balance compares.")] = 4.0,
     index_type: Annotated[
         str, typer.Option(help="auto, ivf_rq, ivf_pq, ivf_sq, ivf_flat, ivf_hnsw_sq or none (exact search).")
     ] = "auto",
@@ -177,20 +183,27 @@ def build_index(
     """
     from index.build import BuildConfig
     from index.build import build_index as run_build
+    from index.settle import Effort
     from index.storage import Storage
     from index.table import open_table
+    from pipeline.page import index_page
 
     config = BuildConfig(
         desc_scale=_scale(desc_scale),
         geometry=geometry,
+        centre=centre,
         balance=balance,
+        effort=Effort(memory=int(memory * 2**30), seconds=balance_seconds),
         index_type=index_type,
         target_recall=target_recall,
         perplexity=perplexity,
         allow_small_desc_scale=allow_small_desc_scale,
     )
     built = run_build(open_table(table, storage=Storage.of(storage_option or ())), config)
+    page = built.table.write_page("index", index_page(built.table, built.report))
     _show(table, built.report, as_json)
+    if not as_json:
+        print(f"\n{page}")
 
 
 @app.command()
@@ -225,8 +238,11 @@ def _show(title: str, report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    lists = {name: lines for name, lines in report.items() if isinstance(lines, list) and lines}
+    plain = {name: value for name, value in report.items() if name not in ("warnings", "hits")}
+    lists = {name: lines for name, lines in plain.items() if isinstance(lines, list) and lines}
     tables = {name: lines for name, lines in lists.items() if isinstance(lines[0], dict)}
-    print_table(title, {name: value for name, value in report.items() if name not in tables})
+    print_table(title, {name: value for name, value in plain.items() if name not in tables})
     for name, lines in tables.items():
         print_columns(f"\n{name}", {str(number): line for number, line in enumerate(lines, 1)})
+    for warning in report.get("warnings", ()):
+        print(f"\nwarning: {warning}")

@@ -27,7 +27,7 @@ from pipeline.preflight import check_source, check_target, expected_samples, fir
 from pipeline.sources import Reading, list_shards
 from pipeline.watch import ending_with_its_workers, watching, worker_output
 
-SETTINGS = "settings.json"
+BEGUN = "begun.json"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,25 +74,30 @@ def encode(config: EncodeConfig, run: RunConfig, table: str, *, dry_run: bool = 
     )
     with contextlib.nullcontext() if dry_run else claim(marks.folder, run.storage):
         there = open_table(uri, storage=run.storage) if is_table(uri, run.storage) else None
+        begun = _begun(marks, identity)
         done_before = there is not None and job.run_id in there.meta.run_ids
         if there is not None and not done_before:
-            job = _appending(job, there) if config.append else _refuse(there, settings)
+            if not config.append:
+                raise TableError(
+                    f"{uri} exists{_told(there, settings)}: name another --table, add --append, or delete it"
+                )
+            job = _appending(job, there, begun)
             done_before = not job.config.shards
-        _refuse_changes(marks, identity)
         if not done_before:
+            if not dry_run:
+                marks.write(BEGUN, {"settings": identity, "shards": job.config.shards})
             check_source(job.config.shards, run.reading(config))
             if config.limit is not None:
                 job.takes = first_samples(job.config.shards, config.limit, run.reading(config))
         if dry_run:
             return Encoded(None, {"to_do": "nothing"} if done_before else plan(job, free))
-        return _finish(job, settings, identity, done_before)
+        return _finish(job, settings, done_before)
 
 
-def _finish(job: EncodeJob, settings: dict[str, Any], identity: dict[str, Any], done_before: bool) -> Encoded:
+def _finish(job: EncodeJob, settings: dict[str, Any], done_before: bool) -> Encoded:
     """Run what is left of it, report it, and clear up."""
     began = time.monotonic()
     if not done_before:
-        job.marks.write(SETTINGS, identity)
         _run_beam(job)
     table = job.table()
     # A run that was stopped between its commit and its report still has its marks.
@@ -110,8 +115,11 @@ def _finish(job: EncodeJob, settings: dict[str, Any], identity: dict[str, Any], 
     return Encoded(table, table.report("encode") or {}, done_before)
 
 
-def _appending(job: EncodeJob, table: Table) -> EncodeJob:
-    """The same job for the shards that the table does not have; TableError where its rows would not fit."""
+def _appending(job: EncodeJob, table: Table, begun: list[str] | None) -> EncodeJob:
+    """The same job for the shards that the table does not have; TableError where its rows would not fit.
+
+    A run that has begun goes on with its own shards, whether or not it came to adding their rows.
+    """
     meta = table.meta
     geometry = meta.geometry
     config = job.config
@@ -129,25 +137,30 @@ def _appending(job: EncodeJob, table: Table) -> EncodeJob:
         raise TableError(
             f"{table.uri} was encoded with another {', '.join(changed)}: append with the same, or leave it out"
         )
-    present = shards_of(table)
-    shards = tuple(shard for shard in config.shards if shard not in present)
-    return replace(job, config=replace(config, shards=shards), base=meta)
+    if begun is None:
+        present = shards_of(table)
+        begun = [shard for shard in config.shards if shard not in present]
+    return replace(job, config=replace(config, shards=tuple(begun)), base=meta)
 
 
-def _refuse(table: Table, settings: dict[str, Any]) -> EncodeJob:
-    report = table.report("encode")
-    told = f" and was encoded with another {_changes(report['settings'], settings)}" if report else ""
-    raise TableError(f"{table.uri} exists{told}: name another --table, add --append, or delete it first")
-
-
-def _refuse_changes(marks: Marks, identity: dict[str, Any]) -> None:
-    """TableError where an unfinished run of other settings has left its marks."""
-    before = marks.read(SETTINGS)
-    if before is not None and (changed := _changes(before, identity)):
+def _begun(marks: Marks, identity: dict[str, Any]) -> list[str] | None:
+    """The shards of an unfinished run of these settings, None where there is no run; TableError where it has others."""
+    before = marks.read(BEGUN)
+    if before is None:
+        return None
+    if changed := _changes(before["settings"], identity):
         raise TableError(
             f"an unfinished run in {marks.folder} has another {changed}: type its options to go on with it, "
             f"or delete that folder to start anew"
         )
+    shards: list[str] = before["shards"]
+    return shards
+
+
+def _told(table: Table, settings: dict[str, Any]) -> str:
+    """What a table was encoded with otherwise, as far as its report tells."""
+    report = table.report("encode")
+    return f" and was encoded with another {_changes(report['settings'], settings)}" if report else ""
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ class EncodeShard:
         return {
             "moments": self._moments.to_dict() if self._moments else None,
             "rejects": dict(Counter(reject["reason"] for reject in self.rejects)),
-            "filtered": dict(self.filtered),
+            "filtered": {str(reason): count for reason, count in self.filtered.items()},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 

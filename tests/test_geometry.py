@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from index.centring import fit_centring
 from index.errors import OptionError
 from index.geometry import KINDS, Geometry
 from index.moments import Moments, unit
@@ -20,22 +21,30 @@ def some_rows(seed: int, n: int = 40, t: int = 5, dim: int = 7):
     return text, latent
 
 
-def fit(seed: int, kind: str, scale: float = 3.0) -> Geometry:
-    return Geometry.fit(Moments.of(*some_rows(seed)), kind=kind, desc_scale=scale)
+def fit(seed: int, kind: str, scale: float = 3.0, *, centre: bool = False) -> Geometry:
+    text, latent = some_rows(seed)
+    plain = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=scale)
+    if not centre:
+        return plain
+    centring = fit_centring([(text, plain.to_coordinates(latent))])
+    return Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=scale, centring=centring)
 
 
 seeds = st.integers(0, 10_000)
 
 
-@given(seed=seeds, kind=st.sampled_from(KINDS), scale=st.floats(1.01, 20), balanced=st.booleans())
-@settings(deadline=None, max_examples=50)
-def test_nearest_stored_vector_is_the_argmin_of_the_formula(seed, kind, scale, balanced):
-    geometry = fit(seed, kind, scale)
+@given(seed=seeds, kind=st.sampled_from(KINDS), scale=st.floats(1.01, 20), balanced=st.booleans(), centre=st.booleans())
+@settings(deadline=None, max_examples=80)
+def test_nearest_stored_vector_is_the_argmin_of_the_formula(seed, kind, scale, balanced, centre):
+    geometry = fit(seed, kind, scale, centre=centre)
     text, latent = some_rows(seed)
     rng = np.random.default_rng([seed, 1])
     g = rng.normal(size=len(text)) if balanced else np.zeros(len(text))
     description, r = rng.normal(size=(6, 5)), rng.normal(size=(6, 7))
     x = (latent - geometry.mean.astype(float)) / geometry.std.astype(float)
+    if centre:
+        told = unit(text) @ geometry.centring.weight.astype(float) + geometry.centring.bias
+        x = (x - told) / geometry.centring.std
     if kind == "sphere":
         x = unit(x) * np.sqrt(7)
         r = unit(r) * np.sqrt(7)
@@ -68,11 +77,15 @@ def test_coordinates_have_mean_zero_and_variance_one(kind):
     assert np.allclose(x.std(0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_descriptions_lie_as_far_apart_as_image_parts(kind):
+def test_descriptions_lie_as_far_apart_as_image_parts(kind, centre):
     rng = np.random.default_rng(0)
     text, latent = rng.normal(size=(2000, 5)) + 1, rng.normal(size=(2000, 40)) * 3
     geometry = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=2.0)
+    if centre:
+        centring = fit_centring([(text, geometry.to_coordinates(latent))])
+        geometry = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=2.0, centring=centring)
     vectors = geometry.vectors(text, latent).astype(float)
     words, image = vectors[:, :5] / geometry.desc_scale, vectors[:, 5:45]
 
@@ -91,14 +104,16 @@ def test_width_is_a_multiple_of_eight_with_room_for_balance():
     assert (geometry.queries(*some_rows(0))[:, 12:] == 0).all()
 
 
+@pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_through_json_is_exact(kind):
-    geometry = fit(1, kind)
+def test_round_trip_through_json_is_exact(kind, centre):
+    geometry = fit(1, kind, centre=centre)
     again = Geometry.from_dict(json.loads(json.dumps(geometry.to_dict())))
     assert again.same_as(geometry)
     assert np.array_equal(again.mean, geometry.mean)
     assert again.mean.dtype == np.float32
-    assert not fit(1, kind, scale=3.5).same_as(geometry)
+    assert not fit(1, kind, scale=3.5, centre=centre).same_as(geometry)
+    assert not fit(1, kind, centre=not centre).same_as(geometry)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, -2.0, float("nan"), float("inf")])

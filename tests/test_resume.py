@@ -200,6 +200,24 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
     assert (again.done_before, again.table.version) == (True, added.table.version)
 
 
+def test_an_append_stopped_between_rows_and_metadata_is_finished(
+    encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
+):
+    from index import table as table_module
+
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
+    with monkeypatch.context() as patch:
+        patch.setattr(table_module, "update_meta", lambda *_: (_ for _ in ()).throw(KeyError("pulled the plug")))
+        with pytest.raises(Exception, match="pulled the plug"):
+            encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
+    between = open_table(first.uri)
+    assert (between.dataset().count_rows(), between.meta.moments.count) == (360, first.meta.moments.count)
+    after = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
+    assert (len(content(after.table)), after.report["rows"]) == (360, 240)
+    assert after.table.meta.moments.count == encoded.meta.moments.count
+    assert len(after.table.meta.run_ids) == 2
+
+
 def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_path):
     from index.build import BuildConfig, build_index
 
@@ -213,6 +231,8 @@ def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_pat
     assert new == 120
     again = build_index(added, BuildConfig(index_type="ivf_flat"))
     assert again.report["num_unindexed_rows"] == 0
+    assert "ivf_flat is kept, 120 rows were added to it" in again.report["index_choice"]
+    assert again.report["index_num_partitions"] == built.meta.index.num_partitions
     assert again.table.meta.geometry.same_as(built.meta.geometry)
 
 

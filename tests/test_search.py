@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from index.balance import chi_square, fit_potentials
+from index.balance import chi_square, fit_potentials, winners
+from index.blocks import VectorBlocks
 from index.build import BuildConfig, build_index
 from index.errors import OptionError, TableError
 from index.queries import draw_points, draw_rows
 from index.report import find_truth, measure_ladder, measure_recall, real_queries, ridge_r2
 from index.schema import TRAIN
 from index.search import ExactNeighbours, LanceNeighbours, open_neighbours
+from index.settle import Effort
 from index.table import open_table
 
 
@@ -168,7 +171,8 @@ def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_
         text = exact.text[draw_rows(len(exact.row), 512, seed=3, step=step)]
         return geometry.queries(text, draw_points(geometry, 512, seed=3, step=step))
 
-    *_, potentials = fit_potentials(exact, queries, steps=300)
+    *_, potentials = fit_potentials(VectorBlocks(table, memory=2**28), queries, steps=300, target=0.0)
+    assert potentials.stopped == "all steps are done"
     vectors = exact.vectors.numpy()
     fresh = np.concatenate([queries(step) for step in range(1000, 1020)])
     cost = -2 * fresh @ vectors.T + np.square(vectors).sum(1)
@@ -180,6 +184,50 @@ def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_
     # The balance coordinate gives the same winners through an ordinary distance.
     shifted = cost + np.square(potentials.coordinate())
     assert np.array_equal(shifted.argmin(1), (cost - potentials.g).argmin(1))
+
+
+def test_balance_stops_when_shares_are_even_and_goes_on_from_there(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
+    short = build_index(table, BuildConfig(balance=True, effort=Effort(seconds=0.05))).report
+    assert short["balance_stopped"] == "0.05 seconds are spent"
+    assert not short["balance_continued"]
+    more = build_index(open_table(table.uri), BuildConfig(balance=True)).report
+    assert more["balance_continued"]
+    assert more["balance_stopped"] == "chi^2 of shares is below 0.05"
+    assert more["balance_chi_square"] < min(0.05, short["balance_chi_square"])
+    again = build_index(open_table(table.uri), BuildConfig(balance=True)).report
+    assert (again["balance_steps"], again["balance_stopped"]) == (0, "chi^2 of shares is below 0.05")
+
+
+def test_vectors_are_the_same_in_memory_or_read_block_by_block(encoded, monkeypatch):
+    from index import blocks
+
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
+    held, read = VectorBlocks(encoded, memory=2**28), VectorBlocks(encoded, memory=1)
+    assert (held.held, read.held, len(list(held)), len(list(read)) > 3) == (True, False, 1, True)
+    whole = encoded.column("vector").astype(np.float32)
+    for each in (held, read):
+        assert np.array_equal(np.concatenate([block.vectors.numpy() for block in each]), whole)
+    g = torch.from_numpy(np.random.default_rng(0).normal(size=len(whole)).astype(np.float32))
+    queries = real_queries(encoded, 64)
+    cost = np.square(queries[:, None] - whole[None]).sum(-1) - g.numpy()
+    for each in (held, read):
+        found = winners(each, queries, g).numpy()
+        assert np.allclose(cost[np.arange(64), found], cost.min(1), rtol=1e-4)
+    third = VectorBlocks(encoded, memory=1, every=3)
+    assert np.array_equal(np.concatenate([block.vectors.numpy() for block in third]), whole[::3])
+
+
+def test_a_large_table_is_balanced_on_a_sample(shapes, encode_shapes, tmp_path, monkeypatch):
+    """Rows that were not fitted take their neighbour's potential: better than none, and said."""
+    from index import settle
+
+    monkeypatch.setattr(settle, "MOST_FITTED", 150)
+    table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
+    plain = build_index(table, BuildConfig()).report
+    built = build_index(open_table(table.uri), BuildConfig(balance=True)).report
+    assert (built["balance_fitted_rows"], built["train_rows"]) == (-(-plain["train_rows"] // 2), plain["train_rows"])
+    assert built["chi_square"] < 0.7 * plain["chi_square"]
 
 
 def test_chi_square_is_unbiased():

@@ -3,7 +3,8 @@
 On the same JPEG pictures of 256 pixels, encoded at 128, in one run:
   a  the bare autoencoder and text model on decoded batches in memory, one torch thread
   b  `pipeline encode --workers 1`, from the first shard to the published table
-  c  `pipeline encode --workers 2`, the start of the workers included
+  c  `pipeline encode --workers 2`, the start of the workers included; `midway` is the rate from a fifth of the
+     pictures to four fifths, without it
   two_bare  the models alone in two processes at once: what this machine's second core is worth
 Prints JSON, medians over the rounds.
 
@@ -128,8 +129,12 @@ def encode(source: Path, table: Path, image: str, text: str, workers: int) -> di
     command += ["--image-encoder", image, "--text-encoder", text, "--workers", str(workers), "--device", "cpu"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     report = json.loads((table.parent / f"{table.stem}.reports/encode.json").read_text())
+    lines = (table.parent / f"{table.stem}.reports/encode.jsonl").read_text().splitlines()
+    ticks = [json.loads(line) for line in lines]
+    one, four = (next(tick for tick in ticks if tick["done"] >= fifths * report["rows"] / 5) for fifths in (1, 4))
     return {
         "rate": report["images_per_second"],
+        "midway": (four["done"] - one["done"]) / (four["seconds"] - one["seconds"]),
         "peak_mib": json.loads(out.splitlines()[-1])["peak_kib"] / 1024,
         "seconds_by_step": report["seconds_by_step"],
     }
@@ -161,6 +166,7 @@ def main() -> None:
             two.append(encode(folder / "all", folder / f"two{number}.lance", image, text, 2))
         small = encode(folder / "quarter", folder / "quarter.lance", image, text, 1)
     a, b, c = statistics.median(models), *(statistics.median(run["rate"] for run in runs) for runs in (one, two))
+    midway = [statistics.median(run["midway"] for run in runs) for runs in (one, two)]
     peak = statistics.median(run["peak_mib"] for run in one)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -169,6 +175,7 @@ def main() -> None:
         "images_per_second": {"a_bare": a, "b_one_worker": b, "c_two_workers": c},
         "b_of_a": b / a,
         "c_of_b": c / b,
+        "midway": {"b_of_a": midway[0] / a, "c_of_b": midway[1] / midway[0]},
         "two_bare_of_a": statistics.median(both) / a,
         "peak_mib": {"quarter": small["peak_mib"], "all": peak},
         "memory_of_four_times_the_pictures": peak / small["peak_mib"],
