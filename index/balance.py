@@ -64,7 +64,7 @@ def fit_potentials(
     steps: int | None = None,
     learning_rate: float = 0.6,
 ) -> Iterator[Potentials]:
-    """Ascend the semi-dual; yields the averaged g at every tenth of the way, the last time with why it ended.
+    """Ascend the semi-dual; yields the averaged g at first and every tenth of the way, at last with why it ended.
 
     `queries(step)` draws a batch by the query law. The learning rate is in squared distance per step, for coordinates
     of unit variance; from potentials that were fitted before (`start`) it begins lower. A time limit makes the result
@@ -90,11 +90,10 @@ def fit_potentials(
             stopped = f"chi^2 of shares is below {target:g}"
         return Potentials(average.cpu().numpy().astype(np.float32), found, step, stopped)
 
-    if start is not None:
-        now = check(0, None)
-        yield now
-        if now.stopped:
-            return
+    now = check(0, None)
+    yield now
+    if now.stopped:
+        return
     checked, gone = 0.0, 0.0
     for step in range(steps):
         counts = torch.bincount(winners(blocks, queries(step), g), minlength=n)

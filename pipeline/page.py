@@ -25,8 +25,9 @@ QUERIES, NEAREST = 6, 4
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui;margin:2em auto;max-width:66em;padding:0 1em}}svg{{max-width:32%;height:auto}}
 table{{border-collapse:collapse}}td,th{{padding:.15em .9em;text-align:left;vertical-align:top}}
-img{{width:96px;height:96px;object-fit:cover;display:block}}figure{{margin:0;display:inline-block;width:11em}}
-figcaption{{font-size:12px;line-height:1.3}}.warn{{background:#fff3cd;padding:.4em 1em}}</style>
+img{{width:96px;height:96px;object-fit:cover;display:block}}figcaption{{font-size:12px;line-height:1.3}}
+figure{{margin:0 .8em 0 0;display:inline-block;width:11em;vertical-align:top}}
+.warn{{background:#fff3cd;padding:.4em 1em}}</style>
 <h1>{title}</h1>{warnings}{plots}
 <h2>What a description and a random point find</h2>{found}
 <h2>All figures</h2><table>{figures}</table></html>
@@ -138,16 +139,16 @@ def _svg(draw: Any, report: dict[str, Any]) -> str:
 
 
 def _draw_hits(axes: "Axes", report: dict[str, Any]) -> None:
-    rows = np.array(report["hits"], float)
+    most = int(np.flatnonzero(report["hits"]).max())
+    rows = np.array(report["hits"][: most + 2], float)
     times = np.arange(len(rows))
     mean = report["draws"] / report["train_rows"]
     # Poisson, term by term: a factorial of 32 is too large for nothing.
     even = np.exp(-mean) * np.cumprod(np.concatenate([[1.0], mean / times[1:]])) * rows.sum()
     axes.bar(times, rows, color="#4878a8", label="rows")
     axes.plot(times, even, color="#c44e52", marker=".", label="if all shares were even")
-    axes.set(
-        title=f"Times drawn, in {report['draws']:,} draws", xlabel=f"times ({times[-1]}: or more)", yscale="symlog"
-    )
+    last = f" ({times[-1]}: or more)" if len(rows) == len(report["hits"]) else ""
+    axes.set(title=f"Times drawn, in {report['draws']:,} draws", xlabel=f"times{last}", yscale="symlog")
     axes.legend()
 
 
@@ -162,11 +163,16 @@ def _draw_recall(axes: "Axes", report: dict[str, Any]) -> None:
 
 
 def _draw_ladder(axes: "Axes", report: dict[str, Any]) -> None:
-    scales = [rung["desc_scale"] for rung in report["ladder"]]
-    axes.plot(scales, [rung["perplexity"] for rung in report["ladder"]], marker="o", color="#4878a8")
+    rungs = sorted([*report["ladder"], report], key=lambda rung: float(rung["desc_scale"]))
+    scales = [rung["desc_scale"] for rung in rungs]
+    axes.plot(scales, [rung["perplexity"] for rung in rungs], marker="o", color="#4878a8")
     axes.axvline(report["desc_scale"], color="#888", linestyle=":")
     axes.set(title="What desc_scale does", xlabel="desc_scale (dotted: this table's)", xscale="log", yscale="log")
+    axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0.9, max(10.0, 1.2 * max(rung["perplexity"] for rung in rungs)))
     axes.set_ylabel("perplexity of the target", color="#4878a8")
     right = axes.twinx()
-    right.plot(scales, [rung["own_pair_rate"] for rung in report["ladder"]], marker="s", color="#c44e52")
+    right.plot(scales, [rung["own_pair_rate"] for rung in rungs], marker="s", color="#c44e52")
     right.set_ylabel("own-pair rate", color="#c44e52")
+    right.set_ylim(-0.05, 1.05)
