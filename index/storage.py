@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from index.console import write_text
-from index.errors import OptionError, SourceError
+from index.errors import OptionError, SourceError, TableError
 
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Where the environment names an S3 endpoint; the last counts."""
@@ -103,16 +103,21 @@ class Storage:
             return None
 
     def write_json(self, uri: str, content: Any) -> None:
-        """Write JSON so that a reader sees the old file or the new one, never a part."""
+        """Write JSON so that a reader sees the old file or the new one, never a part; TableError where it cannot be."""
         self.write_text(uri, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, uri: str, text: str) -> None:
         """The same for any text."""
-        if is_local(uri):
-            write_text(Path(uri), text)
-            return
-        files, path = self.files(uri)
-        files.pipe_file(path, text.encode())
+        try:
+            if is_local(uri):
+                write_text(Path(uri), text)
+            else:
+                files, path = self.files(uri)
+                files.pipe_file(path, text.encode())
+        except Exception as error:  # every object store has errors of its own
+            raise TableError(
+                f"{uri} cannot be written ({error}): make room there; the same command goes on where it stopped"
+            ) from error
 
     def remove(self, uri: str) -> None:
         """Delete a file or folder with all that is in it, if it is there."""

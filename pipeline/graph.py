@@ -99,10 +99,7 @@ def encode_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozen
     rejects = pa.RecordBatch.from_pylist(run.rejects, schema=REJECTS)
     part.reject_fragments = write_fragments(rejects_uri(job.uri), REJECTS, iter([rejects]), job.run.storage)
     part.summary = run.summary
-    try:
-        job.marks.finish(part)
-    except OSError as error:
-        raise unwritable(job.marks.folder, error) from error
+    job.marks.finish(part)
     return part
 
 

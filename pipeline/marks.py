@@ -5,11 +5,13 @@ so a run that was stopped anywhere goes on with the shards that have none. Marks
 have in common, whatever machine or Beam engine they are on.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from index.errors import TableError
 from index.storage import Storage
 
 
@@ -49,8 +51,9 @@ class Marks:
         self.storage.remove(self._uri(name_of(part.shard, "begun")))
 
     def begin(self, shard: str, samples: int) -> None:
-        """Say how many samples a shard that is being encoded has come to."""
-        self.write(name_of(shard, "begun"), samples)
+        """Say how many samples a shard that is being encoded has come to; a run does not fail for it."""
+        with contextlib.suppress(TableError):
+            self.write(name_of(shard, "begun"), samples)
 
     def look(self, shards: Sequence[str], known: dict[str, ShardPart]) -> int:
         """Add to `known` what was finished since; the samples of all, with those that have begun."""
