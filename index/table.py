@@ -110,7 +110,12 @@ def rejects_uri(uri: str) -> str:
 
 def is_table(uri: str, storage: Storage) -> bool:
     """Whether a table was published there; an encode run that was stopped leaves data without a version."""
-    return bool(storage.names(f"{uri}/_versions"))
+    try:
+        return bool(storage.names(f"{uri}/_versions"))
+    except Exception as error:  # every object store has errors of its own
+        raise TableError(
+            f"{uri} cannot be reached ({first_line(error)[:200]}): check the address, the rights and --storage-option"
+        ) from error
 
 
 def reports_of(uri: str) -> str:

@@ -158,6 +158,15 @@ def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
         list_shards(["s3://nowhere/*.tar"], Reading(storage=s3))
 
 
+def test_a_store_that_does_not_answer_is_one_line(s3, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    nobody = Storage.of(["endpoint=http://127.0.0.1:9", *KEYS])
+    with pytest.raises(TableError, match=r"s3://bucket/t.lance cannot be reached \(.*\): check the address"):
+        open_table("s3://bucket/t.lance", storage=nobody)
+    with pytest.raises(SourceError, match=r"'s3://bucket/\*\.tar' cannot be listed: "):
+        list_shards(["s3://bucket/*.tar"], Reading(storage=nobody))
+
+
 def test_options_are_named_as_lance_names_them():
     storage = Storage.of(["endpoint=http://x", "aws_secret_access_key=s", "region=r", "other=1"])
     assert dict(storage.options) | {"aws_endpoint": "http://x"} == {
