@@ -18,6 +18,7 @@ from index.storage import Storage
 from index.table import open_table, shards_of
 from pipeline import encode as encode_module
 from pipeline import job as job_module
+from pipeline import watch
 from pipeline.claim import claim
 from pipeline.marks import Marks
 from pipeline.sources import list_shards
@@ -321,17 +322,26 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(small_disk, shapes
         encode_shapes(shapes, small_disk / "t.lance", keep_images=True, dry_run=True)
 
 
-def test_a_run_that_goes_wrong_is_stopped_on_the_way(shapes, encode_shapes, tmp_path, monkeypatch):
+def test_a_run_that_goes_wrong_is_stopped_on_the_way(write_tar, encode_shapes, tmp_path, monkeypatch):
     """Once so much is rejected that no good sample to come could mend it."""
-    marks = Marks(str(tmp_path / "t.encode"))
-    whole = job_module.EncodeJob.open
+    for shard in range(10):
+        write_tar(tmp_path / "source" / f"{shard}.tar", [(f"{n}.{e}", b"?") for n in range(5) for e in ("png", "txt")])
+        (tmp_path / "source" / f"{shard}_stats.json").write_text('{"successes": 5}')
+    whole, opened = job_module.EncodeJob.open, []
 
-    def stop_then_open(self, shard, **options):
-        marks.write("stopped.json", "1,200 of 2,000 samples are rejected already")
+    def open_slowly(self, shard, **options):
+        opened.append(shard)
+        time.sleep(0.3)
         return whole(self, shard, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(job_module.EncodeJob, "open", stop_then_open)
-        with pytest.raises(SourceError, match=r"^1,200 of 2,000 samples are rejected already$"):
-            encode_shapes(shapes, tmp_path / "t.lance")
-    assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
+    monkeypatch.setattr(job_module.EncodeJob, "open", open_slowly)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "STOPPING_REJECTS", 5)
+    with pytest.raises(
+        SourceError, match=r"^\d+ of 50 samples are rejected already, after \d of 10 shards: nothing was pub"
+    ):
+        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.2)
+    assert 3 <= len(opened) < 10
+    # Allowing more takes the stop back.
+    with pytest.raises(SourceError, match="50 of 50 samples were rejected"):
+        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.9)
