@@ -16,7 +16,7 @@ from index.errors import OptionError
 from index.report import Recall, Truth, measure_recall
 from index.schema import IndexRef
 from index.search import LanceNeighbours
-from index.table import Table, update_meta
+from index.table import Table, tag_indexed, update_meta
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
 VECTOR_INDEX = "vector_idx"
@@ -128,10 +128,7 @@ def _create(table: Table, kind: str, partitions: int, log: Path | None) -> Table
 
 
 def _served_by(table: Table, ref: IndexRef) -> Table:
-    """Store the choice in the table's metadata, and keep that version from clean-up: trainers pin it."""
+    """Store the choice in the table's metadata, and say that this version is complete."""
     table = update_meta(table, replace(table.meta, index=ref))
-    tags = table.dataset().tags
-    name = f"index-v{table.version}"
-    if name not in tags.list():
-        tags.create(name, table.version)
+    tag_indexed(table)
     return table

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LANCE_STORES = ("s3://", "gs://", "az://")
 RECENT_COMMITS = 100
+INDEXED = "index-v"
+"""Tags of versions with a complete index, before their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,10 @@ def log_of(uri: str, name: str) -> Path | None:
 def open_table(
     given: str | Path, *, version: int | None = None, indexed: bool = False, storage: Storage | None = None
 ) -> Table:
-    """Open and check a table, at its newest version unless told; TableError says what is wrong and what to type."""
+    """Open and check a table, at its newest version unless told; TableError says what is wrong and what to type.
+
+    With `indexed`, where the newest version has no index because another one is being built, the last that has one.
+    """
     import lance
 
     uri, storage = table_uri(given), Storage.of() if storage is None else storage
@@ -142,9 +147,19 @@ def open_table(
     except (ValueError, OSError) as error:
         raise TableError(f"{given} cannot be opened as a Lance table: {first_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
-    if indexed and table.meta.index is None:
+    if not indexed or table.meta.index is not None:
+        return table
+    tagged = [int(tag.removeprefix(INDEXED)) for tag in dataset.tags.list() if tag.startswith(INDEXED)]
+    if version is not None or not tagged:
         raise TableError(f"{given} has no index: type `pipeline build-index {given}`")
-    return table
+    return open_table(uri, version=max(tagged), storage=storage)
+
+
+def tag_indexed(table: Table) -> None:
+    """Keep this version from clean-up: trainers pin it, and it serves until another index is complete."""
+    tags, name = table.dataset().tags, f"{INDEXED}{table.version}"
+    if name not in tags.list():
+        tags.create(name, table.version)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Search finds what brute force in numpy finds, among training rows only."""
 
 import json
+from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from index.report import find_truth, measure_ladder, measure_recall, real_querie
 from index.schema import TRAIN
 from index.search import ExactNeighbours, LanceNeighbours, open_neighbours
 from index.settle import Effort
-from index.table import open_table
+from index.table import open_table, rewrite_vectors
 
 
 def brute_force(table, queries, k):
@@ -161,6 +163,23 @@ def test_balance_evens_the_shares_and_is_stored(shapes, encode_shapes, tmp_path)
     assert geometry.balance_of(kept.table.column("vector")).any()
     undone = build_index(open_table(table.uri), BuildConfig(balance=False))
     assert not geometry.balance_of(undone.table.column("vector")).any()
+
+
+def test_the_old_index_serves_until_the_new_one_is_complete(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    with pytest.raises(TableError, match="has no index"):
+        open_table(table.uri, indexed=True)
+    built = build_index(table, BuildConfig(index_type="ivf_flat")).table
+    *_, between = rewrite_vectors(built, replace(built.meta.geometry, desc_scale=9.0))
+    assert between.meta.index is None
+    serving = open_table(table.uri, indexed=True)
+    assert (serving.version, serving.meta.geometry.desc_scale) == (built.version, 4.0)
+    assert "ANNIvfBatch" in LanceNeighbours(serving).plan(real_queries(serving, 8))
+    rebuilt = build_index(open_table(table.uri), BuildConfig(index_type="ivf_flat")).table
+    assert open_table(table.uri, indexed=True).version == rebuilt.version > between.version
+    # What a checkpoint may refer to survives a clean-up.
+    rebuilt.dataset().cleanup_old_versions(older_than=timedelta(0), error_if_tagged_old_versions=False)
+    assert open_table(table.uri, version=built.version).meta.index == built.meta.index
 
 
 def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_path):
