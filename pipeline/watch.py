@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from pipeline.marks import ShardPart
 LOOK_SECONDS = 0.5
 BEAM_WORKER = "run_worker"
 """What Beam calls the thread that waits for a worker process."""
+INTERRUPTED = ("code -2", "code 130")
+"""How the end of a worker reads that Ctrl-C has reached."""
+BEAM_THREADS = (BEAM_WORKER, "beam_control_read", "read_grpc_client_inputs")
 STOPPING_REJECTS = 1000
 """So many rejects at least, before a run is stopped on the way."""
 
@@ -62,13 +66,16 @@ def ending_with_its_workers(uri: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals reach no other
         yield
         return
-    died = list[str]()
+    died, ending = list[str](), threading.Event()
 
     def on_thread_error(thrown: threading.ExceptHookArgs) -> None:
         os.write(2, "".join(traceback.format_exception(thrown.exc_value)).encode())
         if thrown.thread is not None and thrown.thread.name == BEAM_WORKER and not died:
             died.append(str(thrown.exc_value))
+            time.sleep(0.5)  # Ctrl-C ends the workers too: this thread's process has heard of it by then
             _kill_workers()  # Beam waits for them before it lets go
+            if ending.is_set():
+                return
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def on_signal(number: int, frame: object) -> None:
@@ -79,8 +86,16 @@ def ending_with_its_workers(uri: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not died:
+        ending.set()
+        # Threads that lose their workers complain: into the log, not after it is closed.
+        until = time.monotonic() + 2
+        for thread in threading.enumerate():
+            if thread.name in BEAM_THREADS:
+                thread.join(max(0.0, until - time.monotonic()))
+        if not died or isinstance(error, KeyboardInterrupt):
             raise
+        if died[0].endswith(INTERRUPTED):
+            raise KeyboardInterrupt from error
         raise TableError(
             f"{uri} is not finished: a worker process died ({died[0]}), for want of memory perhaps: "
             "type the same command to go on, with fewer --workers or a smaller --batch-size"
