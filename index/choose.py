@@ -47,15 +47,27 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
         ref = IndexRef(kind="none", num_partitions=None, nprobes=None, recall=recall.recall_at_1)
         return Choice(_served_by(table, ref), recall, f"every query is compared with all {n:,} rows", [])
     wanted = "ivf_rq" if kind == "auto" else kind
-    kept = _kept(table, truth, kind, target_recall, log)
-    if kept is not None:
-        return kept
+    now = table.meta.index
+    if (
+        now is not None
+        and now.num_partitions is not None
+        and kind in ("auto", now.kind)
+        and n <= 4 * now.num_partitions**2
+    ):
+        table, added = _with_later_rows(table)
+        probes = _fewest_probes(table, now.num_partitions, truth, target_recall, log)
+        nprobes, recall = list(probes.items())[-1]
+        if recall.recall_at_1 >= target_recall:
+            why = f"{now.kind} is kept, {added:,} rows were added to it; it finds {recall.recall_at_1:.3f} of the "
+            why += f"nearest with {nprobes} of {now.num_partitions} probes"
+            ref = replace(now, nprobes=nprobes, recall=recall.recall_at_1)
+            return Choice(_served_by(table, ref), recall, why, _lines(now.kind, probes))
     tried, why = [], ""
     for candidate in dict.fromkeys((wanted, "ivf_flat")):
         partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
         table = _create(table, candidate, partitions, log)
         probes = _fewest_probes(table, partitions, truth, target_recall, log)
-        tried += [{"kind": candidate, "nprobes": p, **asdict(r)} for p, r in probes.items()]
+        tried += _lines(candidate, probes)
         nprobes, recall = list(probes.items())[-1]
         why += f"{candidate} finds {recall.recall_at_1:.3f} of the nearest with {nprobes} of {partitions} probes"
         if recall.recall_at_1 >= target_recall:
@@ -65,24 +77,18 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
     return Choice(_served_by(table, ref), recall, why, tried)
 
 
-def _kept(table: Table, truth: Truth, kind: str, target_recall: float, log: Path | None) -> Choice | None:
-    """The index that the table has, with rows that came later assigned to its partitions, if it still serves."""
-    now, n = table.meta.index, len(truth.exact.row)
-    if now is None or now.num_partitions is None or kind not in ("auto", now.kind) or n > 4 * now.num_partitions**2:
-        return None
-    added = table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows
+def _with_later_rows(table: Table) -> tuple[Table, int]:
+    """The table with the rows that came after its index assigned to the index's partitions, and how many they were."""
+    added = int(table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows)
     dataset = table.dataset()
     if added:
         dataset.optimize.optimize_indices()
-    table = Table(table.uri, dataset.version, table.meta, table.storage)
-    probes = _fewest_probes(table, now.num_partitions, truth, target_recall, log)
-    nprobes, recall = list(probes.items())[-1]
-    if recall.recall_at_1 < target_recall:
-        return None
-    why = f"{now.kind} is kept, {added:,} rows were added to it; it finds {recall.recall_at_1:.3f} of the nearest with "
-    ref = replace(now, nprobes=nprobes, recall=recall.recall_at_1)
-    tried = [{"kind": now.kind, "nprobes": p, **asdict(r)} for p, r in probes.items()]
-    return Choice(_served_by(table, ref), recall, f"{why}{nprobes} of {now.num_partitions} probes", tried)
+    return Table(table.uri, dataset.version, table.meta, table.storage), added
+
+
+def _lines(kind: str, probes: dict[int, Recall]) -> list[dict[str, Any]]:
+    """What was measured of an index, a line for each number of probes."""
+    return [{"kind": kind, "nprobes": nprobes, **asdict(recall)} for nprobes, recall in probes.items()]
 
 
 def _fewest_probes(
