@@ -1,14 +1,11 @@
-"""The training rows' search vectors in blocks: held where they fit into the memory that is given, else read each time.
-
-The balance coordinate is left out, so that potentials are fitted to bare distances whatever the table holds already.
-"""
+"""The training rows' search vectors in blocks: held where they fit into the given memory, else read each time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int
 
 from index.schema import TRAIN
 from index.table import Table, column_array
@@ -36,14 +33,20 @@ class Block:
 
 
 class VectorBlocks:
-    """Iterate all blocks, as often as wanted, within about `memory` bytes; with `every` = k only each k-th row."""
+    """Iterate all blocks, as often as wanted, within about `memory` bytes; with `every` = k only each k-th row.
 
-    def __init__(self, table: Table, *, memory: int, device: str = "cpu", every: int = 1) -> None:
-        """Count the rows, and read them if they fit."""
-        self._table, self._device, self._every = table, device, every
-        trained = table.dataset().count_rows(filter=f"split = '{TRAIN}'")
-        self.count = -(-trained // every)
+    Without `balance` that coordinate is zero, so that potentials are fitted to bare distances whatever the table holds.
+    """
+
+    def __init__(
+        self, table: Table, *, memory: int | None = None, device: str = "cpu", every: int = 1, balance: bool = True
+    ) -> None:
+        """Count the rows, and read them if they fit; without `memory` they are held in any case."""
+        self._table, self._device, self._every, self._balance = table, device, every, balance
+        self._offsets = table.offsets(TRAIN)[::every]
+        self.count = len(self._offsets)
         width = table.meta.geometry.width
+        memory = 2**62 if memory is None else memory
         # float32 of the block in use, float16 and float32 of the one being read, and the scores of a batch of queries.
         self._rows = max(LEAST_ROWS, min(65_536, memory // (16 * width + 8 * 1024)))
         self.held = 4 * (width + 1) * self.count + 16 * width * self._rows <= memory
@@ -53,18 +56,36 @@ class VectorBlocks:
         """The blocks in the table's order."""
         return iter(self._blocks) if self.held else self._read()
 
+    def take(self, places: Int[np.ndarray, "B"]) -> Float32[np.ndarray, "B S"]:
+        """The vectors at some places, order and repeats kept."""
+        if not self.held:
+            return self._prepared(self._table.take(self._offsets[places], "vector"))
+        import torch
+
+        rows = torch.from_numpy(places).to(self._device)
+        out = torch.empty((len(places), self._table.meta.geometry.width), device=self._device)
+        for block in self._blocks:
+            here = (rows >= block.start) & (rows < block.rows.stop)
+            out[here] = block.vectors[rows[here] - block.start]
+        return np.asarray(out.cpu())
+
+    def _prepared(self, stored: Float[np.ndarray, "n S"]) -> Float32[np.ndarray, "n S"]:
+        rows = stored.astype(np.float32)
+        if not self._balance:
+            self._table.meta.geometry.balance_of(rows)[:] = 0
+        return rows
+
     def _read(self) -> Iterator[Block]:
         import torch
 
-        geometry, seen, start = self._table.meta.geometry, 0, 0
+        seen, start = 0, 0
         batches = self._table.dataset().to_batches(
             columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=self._rows, batch_readahead=1
         )
         for batch in batches:
-            rows = column_array(batch["vector"])[(-seen) % self._every :: self._every].astype(np.float32)
+            rows = column_array(batch["vector"])[(-seen) % self._every :: self._every]
             seen += len(batch)
-            geometry.balance_of(rows)[:] = 0
-            vectors = torch.from_numpy(rows).to(self._device)
+            vectors = torch.from_numpy(self._prepared(rows)).to(self._device)
             yield Block(start, vectors, vectors.square().sum(1))
             start += len(rows)
         assert start == self.count, (start, self.count)

@@ -1,26 +1,21 @@
 """Build what a trainer searches, from geometry to index, and report what came out."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from index.advice import advise
-from index.choose import INDEX_TYPES, VECTOR_INDEX, choose_index
+from index.choose import INDEX_TYPES, Builder, choose_index, index_bytes
 from index.console import Progress
 from index.errors import OptionError, TableError
-from index.report import (
-    LADDER,
-    count_bad_vectors,
-    draws_for,
-    find_truth,
-    measure_ladder,
-    measure_shares,
-    real_queries,
-    settings_of,
-)
+from index.ladder import LADDER, measure_ladder, sample_rows
+from index.recall import find_truth, real_queries
+from index.report import count_bad_vectors, settings_of
 from index.schema import TRAIN
 from index.search import ExactNeighbours, LanceNeighbours
-from index.settle import Effort, settle_vectors, wanted_geometry
+from index.segments import VECTOR_INDEX, build_whole
+from index.settle import settle_vectors, wanted_geometry
+from index.shares import draws_for, measure_shares
 from index.table import Table
 
 
@@ -35,10 +30,12 @@ class BuildConfig:
     """Compare what descriptions do not tell of a latent, instead of the latent."""
     balance: bool | None = None
     """Fit dual potentials, so that every row is drawn equally often; goes on from those that the table has."""
-    effort: Effort = field(default_factory=Effort)
-    """What fitting them may cost."""
+    balance_seconds: float = 300.0
+    """What fitting them may take."""
+    memory: int = 4 * 2**30
+    """Bytes of vectors that are held at a time; a larger table is read again and again, and gets a coarser index."""
     index_type: str = "auto"
-    """auto: exact search for small tables, IVF_RQ with 8 bits otherwise."""
+    """auto: exact search for small tables, IVF_RQ otherwise, and IVF_FLAT where that misses the target."""
     target_recall: float = 0.95
     """recall@1 against exact search, on held-out descriptions with random points."""
     perplexity: float = 100.0
@@ -62,8 +59,8 @@ class Built:
     report: dict[str, Any]
 
 
-def build_index(table: Table, config: BuildConfig) -> Built:
-    """Do all of it; the report is also written to DB/NAME.reports/index.json."""
+def build_index(table: Table, config: BuildConfig, build: Builder = build_whole) -> Built:
+    """Do all of it; `build` makes the index itself. The report is also written to DB/NAME.reports/index.json."""
     began = time.monotonic()
     log = table.log("index")
     if len(table.offsets(TRAIN)) == 0:
@@ -78,21 +75,35 @@ def build_index(table: Table, config: BuildConfig) -> Built:
         seed=config.seed,
     )
     table, balanced = settle_vectors(
-        table, geometry, balance=config.balance, effort=config.effort, seed=config.seed, log=log
+        table,
+        geometry,
+        balance=config.balance,
+        memory=config.memory,
+        seconds=config.balance_seconds,
+        seed=config.seed,
+        log=log,
     )
-    bad = count_bad_vectors(table.column("vector"))
+    bad = count_bad_vectors(table)
     if bad["nan_vectors"]:
         raise TableError(f"{bad['nan_vectors']} vectors of {table.uri} are not finite: encode the table again")
-    exact = ExactNeighbours(table)
+    exact = ExactNeighbours(table, memory=config.memory)
     truth = find_truth(exact, real_queries(table, 1024, seed=config.seed))
-    choice = choose_index(table, truth, kind=config.index_type, target_recall=config.target_recall, log=log)
+    choice = choose_index(
+        table,
+        truth,
+        kind=config.index_type,
+        target_recall=config.target_recall,
+        memory=config.memory,
+        seed=config.seed,
+        build=build,
+        log=log,
+    )
     table = choice.table
     neighbours = exact if table.meta.searched_exactly else LanceNeighbours(table)
     with Progress("measure shares", total=draws_for(len(exact.row)), unit="draws", log=log) as bar:
-        shares = measure_shares(table, neighbours, exact, seed=config.seed, drawn=bar.advance)
-    coordinate = table.meta.geometry.balance_of(exact.vectors.cpu().numpy())
+        shares = measure_shares(table.meta.geometry, neighbours, exact, seed=config.seed, drawn=bar.advance)
     scales = (*LADDER, geometry.desc_scale)
-    *ladder, at_scale = measure_ladder(table.meta.geometry, exact.text, exact.latent, scales, balance=coordinate)
+    *ladder, at_scale = measure_ladder(table.meta.geometry, sample_rows(table, seed=config.seed), scales)
     report = {
         **settings_of(table),
         "index_choice": choice.why,
@@ -117,7 +128,5 @@ def _index_state(table: Table) -> dict[str, int]:
     """How large the index is and how many rows it misses; an exact search has nothing of either."""
     if table.meta.searched_exactly:
         return {"index_bytes": 0, "num_unindexed_rows": 0}
-    served = table.lancedb()
-    (index,) = (index for index in served.list_indices() if index.name == VECTOR_INDEX)
-    missed = served.index_stats(VECTOR_INDEX).num_unindexed_rows
-    return {"index_bytes": int(index.size_bytes or 0), "num_unindexed_rows": int(missed)}
+    missed = table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows
+    return {"index_bytes": index_bytes(table), "num_unindexed_rows": int(missed)}

@@ -1,10 +1,12 @@
-"""Choose and build the index: the user asks for recall, partitions and probes are found here.
+"""Choose and build the index: the user asks for recall; type, partitions, probes and re-ranking are found here.
 
-The wanted type gets the fewest probes that reach the target. Where it cannot reach it at any number of probes, because
-what it loses is lost to quantisation, IVF_FLAT takes its place. What a trainer may rely on is tagged, so that a
-clean-up of old versions leaves it alone.
+IVF_RQ in 8 bits, 5 where 8 would not fit into memory, gets the fewest probes that reach the target, with or without
+re-ranking some rows by their exact distance. Where it cannot reach it at any number of probes IVF_FLAT takes its place.
+What a trainer may rely on is tagged, so that a clean-up of old versions leaves it alone.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,22 @@ import numpy as np
 
 from index.console import Progress
 from index.errors import OptionError
-from index.report import Recall, Truth, measure_recall
+from index.recall import Recall, Truth, measure_recall
 from index.schema import IndexRef
 from index.search import LanceNeighbours
+from index.segments import VECTOR_INDEX, IndexPlan, build_whole
 from index.table import Table, tag_indexed, update_meta
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
-VECTOR_INDEX = "vector_idx"
 PQ_CENTROIDS = 256
 SMALL_TABLE = 10_000
 """Training rows below which comparing with all of them costs less than an index."""
+RERANKED = 4
+"""Rows re-ranked per row wanted; at equal probes this costs a few percent and finds what IVF_FLAT finds
+(tests/bench/bench_index.py)."""
+
+Builder = Callable[[Table, IndexPlan, Path | None], Table]
+Measured = tuple[IndexRef, Recall]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,10 +42,20 @@ class Choice:
     why: str
     """In words, for the report."""
     tried: list[dict[str, Any]]
-    """Every type and number of probes that was measured."""
+    """Everything that was measured."""
 
 
-def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float, log: Path | None) -> Choice:
+def choose_index(
+    table: Table,
+    truth: Truth,
+    *,
+    kind: str,
+    target_recall: float,
+    memory: int,
+    seed: int,
+    build: Builder = build_whole,
+    log: Path | None,
+) -> Choice:
     """Build the index that was asked for, or a finer one where it cannot reach the target; store and tag the choice."""
     n = len(truth.exact.row)
     if kind == "ivf_pq" and n < PQ_CENTROIDS:
@@ -46,7 +64,6 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
         recall = measure_recall(truth.exact, truth)
         ref = IndexRef(kind="none", num_partitions=None, nprobes=None, recall=recall.recall_at_1)
         return Choice(_served_by(table, ref), recall, f"every query is compared with all {n:,} rows", [])
-    wanted = "ivf_rq" if kind == "auto" else kind
     now = table.meta.index
     if (
         now is not None
@@ -55,26 +72,38 @@ def choose_index(table: Table, truth: Truth, *, kind: str, target_recall: float,
         and n <= 4 * now.num_partitions**2
     ):
         table, added = _with_later_rows(table)
-        probes = _fewest_probes(table, now.num_partitions, truth, target_recall, log)
-        nprobes, recall = list(probes.items())[-1]
+        tried, (ref, recall) = _measure(table, now, truth, target_recall, log)
         if recall.recall_at_1 >= target_recall:
-            why = f"{now.kind} is kept, {added:,} rows were added to it; it finds {recall.recall_at_1:.3f} of the "
-            why += f"nearest with {nprobes} of {now.num_partitions} probes"
-            ref = replace(now, nprobes=nprobes, recall=recall.recall_at_1)
-            return Choice(_served_by(table, ref), recall, why, _lines(now.kind, probes))
-    tried, why = [], ""
-    for candidate in dict.fromkeys((wanted, "ivf_flat")):
+            why = f"{now.kind} is kept, {added:,} rows were added to it; {_said(ref)}"
+            return Choice(_served_by(table, ref), recall, why, _lines(tried))
+    lines, why = list[dict[str, Any]](), ""
+    for candidate, num_bits in _candidates(kind, n, table.meta.geometry.width, memory):
+        began = time.monotonic()
         partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
-        table = _create(table, candidate, partitions, log)
-        probes = _fewest_probes(table, partitions, truth, target_recall, log)
-        tried += _lines(candidate, probes)
-        nprobes, recall = list(probes.items())[-1]
-        why += f"{candidate} finds {recall.recall_at_1:.3f} of the nearest with {nprobes} of {partitions} probes"
+        table = build(table, IndexPlan.train(table, candidate, partitions, num_bits=num_bits, seed=seed), log)
+        built = {"build_seconds": round(time.monotonic() - began, 2), "bytes": index_bytes(table)}
+        blank = IndexRef(kind=candidate, num_partitions=partitions, nprobes=None, recall=0.0, num_bits=num_bits)
+        tried, (ref, recall) = _measure(table, blank, truth, target_recall, log)
+        lines += [line | built for line in _lines(tried)]
+        why += ("" if not why else ", more do not help; ") + _said(ref)
         if recall.recall_at_1 >= target_recall:
             break
-        why += ", more do not help; " if candidate != "ivf_flat" else ", the most there is"
-    ref = IndexRef(kind=candidate, num_partitions=partitions, nprobes=nprobes, recall=recall.recall_at_1)
-    return Choice(_served_by(table, ref), recall, why, tried)
+    return Choice(_served_by(table, ref), recall, why, lines)
+
+
+def _candidates(kind: str, rows: int, width: int, memory: int) -> list[tuple[str, int | None]]:
+    """Types to try in turn, with their bits: the one asked for, and IVF_FLAT if it fits into memory."""
+    coarse = "ivf_rq" if kind == "auto" else kind
+    bits = None if coarse != "ivf_rq" else 8 if rows * width <= memory else 5
+    finer = [("ivf_flat", None)] if 2 * rows * width <= memory else []
+    return list(dict.fromkeys([(coarse, bits), *finer]))
+
+
+def _said(ref: IndexRef) -> str:
+    """What an index finds, in words."""
+    name = ref.kind if ref.num_bits is None else f"{ref.kind} of {ref.num_bits} bits"
+    ranked = f", {ref.refine} rows re-ranked for each," if ref.refine > 1 else ""
+    return f"{name} finds {ref.recall:.3f} of the nearest{ranked} with {ref.nprobes} of {ref.num_partitions} probes"
 
 
 def _with_later_rows(table: Table) -> tuple[Table, int]:
@@ -86,51 +115,51 @@ def _with_later_rows(table: Table) -> tuple[Table, int]:
     return Table(table.uri, dataset.version, table.meta, table.storage), added
 
 
-def _lines(kind: str, probes: dict[int, Recall]) -> list[dict[str, Any]]:
-    """What was measured of an index, a line for each number of probes."""
-    return [{"kind": kind, "nprobes": nprobes, **asdict(recall)} for nprobes, recall in probes.items()]
+def _lines(tried: list[Measured]) -> list[dict[str, Any]]:
+    """What was measured of an index, a line for each number of probes and rows re-ranked."""
+    kept = ("kind", "num_bits", "num_partitions", "nprobes", "refine")
+    return [{name: getattr(ref, name) for name in kept} | asdict(recall) for ref, recall in tried]
 
 
-def _fewest_probes(
-    table: Table, partitions: int, truth: Truth, target_recall: float, log: Path | None
-) -> dict[int, Recall]:
-    """Double the probes until the target is reached or more of them change nothing; what each number reached."""
-    measured: dict[int, Recall] = {}
-    nprobes = 1
+def _measure(
+    table: Table, index: IndexRef, truth: Truth, target_recall: float, log: Path | None
+) -> tuple[list[Measured], Measured]:
+    """Double the probes until the target is reached or more of them change nothing, then halve the last step.
+
+    All that was measured, and what to take: the fewest probes that reach the target, to an eighth.
+    """
+    assert index.num_partitions is not None
+    tried = list[Measured]()
+    # IVF_FLAT's distances are exact already.
+    refines = (1,) if index.kind == "ivf_flat" else (1, RERANKED)
+
+    def reaches(nprobes: int, refine: int) -> bool:
+        recall = measure_recall(LanceNeighbours(table, nprobes=nprobes, refine=refine), truth)
+        tried.append((replace(index, nprobes=nprobes, refine=refine, recall=recall.recall_at_1), recall))
+        bar.advance(len(truth.queries), nprobes=nprobes, refine=refine, recall=recall.recall_at_1)
+        return recall.recall_at_1 >= target_recall
+
     with Progress("measure recall", total=None, unit="queries", log=log) as bar:
-        while True:
-            before = list(measured.values())[-1:]
-            recall = measured[nprobes] = measure_recall(LanceNeighbours(table, nprobes), truth)
-            bar.advance(len(truth.queries), nprobes=nprobes, recall=recall.recall_at_1)
-            stuck = any(r.recall_at_1 == recall.recall_at_1 for r in before)
-            if recall.recall_at_1 >= target_recall or nprobes >= partitions or stuck:
-                return measured
-            nprobes = min(2 * nprobes, partitions)
+        nprobes, before = 1, -1.0
+        while not any(reaches(nprobes, refine) for refine in refines):
+            recall = tried[-1][0].recall
+            if nprobes == index.num_partitions or recall == before:
+                return tried, tried[-1]
+            nprobes, before = min(2 * nprobes, index.num_partitions), recall
+        best, low = tried[-1], nprobes // 2
+        while nprobes - low > max(1, nprobes // 8):
+            middle = (low + nprobes) // 2
+            if reaches(middle, best[0].refine):
+                nprobes, best = middle, tried[-1]
+            else:
+                low = middle
+    return sorted(tried, key=lambda each: (each[0].nprobes, each[0].refine)), best
 
 
-def _create(table: Table, kind: str, partitions: int, log: Path | None) -> Table:
-    dataset = table.dataset()
-    extra: dict[str, Any] = {"num_bits": 8} if kind == "ivf_rq" else {}
-    if kind == "ivf_pq":
-        extra["num_sub_vectors"] = table.meta.geometry.width // 8
-    if not any("split" in index.field_names for index in dataset.describe_indices()):
-        dataset.create_scalar_index("split", "BITMAP")
-    with Progress(f"build {kind}", total=None, unit="steps", log=log) as bar:
-
-        def tick(progress: Any) -> None:
-            bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
-
-        dataset.create_index(
-            "vector",
-            kind.upper(),
-            name=VECTOR_INDEX,
-            metric="L2",
-            replace=True,
-            num_partitions=partitions,
-            progress_callback=tick,
-            **extra,
-        )
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+def index_bytes(table: Table) -> int:
+    """The size of the index on disk."""
+    (index,) = (index for index in table.lancedb().list_indices() if index.name == VECTOR_INDEX)
+    return int(index.size_bytes or 0)
 
 
 def _served_by(table: Table, ref: IndexRef) -> Table:

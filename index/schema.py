@@ -52,6 +52,10 @@ class IndexRef:
     """Partitions visited per query, the fewest that reach the target recall."""
     recall: float
     """recall@1 against exact search on the real query law, as measured when the index was built."""
+    num_bits: int | None = None
+    """Bits per dimension of IVF_RQ."""
+    refine: int = 1
+    """How many times the wanted rows are asked for, to be ordered by exact distance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,15 @@ Both search the training rows only and return the pairs themselves, because a tr
 names. Distances are squared L2 between query and stored vector.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float16, Float32, Int
 
+from index.blocks import VectorBlocks
 from index.schema import TRAIN
 from index.table import Table, column_array
 
@@ -35,60 +38,78 @@ class Neighbours(Protocol):
 
 
 class LanceNeighbours:
-    """Approximate search in the table's LanceDB index, the whole batch in one shared scan."""
+    """Approximate search in the table's LanceDB index, the whole batch in one shared scan.
 
-    def __init__(self, table: Table, nprobes: int | None = None) -> None:
-        """Search `table` with its stored nprobes unless told otherwise."""
-        self._table = table.lancedb()
+    With `refine` r it asks for r times as many rows and orders them by their exact distance. LanceDB's own refinement
+    would leave the shared scan. LanceDB is asked through its asynchronous interface, which takes queries as arrays; the
+    other one makes lists of Python numbers of them, which costs as much as the search.
+    """
+
+    def __init__(self, table: Table, *, nprobes: int | None = None, refine: int | None = None) -> None:
+        """Search `table` with its stored nprobes and refine unless told otherwise."""
         index = table.meta.index
+        self._table = asyncio.run(table.lancedb_async())
         self._nprobes = nprobes or (index.nprobes if index else None)
+        self._refine = refine or (index.refine if index else 1)
 
     def _query(self, queries: Float32[np.ndarray, "B S"], k: int):  # type: ignore[no-untyped-def]
-        query = self._table.search(queries).where(f"split = '{TRAIN}'").limit(k).with_row_id(True)
+        query = self._table.query().where(f"split = '{TRAIN}'").nearest_to(list(queries))
+        query = query.limit(k * self._refine).with_row_id()
         if self._nprobes is not None:
             query = query.nprobes(self._nprobes)
-        return query.select(["text", "latent", "_distance"])
+        return query.select(["text", "latent", "_distance", *(["vector"] if self._refine > 1 else [])])
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Pairs:
         """The k nearest pairs of each query; where fewer were reached, the last one is repeated."""
         # A single query would be answered by another plan, which prunes differently and now and then finds another row.
-        found = self._query(queries if len(queries) > 1 else queries.repeat(2, axis=0), k).to_arrow()
+        asked = queries if len(queries) > 1 else queries.repeat(2, axis=0)
+
+        async def ask() -> pa.Table:
+            return await self._query(asked, k).to_arrow()
+
+        found = asyncio.run(ask())
+        owner, distance = found["query_index"].to_numpy(), found["_distance"].to_numpy()
+        order = np.arange(len(owner))
+        if self._refine > 1:
+            distance = np.square(column_array(found["vector"]).astype(np.float32) - asked[owner]).sum(1)
+            order = np.lexsort((distance, owner))
         # A filtered search may return fewer than k rows for a query: regroup by query instead of reshaping.
-        owner = found["query_index"].to_numpy()
         first = np.searchsorted(owner, np.arange(len(queries)))
         count = np.searchsorted(owner, np.arange(len(queries)), side="right") - first
         assert count.min() >= 1, "a query found nothing"
-        place = first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)
+        place = order[first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)]
         text, latent = (column_array(found[name]) for name in ("text", "latent"))
         return Pairs(
             row=found["_rowid"].to_numpy().astype(np.int64)[place],
-            distance=found["_distance"].to_numpy()[place],
+            distance=distance[place],
             text=text[place],
             latent=latent[place],
         )
 
     def plan(self, queries: Float32[np.ndarray, "B S"]) -> str:
         """How LanceDB answers such a batch; `ANNIvfBatch` is the shared scan."""
-        return str(self._query(queries, 1).explain_plan())
+
+        async def explain() -> str:
+            return str(await self._query(queries, 1).explain_plan())
+
+        return asyncio.run(explain())
 
 
 class ExactNeighbours:
-    """Exact search with the training vectors held on the device: the oracle, and the right choice for small tables."""
+    """Exact search over the training vectors: the oracle, and the right choice for small tables.
 
-    def __init__(self, table: Table, device: str = "cpu", block: int = 65_536) -> None:
-        """Load the training rows of `table`; `block` bounds the rows compared at a time."""
-        import torch
+    They are held on the device; where that would take more than `memory` bytes each batch of queries reads them anew.
+    """
 
-        rows = table.dataset().to_table(
-            columns=["text", "latent", "vector"], filter=f"split = '{TRAIN}'", with_row_id=True
-        )
+    def __init__(self, table: Table, device: str = "cpu", memory: int | None = None) -> None:
+        """Find the training rows of `table`, and read them if they fit."""
+        rows = table.dataset().to_table(columns=[], filter=f"split = '{TRAIN}'", with_row_id=True)
         self.row: Int[np.ndarray, N] = rows["_rowid"].to_numpy().astype(np.int64)
+        """Lance row ids of the training rows, in the table's order."""
         self._order = np.argsort(self.row)
-        self.text, self.latent = column_array(rows["text"]), column_array(rows["latent"])
-        # In float32: on CPUs a float16 product is slower, and squared norms need the range.
-        self.vectors = torch.from_numpy(column_array(rows["vector"]).astype(np.float32)).to(device)
-        self._half_squares = self.vectors.square().sum(1) / 2
-        self._block = block
+        self._table, self._offsets = table, table.offsets(TRAIN)
+        self._blocks = VectorBlocks(table, memory=memory, device=device)
+        self._held = {name: table.column(name) for name in ("text", "latent")} if self._blocks.held else {}
 
     def place_of(self, row: Int[np.ndarray, "*B"]) -> Int[np.ndarray, "*B"]:
         """Positions among the training rows of Lance row ids."""
@@ -98,23 +119,20 @@ class ExactNeighbours:
         self, queries: Float32[np.ndarray, "B S"], place: Int[np.ndarray, "B K"]
     ) -> Float32[np.ndarray, "B K"]:
         """Exact squared distances of queries to the training rows at some positions."""
-        import torch
-
-        vectors = self.vectors[torch.from_numpy(place).to(self.vectors.device)].cpu().numpy()
+        vectors = self._blocks.take(place.ravel()).reshape(*place.shape, -1)
         return np.asarray(np.square(vectors - queries[:, None, :]).sum(-1))
 
     def nearest_places(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
         """Positions among the training rows of the k nearest, nearest first."""
         import torch
 
-        q = torch.from_numpy(queries).to(self.vectors.device)
         best, place = [], []
-        for start in range(0, len(self.row), self._block):
-            stop = start + self._block
-            score = q @ self.vectors[start:stop].T - self._half_squares[start:stop]
+        for block in self._blocks:
+            q = torch.from_numpy(queries).to(block.vectors.device)
+            score = q @ block.vectors.T - block.squares / 2
             top = score.topk(min(k, score.shape[1]), dim=1)
             best.append(top.values)
-            place.append(top.indices + start)
+            place.append(top.indices + block.start)
         order = torch.cat(best, 1).topk(min(k, len(self.row)), dim=1).indices
         return np.asarray(torch.cat(place, 1).gather(1, order).cpu())
 
@@ -124,9 +142,16 @@ class ExactNeighbours:
         return Pairs(
             row=self.row[place],
             distance=self.distances(queries, place),
-            text=self.text[place],
-            latent=self.latent[place],
+            text=self.of("text", place),
+            latent=self.of("latent", place),
         )
+
+    def of(self, column: str, place: Int[np.ndarray, "*B"]) -> Float16[np.ndarray, "*B D"]:
+        """The `text` or `latent` of the training rows at some positions."""
+        if column in self._held:
+            return np.asarray(self._held[column][place])
+        taken = self._table.take(self._offsets[place.ravel()], column)
+        return np.asarray(taken.reshape(*place.shape, -1))
 
 
 def open_neighbours(table: Table, *, exact: bool = False, device: str = "cpu") -> Neighbours:

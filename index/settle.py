@@ -18,8 +18,8 @@ from index.centring import Centring, fit_centring
 from index.console import Progress
 from index.errors import OptionError
 from index.geometry import Geometry
+from index.ladder import measure_ladder, sample_rows
 from index.queries import draw_points, draw_rows
-from index.report import measure_ladder
 from index.schema import TRAIN
 from index.table import Table, column_array, rewrite_vectors
 
@@ -82,24 +82,17 @@ def _centring(table: Table, geometry: Geometry) -> Centring:
 
 def _auto_desc_scale(table: Table, geometry: Geometry, perplexity: float, *, allow_small: bool, seed: int) -> float:
     """Bisect, on a logarithmic scale up to 64, for the wanted perplexity; larger scales leave R less choice."""
-    text, latent = table.column("text"), table.column("latent")
-    wanted = min(perplexity, max(2.0, len(text) / 10))
+    rows = sample_rows(table, seed=seed)
+    # Potentials that the table has belong to the scale that it has.
+    rows = replace(rows, balance=np.zeros_like(rows.balance))
+    wanted = min(perplexity, max(2.0, len(rows.text) / 10))
     low, high = (-4.0, 6.0) if allow_small else (0.0, 6.0)
     for _ in range(9):
         middle = (low + high) / 2
-        rung = measure_ladder(geometry, text, latent, (2.0**middle,), seed=seed)[0]
+        rung = measure_ladder(geometry, rows, (2.0**middle,), seed=seed)[0]
         low, high = (middle, high) if rung.perplexity > wanted else (low, middle)
     scale: float = 2.0 ** ((low + high) / 2)
     return round(scale if allow_small else max(scale, 1.01), 2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Effort:
-    """What balancing may cost."""
-
-    memory: int = 4 * 2**30
-    """Bytes for vectors; larger tables are read again at each step."""
-    seconds: float = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +111,19 @@ class Balanced:
 
 
 def settle_vectors(
-    table: Table, geometry: Geometry, *, balance: bool | None, effort: Effort, seed: int, log: Path | None
+    table: Table,
+    geometry: Geometry,
+    *,
+    balance: bool | None,
+    memory: int,
+    seconds: float,
+    seed: int,
+    log: Path | None,
 ) -> tuple[Table, Balanced | None]:
-    """Lay the table out in this geometry, with or without balance (None keeps it); how balancing went, where it did."""
+    """Lay the table out in this geometry, with or without balance (None keeps it); how balancing went, where it did.
+
+    Balancing holds at most `memory` bytes of vectors (larger tables are read again at each step) for at most `seconds`.
+    """
     coordinate = _balance_coordinate(table)
     changed = not geometry.same_as(table.meta.geometry)
     if changed or (balance is False and coordinate.any()):
@@ -130,7 +133,9 @@ def settle_vectors(
         return table, None
     trained = table.offsets(TRAIN)
     before = coordinate[trained]
-    g, balanced = _fit_balance(table, -np.square(before) if before.any() else None, effort, seed, log)
+    g, balanced = _fit_balance(
+        table, -np.square(before) if before.any() else None, memory=memory, seconds=seconds, seed=seed, log=log
+    )
     coordinate[trained] = np.sqrt(g.max() - g)
     return _rewritten(rewrite_vectors(table, geometry, coordinate), table, log), balanced
 
@@ -143,7 +148,13 @@ def _balance_coordinate(table: Table) -> Float32[np.ndarray, "N"]:
 
 
 def _fit_balance(
-    table: Table, start: Float32[np.ndarray, "N"] | None, effort: Effort, seed: int, log: Path | None
+    table: Table,
+    start: Float32[np.ndarray, "N"] | None,
+    *,
+    memory: int,
+    seconds: float,
+    seed: int,
+    log: Path | None,
 ) -> tuple[Float32[np.ndarray, "N"], Balanced]:
     """Fit dual potentials of all training rows to the law that training draws from."""
     import torch
@@ -151,7 +162,7 @@ def _fit_balance(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     geometry, offsets, began = table.meta.geometry, table.offsets(TRAIN), time.monotonic()
     every = -(-len(offsets) // MOST_FITTED)
-    sample = VectorBlocks(table, memory=effort.memory // (1 if every == 1 else 2), device=device, every=every)
+    sample = VectorBlocks(table, memory=memory // (1 if every == 1 else 2), device=device, every=every, balance=False)
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
         rows = draw_rows(len(offsets), BALANCE_QUERIES, seed=seed, step=step)
@@ -160,12 +171,12 @@ def _fit_balance(
 
     first = None if start is None else start[::every]
     with Progress("balance", total=100, unit="% of the time", log=log) as bar:
-        for potentials in fit_potentials(sample, queries, start=first, seconds=effort.seconds):
-            share = min(100, round(100 * (time.monotonic() - began) / effort.seconds))
+        for potentials in fit_potentials(sample, queries, start=first, seconds=seconds):
+            share = min(100, round(100 * (time.monotonic() - began) / seconds))
             bar.advance(max(0, share - bar.done), steps=potentials.step, chi_square=potentials.chi_square)
     g = potentials.g
     if every > 1:
-        g = extend(sample, g, VectorBlocks(table, memory=effort.memory // 2, device=device), queries)
+        g = extend(sample, g, VectorBlocks(table, memory=memory // 2, device=device, balance=False), queries)
     return g, Balanced(
         chi_square=potentials.chi_square,
         steps=potentials.step,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int
 
 from index.errors import TableError
@@ -26,6 +27,7 @@ from index.storage import Storage, is_local
 if TYPE_CHECKING:
     import lance
     import lancedb
+    from lancedb import AsyncTable
 
 
 LANCE_STORES = ("s3://", "gs://", "az://")
@@ -53,19 +55,43 @@ class Table:
         """This version, through LanceDB."""
         import lancedb
 
-        folder, _, name = self.uri.rpartition("/")
-        table = lancedb.connect(folder, storage_options=self.storage.lance).open_table(name.removesuffix(".lance"))
+        folder, name = self._place()
+        table = lancedb.connect(folder, storage_options=self.storage.lance).open_table(name)
         table.checkout(self.version)
         return table
 
+    async def lancedb_async(self) -> "AsyncTable":
+        """This version, through LanceDB's asynchronous interface."""
+        import lancedb
+
+        folder, name = self._place()
+        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance)
+        table = await connection.open_table(name)
+        await table.checkout(self.version)
+        return table
+
+    def _place(self) -> tuple[str, str]:
+        """The folder and the name by which LanceDB knows the table."""
+        folder, _, name = self.uri.rpartition("/")
+        return folder, name.removesuffix(".lance")
+
     def offsets(self, split: str) -> Int[np.ndarray, "N"]:
         """Positions of the rows of one split, in the table's order."""
-        splits = self.dataset().to_table(columns=["split"])["split"].to_numpy()
-        return np.flatnonzero(splits == split)
+        batches = self.dataset().to_batches(columns=["split"], batch_size=65_536)
+        here = [pc.equal(batch["split"], split).to_numpy(zero_copy_only=False) for batch in batches]
+        return np.flatnonzero(np.concatenate([np.empty(0, bool), *here]))
 
     def take(self, offsets: Int[np.ndarray, "B"], column: str) -> Any:
         """One column at some positions, order and repeats kept; vectors come as a float array B x width."""
         return column_array(self.dataset().take(offsets.tolist(), columns=[column])[column])
+
+    def take_row_ids(self, rows: Int[np.ndarray, "B"], column: str) -> Any:
+        """One column of the rows with some Lance row ids, order and repeats kept."""
+        wanted = ", ".join(str(row) for row in np.unique(rows))
+        found = self.dataset().to_table(columns=[column], filter=f"_rowid IN ({wanted})", with_row_id=True)
+        ids = found["_rowid"].to_numpy().astype(np.int64)
+        order = np.argsort(ids)
+        return column_array(found[column])[order[np.searchsorted(ids, rows, sorter=order)]]
 
     def column(self, name: str, split: str | None = TRAIN) -> Any:
         """A whole column of one split (or of all rows), in the table's order."""

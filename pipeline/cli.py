@@ -151,6 +151,9 @@ def encode(
 @app.command("build-index")
 def build_index(
     table: TableArgument,
+    beam_options: Annotated[
+        list[str] | None, typer.Argument(help="After `--`: Beam options as --name=value.", show_default=False)
+    ] = None,
     desc_scale: Annotated[
         str | None,
         typer.Option(help="A number above 1, or `auto`; the table's own unless given."),
@@ -165,13 +168,16 @@ def build_index(
         typer.Option("--balance/--no-balance", help="Fit dual potentials: every row drawn equally often."),
     ] = None,
     balance_seconds: Annotated[float, typer.Option(help="Time for --balance; call again to go on.")] = 300.0,
-    memory: Annotated[float, typer.Option(help="GiB for the vectors that --balance compares.")] = 4.0,
+    memory: Annotated[float, typer.Option(help="GiB of vectors held at a time, and that an index may take.")] = 4.0,
     index_type: Annotated[
         str, typer.Option(help="auto, ivf_rq, ivf_pq, ivf_sq, ivf_flat, ivf_hnsw_sq or none (exact search).")
     ] = "auto",
     target_recall: Annotated[float, typer.Option(help="recall@1 wanted on the real query law.")] = 0.95,
     perplexity: Annotated[float, typer.Option(help="For auto: targets that a description chooses among.")] = 100.0,
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same index.")] = 0,
+    workers: Annotated[int, typer.Option(help="Local processes that build parts of the index.")] = 1,
+    runner: Annotated[str | None, typer.Option(help="Beam runner that builds them.", show_default=False)] = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -180,10 +186,14 @@ def build_index(
     pipeline build-index db/shapes.lance
 
     pipeline build-index db/shapes.lance --desc-scale auto --balance --target-recall 0.98
+
+    pipeline build-index s3://mine/db/laion.lance --runner DataflowRunner -- --project=P --region=R
     """
     from index.build import BuildConfig
     from index.build import build_index as run_build
-    from index.settle import Effort
+    from index.choose import Builder
+    from index.errors import OptionError
+    from index.segments import build_whole
     from index.storage import Storage
     from index.table import open_table
     from pipeline.page import index_page
@@ -193,13 +203,25 @@ def build_index(
         geometry=geometry,
         centre=centre,
         balance=balance,
-        effort=Effort(memory=int(memory * 2**30), seconds=balance_seconds),
+        balance_seconds=balance_seconds,
+        memory=int(memory * 2**30),
         index_type=index_type,
         target_recall=target_recall,
         perplexity=perplexity,
         allow_small_desc_scale=allow_small_desc_scale,
+        seed=seed,
     )
-    built = run_build(open_table(table, storage=Storage.of(storage_option or ())), config)
+    storage = Storage.of(storage_option or ())
+    build: Builder = build_whole
+    if workers > 1 or runner is not None:
+        from pipeline.config import RunConfig
+        from pipeline.segments import on_beam
+
+        options = (*([f"--runner={runner}"] if runner else []), *(beam_options or ()))
+        build = on_beam(RunConfig(workers=workers, storage=storage, beam_options=options), index_type)
+    elif beam_options:
+        raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --workers N")
+    built = run_build(open_table(table, storage=storage), config, build)
     page = built.table.write_page("index", index_page(built.table, built.report))
     _show(table, built.report, as_json)
     if not as_json:

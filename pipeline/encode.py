@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import re
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -15,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from index.errors import CoalescerError, TableError
+from index.errors import TableError
 from index.table import Table, is_table, log_of, open_table, shards_of, table_uri
 from pipeline.claim import claim
 from pipeline.config import EncodeConfig, RunConfig
+from pipeline.engine import run_beam
 from pipeline.filters import Filters
 from pipeline.graph import STOPPED, EncodeShards
 from pipeline.job import EncodeJob, Tally, open_encoders
 from pipeline.marks import Marks
 from pipeline.preflight import check_source, check_target, expected_samples, first_samples, plan
 from pipeline.sources import Reading, list_shards
-from pipeline.watch import ending_with_its_workers, watching, worker_output
+from pipeline.watch import watching
 
 BEGUN = "begun.json"
 
@@ -98,7 +98,7 @@ def _finish(job: EncodeJob, settings: dict[str, Any], done_before: bool) -> Enco
     """Run what is left of it, report it, and clear up."""
     began = time.monotonic()
     if not done_before:
-        _run_beam(job)
+        _run(job)
     table = job.table()
     # A run that was stopped between its commit and its report still has its marks.
     parts = Tally()
@@ -169,42 +169,20 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(name for name in now if before.get(name) != now[name])
 
 
-def _run_beam(job: EncodeJob) -> None:
-    """Put the graph on Beam; a CoalescerError of a worker is raised here as what it was."""
+def _run(job: EncodeJob) -> None:
+    """Put the job on Beam."""
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
 
     job.marks.storage.remove(f"{job.marks.folder}/{STOPPED}")
-    options = ["--runner=FnApiRunner"]
-    if job.run.workers > 1:
-        options += [f"--direct_num_workers={job.run.workers}", "--direct_running_mode=multi_processing"]
-    options += job.run.beam_options  # the last of equal options counts
-    log = log_of(job.uri, "encode")
-    with worker_output(), watching(job, expected_samples(job), log), ending_with_its_workers(job.uri):
-        pipeline = beam.Pipeline(options=PipelineOptions(options))
-        pipeline | "Shards" >> beam.Create(list(job.config.shards)) | "Encode shards" >> EncodeShards(job)
-        try:
-            _wait(pipeline.run())
-        except Exception as error:
-            raise _user_error(error) or error from None
-
-
-def _wait(running: Any) -> None:
-    try:
-        running.wait_until_finish()
-    finally:
-        if client := getattr(running, "client", None):  # Dask's runner leaves its client open
-            client.close()
-
-
-def _user_error(error: BaseException) -> CoalescerError | None:
-    """The CoalescerError behind what an engine raised: workers send it as the text of a traceback."""
-    kinds = {kind.__name__: kind for kind in CoalescerError.__subclasses__()}
-    found = re.findall(r"index\.errors\.(\w+): (.*)", f"index.errors.{type(error).__name__}: {error}")
-    for name, text in reversed(found):
-        if name in kinds:
-            return kinds[name](re.sub(r" \[while running .*", "", text))
-    return None
+    run_beam(
+        lambda pipeline: (
+            pipeline | "Shards" >> beam.Create(list(job.config.shards)) | "Encode shards" >> EncodeShards(job)
+        ),
+        job.run,
+        job.uri,
+        watching=watching(job, expected_samples(job), log_of(job.uri, "encode")),
+        relief="fewer --workers or a smaller --batch-size, to go on",
+    )
 
 
 def _report(job: EncodeJob, done: Tally, seconds: float | None) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float16, UInt8
 
 from index.errors import EncoderError
-from index.report import real_queries, real_rows
-from index.schema import TRAIN
-from index.table import Table, column_array
+from index.recall import real_queries, real_rows
+from index.search import open_neighbours
+from index.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,30 +61,25 @@ def index_page(table: Table, report: dict[str, Any], *, seed: int = 0) -> str:
 
 def find_examples(table: Table, *, seed: int = 0) -> list[Found]:
     """What a few queries of the real law find, through the search that a trainer uses."""
-    queries = real_queries(table, QUERIES, seed=seed)
     asked = table.take(real_rows(table, QUERIES, seed=seed), "caption")
-    kept = "image" in table.dataset().schema.names
-    column = "image" if kept else "latent"
-    search = table.lancedb().search(queries).where(f"split = '{TRAIN}'").limit(NEAREST)
-    if table.meta.index is not None and table.meta.index.nprobes is not None:
-        search = search.nprobes(table.meta.index.nprobes)
-    rows = search.select(["caption", column, "_distance"]).to_arrow()
-    pictures = rows["image"].to_pylist() if kept else _decoded(table, rows["latent"])
-    captions, distances = rows["caption"].to_pylist(), np.sqrt(rows["_distance"].to_numpy())
-    owner = rows["query_index"].to_numpy()
+    pairs = open_neighbours(table).nearest(real_queries(table, QUERIES, seed=seed), NEAREST)
+    captions = table.take_row_ids(pairs.row.ravel(), "caption").reshape(pairs.row.shape)
+    if "image" in table.dataset().schema.names:
+        pictures = table.take_row_ids(pairs.row.ravel(), "image").tolist()
+    else:
+        pictures = _decoded(table, pairs.latent.reshape(-1, *table.meta.latent_shape))
     return [
         Found(
             asked=str(asked[number]),
-            captions=[captions[i] for i in places],
-            distances=distances[places].tolist(),
-            pictures=None if pictures is None else [pictures[i] for i in places],
+            captions=captions[number].tolist(),
+            distances=np.sqrt(pairs.distance[number]).tolist(),
+            pictures=None if pictures is None else pictures[number * NEAREST : (number + 1) * NEAREST],
         )
         for number in range(QUERIES)
-        if len(places := np.flatnonzero(owner == number))
     ]
 
 
-def _decoded(table: Table, latents: Any) -> list[bytes] | None:
+def _decoded(table: Table, latents: Float16[np.ndarray, "B C H W"]) -> list[bytes] | None:
     """PNG pictures of latents; None where the table's encoder is not at hand."""
     from pipeline.encoders import DiffusersAutoencoder
 
@@ -94,8 +89,7 @@ def _decoded(table: Table, latents: Any) -> list[bytes] | None:
         return None
     if encoder.ref.digest != table.meta.image_encoder.digest:
         return None
-    latent = column_array(latents).astype(np.float32).reshape(-1, *table.meta.latent_shape)
-    return [_png(pixels) for pixels in encoder.decode(latent)]
+    return [_png(pixels) for pixels in encoder.decode(latents.astype(np.float32))]
 
 
 def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from index import blocks, choose
 from index.balance import chi_square, fit_potentials, winners
 from index.blocks import VectorBlocks
 from index.build import BuildConfig, build_index
 from index.errors import OptionError, TableError
+from index.ladder import measure_ladder, prior_skew, sample_rows
 from index.queries import draw_points, draw_rows
-from index.report import find_truth, measure_ladder, measure_recall, real_queries, ridge_r2
+from index.recall import find_truth, measure_recall, real_queries
 from index.schema import TRAIN
 from index.search import ExactNeighbours, LanceNeighbours, open_neighbours
-from index.settle import Effort
+from index.shares import ridge_r2
 from index.table import open_table, rewrite_vectors
 
 
@@ -27,10 +29,11 @@ def brute_force(table, queries, k):
     return np.take_along_axis(distance, order, 1), order
 
 
-def test_exact_search_is_brute_force(encoded):
+def test_exact_search_is_brute_force(encoded, monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 7)
     queries = real_queries(encoded, 50)
-    for block in (7, 65_536):
-        pairs = ExactNeighbours(encoded, block=block).nearest(queries, 5)
+    for memory in (1, None):
+        pairs = ExactNeighbours(encoded, memory=memory).nearest(queries, 5)
         distance, order = brute_force(encoded, queries, 5)
         assert np.allclose(pairs.distance, distance, rtol=1e-4, atol=1e-3)
         assert np.array_equal(pairs.latent[:, 0], encoded.column("latent")[order[:, 0]])
@@ -45,8 +48,8 @@ def test_ann_search_reaches_its_recall_and_returns_the_pairs_themselves(indexed)
     assert 0 <= recall.excess_distance < 0.05
     pairs = neighbours.nearest(queries, 3)
     place = exact.place_of(pairs.row)
-    assert np.array_equal(exact.latent[place], pairs.latent)
-    assert np.array_equal(exact.text[place], pairs.text)
+    assert np.array_equal(exact.of("latent", place), pairs.latent)
+    assert np.array_equal(exact.of("text", place), pairs.text)
     assert (np.diff(pairs.distance, axis=1) >= 0).all()
 
 
@@ -59,8 +62,45 @@ def test_only_training_rows_are_found(indexed):
         assert not rows & set(neighbours.nearest(queries, 4).row.ravel().tolist())
 
 
-def test_a_batch_is_answered_in_one_shared_scan(indexed):
-    assert "ANNIvfBatch" in LanceNeighbours(indexed).plan(real_queries(indexed, 8))
+@pytest.mark.parametrize("refine", [1, 4])
+def test_a_batch_is_answered_in_one_shared_scan(indexed, refine):
+    assert "ANNIvfBatch" in LanceNeighbours(indexed, refine=refine).plan(real_queries(indexed, 8))
+
+
+def test_rows_are_ranked_again_by_their_exact_distance(indexed):
+    queries = real_queries(indexed, 300, seed=1)
+    exact = ExactNeighbours(indexed)
+    truth = find_truth(exact, queries)
+    most = indexed.meta.index.num_partitions
+    plain, ranked = (LanceNeighbours(indexed, nprobes=most, refine=refine) for refine in (1, 4))
+    pairs = ranked.nearest(queries, 3)
+    assert np.allclose(pairs.distance, exact.distances(queries, exact.place_of(pairs.row)), rtol=1e-4)
+    assert (np.diff(pairs.distance, axis=1) >= 0).all()
+    assert measure_recall(plain, truth).recall_at_1 < measure_recall(ranked, truth).recall_at_1 > 0.99
+
+
+def test_a_table_is_measured_alike_in_memory_or_read_block_by_block(shapes, encode_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    held = build_index(table, BuildConfig(index_type="ivf_rq")).report
+    read = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", memory=20_000)).report
+    timed = {"version", "build_seconds", "p50_ms", "p99_ms", "queries_per_second", "alternatives", "index_choice"}
+    assert {k: v for k, v in held.items() if k not in timed} == {k: v for k, v in read.items() if k not in timed}
+
+
+def test_where_memory_is_short_the_index_is_coarser(shapes, encode_shapes, tmp_path):
+    table = encode_shapes(shapes, tmp_path / "t.lance").table
+    built = build_index(table, BuildConfig(index_type="ivf_rq", memory=4_000, target_recall=1.0))
+    assert built.table.meta.index.num_bits == 5
+    assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_rq"}
+    assert "ivf_rq of 5 bits finds" in built.report["index_choice"]
+
+
+def test_the_fewest_probes_are_taken(indexed):
+    report, index = indexed.report("index"), indexed.meta.index
+    assert index.recall >= 0.95
+    fewer = [line for line in report["alternatives"] if line["nprobes"] < index.nprobes - max(1, index.nprobes // 8)]
+    assert all(line["recall_at_1"] < 0.95 for line in fewer)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -87,7 +127,7 @@ REPORT_KEYS = {
     "rows", "dims", "index_kind", "index_bytes", "build_seconds", "index_nprobes", "recall_at_1", "recall_at_10",
     "p50_ms", "p99_ms", "queries_per_second", "num_unindexed_rows", "never_hit_share", "largest_share",
     "effective_share", "chi_square", "own_pair_rate", "perplexity", "description_distance", "ladder", "learnability",
-    "nan_vectors", "zero_vectors", "duplicate_vectors", "excess_distance",
+    "nan_vectors", "zero_vectors", "duplicate_vectors", "excess_distance", "prior_skew",
 }  # fmt: skip
 
 
@@ -106,7 +146,8 @@ def test_every_index_type_builds_and_reports_all_keys(shapes, encode_shapes, tmp
     assert built.table.version in {tag["version"] for tag in tags.values()}
 
 
-def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, encode_shapes, tmp_path):
+def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, encode_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "RERANKED", 1)
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     built = build_index(table, BuildConfig(index_type="ivf_pq", target_recall=1.0))
     assert built.table.meta.index.kind == "ivf_flat"
@@ -134,9 +175,7 @@ def test_auto_desc_scale_meets_its_perplexity(shapes, encode_shapes, tmp_path):
     built = build_index(table, BuildConfig(desc_scale="auto", perplexity=4.0))
     scale = built.table.meta.geometry.desc_scale
     assert scale > 1
-    rungs = measure_ladder(
-        built.table.meta.geometry, built.table.column("text"), built.table.column("latent"), (1.2, scale, 20.0)
-    )
+    rungs = measure_ladder(built.table.meta.geometry, sample_rows(built.table), (1.2, scale, 20.0))
     assert rungs[0].perplexity >= rungs[1].perplexity >= rungs[2].perplexity
     assert rungs[2].own_pair_rate >= rungs[0].own_pair_rate
 
@@ -187,12 +226,12 @@ def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_
     exact, geometry = ExactNeighbours(table), table.meta.geometry
 
     def queries(step):
-        text = exact.text[draw_rows(len(exact.row), 512, seed=3, step=step)]
+        text = exact.of("text", draw_rows(len(exact.row), 512, seed=3, step=step))
         return geometry.queries(text, draw_points(geometry, 512, seed=3, step=step))
 
-    *_, potentials = fit_potentials(VectorBlocks(table, memory=2**28), queries, steps=300, target=0.0)
+    *_, potentials = fit_potentials(VectorBlocks(table, memory=2**28, balance=False), queries, steps=300, target=0.0)
     assert potentials.stopped == "all steps are done"
-    vectors = exact.vectors.numpy()
+    vectors = table.column("vector").astype(np.float32)
     fresh = np.concatenate([queries(step) for step in range(1000, 1020)])
     cost = -2 * fresh @ vectors.T + np.square(vectors).sum(1)
 
@@ -207,7 +246,7 @@ def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_
 
 def test_balance_stops_when_shares_are_even_and_goes_on_from_there(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
-    short = build_index(table, BuildConfig(balance=True, effort=Effort(seconds=0.05))).report
+    short = build_index(table, BuildConfig(balance=True, balance_seconds=0.05)).report
     assert short["balance_stopped"] == "0.05 seconds are spent"
     assert not short["balance_continued"]
     more = build_index(open_table(table.uri), BuildConfig(balance=True)).report
@@ -219,8 +258,6 @@ def test_balance_stops_when_shares_are_even_and_goes_on_from_there(shapes, encod
 
 
 def test_vectors_are_the_same_in_memory_or_read_block_by_block(encoded, monkeypatch):
-    from index import blocks
-
     monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
     held, read = VectorBlocks(encoded, memory=2**28), VectorBlocks(encoded, memory=1)
     assert (held.held, read.held, len(list(held)), len(list(read)) > 3) == (True, False, 1, True)
@@ -256,6 +293,17 @@ def test_chi_square_is_unbiased():
     q = np.arange(1, 51) / np.arange(1, 51).sum()
     uneven = [chi_square(np.bincount(rng.choice(50, 400, p=q), minlength=50)) for _ in range(400)]
     assert np.mean(uneven) == pytest.approx(50 * np.square(q).sum() - 1, abs=0.02)
+
+
+def test_prior_skew_is_how_far_a_description_moves_r():
+    rng = np.random.default_rng(0)
+    r = rng.normal(size=(512, 8)).astype(np.float32)
+    anyone = rng.integers(5, size=(16, 512))
+    assert prior_skew(anyone, r) < 0.03
+    # Four descriptions, each found for the points of one quadrant: E[r] is sqrt(2 / pi) in two of eight dimensions.
+    quadrant = np.broadcast_to((r[:, 0] > 0) + 2 * (r[:, 1] > 0), (16, 512)).astype(np.int64)
+    assert prior_skew(quadrant, r) == pytest.approx(np.sqrt(2 * (2 / np.pi) / 8), rel=0.1)
+    assert prior_skew(np.arange(512)[None], r) == 0  # each found once: nothing can be told
 
 
 def test_ridge_r2_is_one_for_a_line_and_none_for_noise():

@@ -12,7 +12,7 @@ import pytest
 from index.errors import TableError
 from index.geometry import Geometry
 from index.schema import HELDOUT, TRAIN, TableMeta, check_table, row_id, split_of
-from index.table import Table, column_array, open_table, rewrite_vectors, table_uri
+from index.table import Table, column_array, list_array, open_table, rewrite_vectors, table_uri
 
 
 @pytest.fixture
@@ -152,3 +152,25 @@ def test_another_schema_version_is_refused(encoded):
     content = json.loads(replace(encoded.meta).to_json()) | {"schema_version": 99}
     with pytest.raises(TableError, match="schema version 99"):
         TableMeta.from_json(json.dumps(content))
+
+
+def test_vectors_that_no_index_can_serve_are_counted(encoded):
+    from index.report import count_bad_vectors
+
+    vectors = encoded.column("vector").copy()
+    sound = count_bad_vectors(encoded)
+    vectors[0, 3], vectors[1, 0], vectors[2] = np.nan, np.inf, 0
+    vectors[4:7] = vectors[3]
+    vectors[3, -1], vectors[5, -1] = 0.0, -0.0
+
+    class Changed(Table):
+        def dataset(self):
+            return self
+
+        def to_batches(self, **_):
+            for part in np.array_split(vectors, 3):
+                yield pa.record_batch([list_array(part)], ["vector"])
+
+    found = count_bad_vectors(Changed(encoded.uri, encoded.version, encoded.meta))
+    assert (found["nan_vectors"], found["zero_vectors"]) == (2, 1)
+    assert found["duplicate_vectors"] == sound["duplicate_vectors"] + 3
