@@ -13,15 +13,11 @@ The ascent ends when the average, asked fresh queries, has even shares, or when 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int
 
 from index.blocks import VectorBlocks
-
-if TYPE_CHECKING:
-    import torch
 
 TARGET = 0.05
 """chi^2 of shares below which a table counts as balanced."""
@@ -77,14 +73,16 @@ def fit_potentials(
     steps = steps or int(np.clip(DRAWS_PER_ROW * n / drawn, 400, 50_000))
     g = torch.zeros(n) if start is None else torch.from_numpy(start - start.mean())
     rate = learning_rate if start is None else learning_rate / 3
-    device = next(iter(blocks)).vectors.device
-    g = g.to(device)
+    g = g.to(blocks.device)
     average, first, second = g.clone(), torch.zeros_like(g), torch.zeros_like(g)
 
+    def wins(asked: Float32[np.ndarray, "B S"], g: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(blocks.nearest(asked, g=g)[1][:, 0], minlength=n)
+
     def check(step: int, stopped: str | None) -> Potentials:
-        counts = torch.zeros(n, dtype=torch.int64, device=device)
+        counts = torch.zeros(n, dtype=torch.int64, device=blocks.device)
         for number in range(-(-max(2 * n, 16_384) // drawn)):
-            counts += torch.bincount(winners(blocks, queries(steps + number), average), minlength=n)
+            counts += wins(queries(steps + number), average)
         found = chi_square(counts.cpu().numpy())
         if found < target:
             stopped = f"chi^2 of shares is below {target:g}"
@@ -96,7 +94,7 @@ def fit_potentials(
         return
     checked, gone = 0.0, 0.0
     for step in range(steps):
-        counts = torch.bincount(winners(blocks, queries(step), g), minlength=n)
+        counts = wins(queries(step), g)
         gradient = 1.0 - counts * (n / drawn)
         first = 0.9 * first + 0.1 * gradient
         second = 0.99 * second + 0.01 * gradient.square()
@@ -117,28 +115,6 @@ def fit_potentials(
                 return
 
 
-def winners(blocks: VectorBlocks, queries: Float32[np.ndarray, "B S"], g: "torch.Tensor") -> "torch.Tensor":
-    """Places of the balanced neighbours of some queries (B)."""
-    return _best(blocks, queries, g)[1]
-
-
-def _best(
-    blocks: VectorBlocks, queries: Float32[np.ndarray, "B S"], g: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """The largest |q|^2 - |q - v_i|^2 + g_i of each query (B), and whose it is (B)."""
-    import torch
-
-    q = torch.from_numpy(queries).to(g.device)
-    best = torch.full((len(q),), -torch.inf, device=g.device)
-    winner = torch.zeros(len(q), dtype=torch.int64, device=g.device)
-    for block in blocks:
-        top = (2 * q @ block.vectors.T + (g[block.rows] - block.squares)).max(1)
-        better = top.values > best
-        best = torch.where(better, top.values, best)
-        winner = torch.where(better, top.indices + block.start, winner)
-    return best, winner
-
-
 def extend(
     sample: VectorBlocks,
     g: Float32[np.ndarray, "M"],
@@ -154,18 +130,18 @@ def extend(
     """
     import torch
 
-    potential = torch.from_numpy(g)
-    drawn, batches = 0, list[tuple[torch.Tensor, torch.Tensor]]()
-    while drawn < draws:
-        asked = queries(len(batches))
-        best, _ = _best(sample, asked, potential.to(next(iter(sample)).vectors.device))
-        batches.append((torch.from_numpy(asked).to(best.device), best))
-        drawn += len(asked)
+    potential = torch.from_numpy(g).to(sample.device)
+    # |q - v|^2 - f(q) = |v|^2 - 2 q.v + |q|^2 - f(q)
+    lines = list[tuple[torch.Tensor, torch.Tensor]]()
+    for step in range(-(-draws // len(queries(0)))):
+        asked = queries(step)
+        cost, _ = sample.nearest(asked, g=potential)
+        q = torch.from_numpy(asked).to(sample.device)
+        lines.append((q, q.square().sum(1) - cost[:, 0]))
     out = np.empty(blocks.count, np.float32)
     for block in blocks:
-        least = torch.full((len(block.vectors),), torch.inf, device=block.vectors.device)
-        for q, best in batches:
-            # |q - v|^2 - f(q) = |v|^2 - 2 q.v + best, for f(q) = |q|^2 - best.
-            least = torch.minimum(least, (best - 2 * block.vectors @ q.T).min(1).values)
-        out[block.rows] = (least + block.squares).cpu().numpy()
+        least = torch.full((len(block.vectors),), torch.inf, device=blocks.device)
+        for q, offset in lines:
+            least = torch.minimum(least, torch.addmm(offset, block.vectors, q.T, alpha=-2).min(1).values)
+        out[block.place.cpu().numpy()] = (least + block.squares).cpu().numpy()
     return out

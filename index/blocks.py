@@ -1,4 +1,8 @@
-"""The training rows' search vectors in blocks: held where they fit into the given memory, else read each time."""
+"""Exact search over the training rows' vectors in blocks: held where they fit into memory, else read each time.
+
+Held rows are sorted by their descriptions, so that a block whose descriptions are all farther from a query's than
+the neighbour it has already is passed over: with ten classes nine tenths of the work.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from index.partitions import ROWS_PER_PARTITION, lloyd, owners
 from index.schema import TRAIN
 from index.table import Table, column_array
 
@@ -14,26 +19,28 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_ROWS = 1024
+ROWS_AT_ONCE = {"cpu": 2048}
+"""Rows of a block by kind of device: scores of 1,024 queries with so many stay in a CPU's cache (twice as fast)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Block:
-    """Some consecutive training rows."""
+    """Some training rows."""
 
-    start: int
-    """Place of the first among the blocks' rows."""
+    place: 'Int[torch.Tensor, "n"]'
+    """Where they stand among the training rows, in the table's order."""
     vectors: 'Float[torch.Tensor, "n S"]'
     squares: 'Float[torch.Tensor, "n"]'
     """Squared lengths."""
 
-    @property
-    def rows(self) -> slice:
-        """Their places."""
-        return slice(self.start, self.start + len(self.vectors))
+    @classmethod
+    def of(cls, place: "torch.Tensor", vectors: "torch.Tensor") -> "Block":
+        """A block of these rows."""
+        return cls(place, vectors, vectors.square().sum(1))
 
 
 class VectorBlocks:
-    """Iterate all blocks, as often as wanted, within about `memory` bytes; with `every` = k only each k-th row.
+    """The training rows, for any number of passes over them, within about `memory` bytes; with `every` = k each k-th.
 
     Without `balance` that coordinate is zero, so that potentials are fitted to bare distances whatever the table holds.
     """
@@ -42,18 +49,23 @@ class VectorBlocks:
         self, table: Table, *, memory: int | None = None, device: str = "cpu", every: int = 1, balance: bool = True
     ) -> None:
         """Count the rows, and read them if they fit; without `memory` they are held in any case."""
-        self._table, self._device, self._every, self._balance = table, device, every, balance
+        import torch
+
+        self._table, self._every, self._balance = table, every, balance
+        self.device = torch.device(device)
         self._offsets = table.offsets(TRAIN)[::every]
         self.count = len(self._offsets)
         width = table.meta.geometry.width
         memory = 2**62 if memory is None else memory
         # float32 of the block in use, float16 and float32 of the one being read, and the scores of a batch of queries.
         self._rows = max(LEAST_ROWS, min(65_536, memory // (16 * width + 8 * 1024)))
-        self.held = 4 * (width + 1) * self.count + 16 * width * self._rows <= memory
-        self._blocks = list(self._read()) if self.held else []
+        # Twice: sorting them copies them.
+        self.held = 8 * (width + 2) * self.count + 16 * width * self._rows <= memory
+        if self.held:
+            self._hold()
 
     def __iter__(self) -> Iterator[Block]:
-        """The blocks in the table's order."""
+        """All blocks."""
         return iter(self._blocks) if self.held else self._read()
 
     def take(self, places: Int[np.ndarray, "B"]) -> Float32[np.ndarray, "B S"]:
@@ -62,12 +74,76 @@ class VectorBlocks:
             return self._prepared(self._table.take(self._offsets[places], "vector"))
         import torch
 
-        rows = torch.from_numpy(places).to(self._device)
-        out = torch.empty((len(places), self._table.meta.geometry.width), device=self._device)
-        for block in self._blocks:
-            here = (rows >= block.start) & (rows < block.rows.stop)
-            out[here] = block.vectors[rows[here] - block.start]
-        return np.asarray(out.cpu())
+        return np.asarray(self._vectors[self._sorted[torch.from_numpy(places).to(self.device)]].cpu())
+
+    def nearest(
+        self, queries: Float32[np.ndarray, "B S"], k: int = 1, g: 'Float[torch.Tensor, "N"] | None' = None
+    ) -> 'tuple[Float[torch.Tensor, "B K"], Int[torch.Tensor, "B K"]]':
+        """The k smallest |q - v_i|^2 - g_i of each query, smallest first, and the places of their rows; no g is 0."""
+        import torch
+
+        q = torch.from_numpy(queries).to(self.device)
+        k = min(k, self.count)
+        cost = torch.full((len(q), k), torch.inf, device=self.device)
+        place = torch.zeros((len(q), k), dtype=torch.int64, device=self.device)
+
+        def visit(block: Block, asking: torch.Tensor) -> None:
+            """Let some queries see a block."""
+            if not len(asking):
+                return
+            asked = q[asking]
+            offset = block.squares if g is None else block.squares - g[block.place]
+            found = torch.addmm(offset, asked, block.vectors.T, alpha=-2)
+            # min is much faster than topk.
+            least = found.min(1, keepdim=True) if k == 1 else found.topk(min(k, found.shape[1]), largest=False)
+            costs = torch.cat([cost[asking], least.values + asked.square().sum(1, keepdim=True)], 1)
+            order = costs.sort(dim=1, stable=True).indices[:, :k]
+            cost[asking] = costs.gather(1, order)
+            place[asking] = torch.cat([place[asking], block.place[least.indices]], 1).gather(1, order)
+
+        everyone = torch.arange(len(q), device=self.device)
+        if not self.held:
+            for block in self._read():
+                visit(block, everyone)
+            return cost, place
+        at_least = self._at_least(q, g)
+        first = at_least.argmin(1)
+        for number, block in enumerate(self._blocks):
+            visit(block, everyone[first == number])
+        for number, block in enumerate(self._blocks):
+            visit(block, everyone[(first != number) & (at_least[:, number] < cost[:, -1])])
+        return cost, place
+
+    def _at_least(self, q: "torch.Tensor", g: "torch.Tensor | None") -> "torch.Tensor":
+        """What each query (B) finds at least in each held block, whose descriptions are no nearer than this (B P)."""
+        import torch
+
+        apart = torch.cdist(q[:, : self._centres.shape[1]], self._centres) - self._radii
+        # Less a thousandth, lest rounding hide a row.
+        least = 0.999 * apart.clamp(min=0).square()
+        return least if g is None else least - torch.stack([g[block.place].max() for block in self._blocks])
+
+    def _hold(self) -> None:
+        """Read all rows, and sort them by groups of like descriptions."""
+        import torch
+
+        self._vectors = torch.cat([block.vectors for block in self._read()])
+        texts = self._vectors[:, : self._table.meta.geometry.text_width]
+        most = ROWS_AT_ONCE.get(self.device.type, self._rows)
+        groups, rng = -(-self.count // most), np.random.default_rng(0)
+        sample = torch.from_numpy(rng.permutation(self.count)[: groups * ROWS_PER_PARTITION]).to(self.device)
+        owner = owners(texts, lloyd(texts[sample], groups, rng))
+        place = owner.argsort(stable=True)
+        self._vectors, self._sorted = self._vectors[place], place.argsort()
+        ends = torch.bincount(owner, minlength=groups).cumsum(0).tolist()
+        cuts = sorted({cut for start, end in zip([0, *ends], ends, strict=False) for cut in range(start, end, most)})
+        slices = [slice(start, end) for start, end in zip(cuts, [*cuts[1:], self.count], strict=True)]
+        self._blocks = [Block.of(place[rows], self._vectors[rows]) for rows in slices]
+        texts = self._vectors[:, : texts.shape[1]]
+        self._centres = torch.stack([texts[rows].mean(0) for rows in slices])
+        self._radii = torch.stack(
+            [(texts[rows] - centre).norm(dim=1).max() for rows, centre in zip(slices, self._centres, strict=True)]
+        )
 
     def _prepared(self, stored: Float[np.ndarray, "n S"]) -> Float32[np.ndarray, "n S"]:
         rows = stored.astype(np.float32)
@@ -76,6 +152,7 @@ class VectorBlocks:
         return rows
 
     def _read(self) -> Iterator[Block]:
+        """All rows in the table's order."""
         import torch
 
         seen, start = 0, 0
@@ -83,9 +160,10 @@ class VectorBlocks:
             columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=self._rows, batch_readahead=1
         )
         for batch in batches:
-            rows = column_array(batch["vector"])[(-seen) % self._every :: self._every]
+            rows = self._prepared(column_array(batch["vector"])[(-seen) % self._every :: self._every])
             seen += len(batch)
-            vectors = torch.from_numpy(self._prepared(rows)).to(self._device)
-            yield Block(start, vectors, vectors.square().sum(1))
+            place = torch.arange(start, start + len(rows), device=self.device)
             start += len(rows)
+            if len(rows):
+                yield Block.of(place, torch.from_numpy(rows).to(self.device))
         assert start == self.count, (start, self.count)

@@ -124,17 +124,7 @@ class ExactNeighbours:
 
     def nearest_places(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
         """Positions among the training rows of the k nearest, nearest first."""
-        import torch
-
-        best, place = [], []
-        for block in self._blocks:
-            q = torch.from_numpy(queries).to(block.vectors.device)
-            score = q @ block.vectors.T - block.squares / 2
-            top = score.topk(min(k, score.shape[1]), dim=1)
-            best.append(top.values)
-            place.append(top.indices + block.start)
-        order = torch.cat(best, 1).topk(min(k, len(self.row)), dim=1).indices
-        return np.asarray(torch.cat(place, 1).gather(1, order).cpu())
+        return np.asarray(self._blocks.nearest(queries, k)[1].cpu())
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Pairs:
         """The k nearest pairs of each query."""

@@ -237,9 +237,11 @@ def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_pat
     assert again.table.meta.geometry.same_as(built.meta.geometry)
 
 
-def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path):
+def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path, monkeypatch):
+    from index import choose
     from index.build import BuildConfig, build_index
 
+    monkeypatch.setattr(choose, "RERANKED", 1)
     first = encode_shapes(list_shards([str(shapes)])[:2], tmp_path / "t.lance").table
     build_index(first, BuildConfig(index_type="ivf_rq", target_recall=0.1))
     added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from index import blocks, choose
-from index.balance import chi_square, fit_potentials, winners
+from index.balance import chi_square, fit_potentials
 from index.blocks import VectorBlocks
 from index.build import BuildConfig, build_index
 from index.errors import OptionError, TableError
@@ -257,21 +257,50 @@ def test_balance_stops_when_shares_are_even_and_goes_on_from_there(shapes, encod
     assert (again["balance_steps"], again["balance_stopped"]) == (0, "chi^2 of shares is below 0.05")
 
 
+def in_table_order(vector_blocks):
+    parts = list(vector_blocks)
+    place = np.concatenate([block.place for block in parts])
+    return np.concatenate([block.vectors for block in parts])[place.argsort()]
+
+
 def test_vectors_are_the_same_in_memory_or_read_block_by_block(encoded, monkeypatch):
     monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
-    held, read = VectorBlocks(encoded, memory=2**28), VectorBlocks(encoded, memory=1)
+    held, read = VectorBlocks(encoded), VectorBlocks(encoded, memory=1)
     assert (held.held, read.held, len(list(held)), len(list(read)) > 3) == (True, False, 1, True)
     whole = encoded.column("vector").astype(np.float32)
+    some = np.array([5, 3, 5, 120])
     for each in (held, read):
-        assert np.array_equal(np.concatenate([block.vectors.numpy() for block in each]), whole)
-    g = torch.from_numpy(np.random.default_rng(0).normal(size=len(whole)).astype(np.float32))
+        assert np.array_equal(in_table_order(each), whole)
+        assert np.array_equal(each.take(some), whole[some])
+    assert np.array_equal(in_table_order(VectorBlocks(encoded, memory=1, every=3)), whole[::3])
+
+
+@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize("k", [1, 7])
+def test_the_balanced_nearest_are_those_of_the_formula(encoded, monkeypatch, memory, k):
+    """argmin |q - v_i|^2 - g_i, whatever the blocks, though some are passed over."""
+    monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", {"cpu": 8})
+    whole = encoded.column("vector").astype(np.float32)
     queries = real_queries(encoded, 64)
-    cost = np.square(queries[:, None] - whole[None]).sum(-1) - g.numpy()
-    for each in (held, read):
-        found = winners(each, queries, g).numpy()
-        assert np.allclose(cost[np.arange(64), found], cost.min(1), rtol=1e-4)
-    third = VectorBlocks(encoded, memory=1, every=3)
-    assert np.array_equal(np.concatenate([block.vectors.numpy() for block in third]), whole[::3])
+    g = np.random.default_rng(0).normal(size=len(whole)).astype(np.float32)
+    cost = np.square(queries[:, None] - whole[None]).sum(-1) - g
+    found, place = VectorBlocks(encoded, memory=memory).nearest(queries, k, torch.from_numpy(g))
+    # float32 of squares that are much larger than their differences.
+    assert np.allclose(found, np.sort(cost, 1)[:, :k], atol=0.02)
+    assert np.allclose(np.take_along_axis(cost, place.numpy(), 1), found, atol=0.02)
+    assert (place.sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_blocks_of_other_descriptions_are_passed_over(encoded, monkeypatch):
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", {"cpu": 8})
+    seen = []
+    of = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *given, **named: seen.append(given[1].shape[0]) or of(*given, **named))
+    held = VectorBlocks(encoded)
+    seen.clear()
+    held.nearest(real_queries(encoded, 64))
+    assert sum(seen) < 0.5 * 64 * len(list(held))
 
 
 def test_a_large_table_is_balanced_on_a_sample(shapes, encode_shapes, tmp_path, monkeypatch):
