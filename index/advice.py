@@ -16,6 +16,11 @@ def advise(report: dict[str, Any]) -> list[str]:
             f"{missed:.0%} of the training rows are never targets beyond what chance leaves out, chi^2 of shares is "
             f"{report['chi_square']:.2f}: try --balance, and --geometry sphere if it is not"
         )
+    if report["recall_at_1"] < report["target_recall"]:
+        told.append(
+            f"search finds {report['recall_at_1']:.3f} of the nearest pairs, less than --target-recall "
+            f"{report['target_recall']:g}: give more --memory, which allows a finer index"
+        )
     if report["perplexity"] < 2:
         told.append(
             f"a description chooses among {report['perplexity']:.2f} rows, so the random point does not matter and a "

@@ -5,9 +5,11 @@ argmin_i |q - v_i|^2 - g_i, and the g that give every row the share 1/N maximise
 
     F(g) = E_q[min_i |q - v_i|^2 - g_i] + mean(g),    dF/dg_i = 1/N - P(i wins q),
 
-by stochastic ascent over the real query law: a row that wins too often loses potential and moves away. Adam on that
-gradient with the step falling to zero, and an average of the iterates (SD-FM, arXiv 2509.25519; AlignFlow, 2510.15038).
-The ascent ends when the average, asked fresh queries, has even shares, or when its time is spent.
+by stochastic ascent over the real query law: a row that wins too often loses potential and moves away (SD-FM, arXiv
+2509.25519; AlignFlow, 2510.15038). A win costs a share of the distance from the nearest row to the eighth, whatever the
+data's units; the share falls to zero, and the last iterates are averaged. After 72 draws a row on a quarter of MNIST
+this leaves a chi^2 of 0.014 where Adam leaves 0.034. The ascent ends when the average, asked fresh queries, has even
+shares, or when its time is spent.
 """
 
 import time
@@ -21,8 +23,12 @@ from index.blocks import VectorBlocks
 
 TARGET = 0.05
 """chi^2 of shares below which a table counts as balanced."""
-DRAWS_PER_ROW = 150
-"""As many draws as exact potentials were seen to need."""
+DRAWS_PER_ROW = 80
+"""A little more than exact potentials were seen to need."""
+WIN = 0.25
+"""What a win costs at first, as a share of the distance between the nearest and the eighth."""
+MOST_WINS = 5
+"""That count in one step, beyond even ones: hubs would fall too far."""
 CHECKS = 10
 
 
@@ -58,30 +64,31 @@ def fit_potentials(
     target: float = TARGET,
     seconds: float = np.inf,
     steps: int | None = None,
-    learning_rate: float = 0.6,
 ) -> Iterator[Potentials]:
     """Ascend the semi-dual; yields the averaged g at first and every tenth of the way, at last with why it ended.
 
-    `queries(step)` draws a batch by the query law. The learning rate is in squared distance per step, for coordinates
-    of unit variance; from potentials that were fitted before (`start`) it begins lower. A time limit makes the result
-    depend on the machine, steps alone do not.
+    `queries(step)` draws a batch by the query law. From potentials that were fitted before (`start`) the steps are
+    smaller. A time limit makes the result depend on the machine, steps alone do not.
     """
     import torch
 
     n, began = blocks.count, time.monotonic()
-    drawn = len(queries(0))
+    first = queries(0)
+    drawn = len(first)
     steps = steps or int(np.clip(DRAWS_PER_ROW * n / drawn, 400, 50_000))
+    near, _ = blocks.nearest(first, k=8)
+    gap = float((near[:, -1] - near[:, 0]).mean()) or 1.0
+    rate = WIN * gap * drawn / n * (1.0 if start is None else 1 / 3)
     g = torch.zeros(n) if start is None else torch.from_numpy(start - start.mean())
-    rate = learning_rate if start is None else learning_rate / 3
     g = g.to(blocks.device)
-    average, first, second = g.clone(), torch.zeros_like(g), torch.zeros_like(g)
+    average = g.clone()
 
     def wins(asked: Float32[np.ndarray, "B S"], g: torch.Tensor) -> torch.Tensor:
         return torch.bincount(blocks.nearest(asked, g=g)[1][:, 0], minlength=n)
 
     def check(step: int, stopped: str | None) -> Potentials:
         counts = torch.zeros(n, dtype=torch.int64, device=blocks.device)
-        for number in range(-(-max(2 * n, 16_384) // drawn)):
+        for number in range(-(-max(n, 16_384) // drawn)):
             counts += wins(queries(steps + number), average)
         found = chi_square(counts.cpu().numpy())
         if found < target:
@@ -94,13 +101,8 @@ def fit_potentials(
         return
     checked, gone = 0.0, 0.0
     for step in range(steps):
-        counts = wins(queries(step), g)
-        gradient = 1.0 - counts * (n / drawn)
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.99 * second + 0.01 * gradient.square()
-        corrected = first / (1 - 0.9 ** (step + 1))
-        scale = (second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
-        g = g + rate * (1 - gone) * corrected / scale
+        gradient = 1.0 - wins(queries(step), g) * (n / drawn)
+        g = g + rate * (1 - gone) ** 2 * gradient.clamp(min=-MOST_WINS * max(n / drawn, 1.0))
         g = g - g.mean()
         average = g.clone() if gone < 0.05 else 0.98 * average + 0.02 * g
         gone = max((step + 1) / steps, (time.monotonic() - began) / seconds)

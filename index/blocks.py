@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 LEAST_ROWS = 1024
+MOST_QUERIES = 4096
+"""Of a batch, when memory is counted."""
 ROWS_AT_ONCE = {"cpu": 2048}
 """Rows of a block by kind of device: scores of 1,024 queries with so many stay in a CPU's cache (twice as fast)."""
 
@@ -58,7 +60,7 @@ class VectorBlocks:
         width = table.meta.geometry.width
         memory = 2**62 if memory is None else memory
         # float32 of the block in use, float16 and float32 of the one being read, and the scores of a batch of queries.
-        self._rows = max(LEAST_ROWS, min(65_536, memory // (16 * width + 8 * 1024)))
+        self._rows = max(LEAST_ROWS, min(65_536, memory // (16 * width + 8 * MOST_QUERIES)))
         # Twice: sorting them copies them.
         self.held = 8 * (width + 2) * self.count + 16 * width * self._rows <= memory
         if self.held:

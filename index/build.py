@@ -111,6 +111,7 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
         "train_rows": len(exact.row),
         **_index_state(table),
         "build_seconds": round(time.monotonic() - began, 2),
+        "target_recall": config.target_recall,
         **asdict(choice.recall),
         **asdict(shares),
         **{name: value for name, value in asdict(at_scale).items() if name != "desc_scale"},

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.balance import extend, fit_potentials
-from index.blocks import VectorBlocks
+from index.blocks import MOST_QUERIES, VectorBlocks
 from index.centring import Centring, fit_centring
 from index.console import Progress
 from index.errors import OptionError
@@ -24,8 +24,8 @@ from index.schema import TRAIN
 from index.table import Table, column_array, rewrite_vectors
 
 MAX_CENTRING = 2**24
-BALANCE_QUERIES = 1024
-"""Queries per step."""
+LEAST_QUERIES = 1024
+"""Queries per step of balancing; a quarter of the rows where that is more."""
 MOST_FITTED = 200_000
 """Rows whose potentials are fitted; of larger tables an even sample, from which the others' are derived."""
 
@@ -164,9 +164,11 @@ def _fit_balance(
     every = -(-len(offsets) // MOST_FITTED)
     sample = VectorBlocks(table, memory=memory // (1 if every == 1 else 2), device=device, every=every, balance=False)
 
+    count = int(np.clip(sample.count // 4, LEAST_QUERIES, MOST_QUERIES))
+
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
-        rows = draw_rows(len(offsets), BALANCE_QUERIES, seed=seed, step=step)
-        points = draw_points(geometry, BALANCE_QUERIES, seed=seed, step=step)
+        rows = draw_rows(len(offsets), count, seed=seed, step=step)
+        points = draw_points(geometry, count, seed=seed, step=step)
         return geometry.queries(table.take(offsets[rows], "text"), points)
 
     first = None if start is None else start[::every]

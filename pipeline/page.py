@@ -147,9 +147,10 @@ def _draw_hits(axes: "Axes", report: dict[str, Any]) -> None:
 
 
 def _draw_recall(axes: "Axes", report: dict[str, Any]) -> None:
-    for kind in dict.fromkeys(line["kind"] for line in report["alternatives"]):
-        lines = [line for line in report["alternatives"] if line["kind"] == kind]
-        axes.plot([line["p50_ms"] for line in lines], [line["recall_at_1"] for line in lines], marker="o", label=kind)
+    for kind, refine in dict.fromkeys((line["kind"], line["refine"]) for line in report["alternatives"]):
+        lines = [line for line in report["alternatives"] if (line["kind"], line["refine"]) == (kind, refine)]
+        label = kind if refine == 1 else f"{kind}, {refine} rows re-ranked"
+        axes.plot([line["p50_ms"] for line in lines], [line["recall_at_1"] for line in lines], marker="o", label=label)
         for line in lines:
             axes.annotate(str(line["nprobes"]), (line["p50_ms"], line["recall_at_1"]), fontsize=7)
     axes.set(title="recall@1 by probes", xlabel="ms for a batch of 256 queries")

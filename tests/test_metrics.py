@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.metrics import frechet, sliced_wasserstein
+from trainer.metrics import coverage, frechet, sliced_wasserstein
 
 
 def test_frechet_of_gaussians_is_the_closed_form():
@@ -31,3 +31,15 @@ def test_sliced_wasserstein_of_a_shift_is_its_length_over_root_d():
     assert sliced_wasserstein(a, a + shift, projections=3000) == pytest.approx(5 / np.sqrt(5), rel=0.05)
     assert sliced_wasserstein(a, a) == 0
     assert sliced_wasserstein(a, a[:100]) < 0.3
+
+
+def test_coverage_counts_the_real_points_with_a_found_one_near():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(600, 4)), rng.normal(size=(400, 4)) + 20
+    real = np.concatenate([left, right])
+    assert coverage(real, real) == 1
+    assert coverage(real, rng.normal(size=(2000, 4))) == pytest.approx(0.6, abs=0.01)
+    assert coverage(real, left[:1]) == pytest.approx(6 / 1000, abs=0.01)
+    # Of two equal samples: 1 - (1/2)^k, about (Naeem et al., section 3.3).
+    a, b = rng.normal(size=(3000, 4)), rng.normal(size=(3000, 4))
+    assert coverage(a, b, k=5) == pytest.approx(1 - 0.5**5, abs=0.015)

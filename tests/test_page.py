@@ -14,6 +14,8 @@ WELL = {
     "never_hit_share": 0.14,
     "never_hit_share_if_even": 0.13,
     "chi_square": 0.02,
+    "recall_at_1": 0.96,
+    "target_recall": 0.95,
     "perplexity": 90.0,
     "description_distance": 0.1,
     "learnability": 0.3,
@@ -31,6 +33,7 @@ def test_a_sound_table_needs_no_advice():
     ("change", "said"),
     [
         ({"never_hit_share": 0.5}, "37% of the training rows are never targets .* try --balance"),
+        ({"recall_at_1": 0.9}, "finds 0.900 of the nearest pairs, less than --target-recall 0.95: give more --memory"),
         ({"perplexity": 1.03}, r"chooses among 1\.03 rows.*a smaller --desc-scale"),
         ({"description_distance": 0.9}, "hardly followed: try a larger --desc-scale"),
         ({"learnability": 0.001}, "lottery to a network: try --centre"),

@@ -1,4 +1,4 @@
-"""How far two sets of points are apart, without any downloaded weights. Rows are points, float64 inside."""
+"""How far two sets of points are apart, without any downloaded weights. Rows are points."""
 
 import numpy as np
 from jaxtyping import Float
@@ -27,3 +27,16 @@ def frechet(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def coverage(real: Float[np.ndarray, "N L"], found: Float[np.ndarray, "M L"], *, k: int = 5) -> float:
+    """The share of real points that a found one comes nearer to than their k-th real neighbour (arXiv 2002.09797)."""
+    import torch
+
+    points, others = (torch.from_numpy(np.ascontiguousarray(rows, np.float32)) for rows in (real, found))
+    covered = 0
+    for part in torch.split(points, 1024):
+        # A point is its own nearest neighbour.
+        radius = torch.cdist(part, points).kthvalue(k + 1, dim=1).values
+        covered += int((torch.cdist(part, others).amin(1) < radius).sum())
+    return covered / len(points)
