@@ -4,13 +4,17 @@ Lance trains its own, but from a start that cannot be seeded: two builds of one 
 Several machines that build parts of one index share these as well.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float32
 
 from index.schema import TRAIN
-from index.table import Table
+from index.table import Table, column_array
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +23,8 @@ ROWS_PER_PARTITION = 256
 """Sampled for each partition; more change centroids little (faiss stops there too)."""
 ITERATIONS = 12
 BLOCK = 16_384
+ASSIGNED = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
+"""As Lance reads it."""
 
 
 def train_partitions(table: Table, count: int, *, seed: int = 0) -> Float32[np.ndarray, "P S"]:
@@ -32,6 +38,36 @@ def train_partitions(table: Table, count: int, *, seed: int = 0) -> Float32[np.n
     rows = torch.from_numpy(table.take(chosen, "vector").astype(np.float32)).to(device)
     assert len(rows) >= count, (len(rows), count)
     return np.asarray(lloyd(rows, count, rng).cpu())
+
+
+@contextmanager
+def assigned(
+    table: Table, centroids: Float32[np.ndarray, "P S"], fragments: Sequence[int] | None = None
+) -> Iterator[str]:
+    """The path of a file that tells Lance the partition of each row, of some fragments or all.
+
+    Lance would find them itself, in float16 arithmetic where the vectors are float16: 150 s for a million rows of 256,
+    here 8 s (two cores; a GPU is used where there is one).
+    """
+    import lance
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    centres, dataset = torch.from_numpy(centroids).to(device), table.dataset()
+    some = None if fragments is None else [dataset.get_fragment(number) for number in fragments]
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in dataset.to_batches(columns=["vector"], fragments=some, with_row_id=True, batch_size=BLOCK):
+            rows = torch.from_numpy(column_array(batch["vector"]).astype(np.float32)).to(device)
+            owner = owners(rows, centres).cpu().numpy().astype(np.uint32)
+            yield pa.record_batch([batch["_rowid"], pa.array(owner)], schema=ASSIGNED)
+
+    with TemporaryDirectory() as folder:
+        path = f"{folder}/partitions.lance"
+        # Lance wants one fragment in one file.
+        reader = pa.RecordBatchReader.from_batches(ASSIGNED, batches())
+        lance.write_dataset(reader, path, max_rows_per_file=2**31, max_bytes_per_file=2**40)
+        yield path
 
 
 def lloyd(rows: "torch.Tensor", count: int, rng: np.random.Generator) -> "torch.Tensor":

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from index.console import Progress
 from index.packing import pack, unpack
-from index.partitions import train_partitions
+from index.partitions import assigned, train_partitions
 from index.table import Table, update_meta
 
 if TYPE_CHECKING:
@@ -89,7 +89,10 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         def tick(progress: Any) -> None:
             bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
 
-        dataset.create_index(replace=True, progress_callback=tick, **plan.options())
+        with assigned(table, plan.centroids) as partitions:
+            dataset.create_index(
+                replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
+            )
     return Table(table.uri, dataset.version, table.meta, table.storage)
 
 
@@ -105,7 +108,10 @@ def without_index(table: Table) -> Table:
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
     """Build the part of an index that covers some fragments; no reader sees it yet, and it can be pickled."""
-    return table.dataset().create_index_uncommitted(fragment_ids=list(fragments), **plan.options())
+    with assigned(table, plan.centroids, fragments) as partitions:
+        return table.dataset().create_index_uncommitted(
+            fragment_ids=list(fragments), precomputed_partition_dataset=partitions, **plan.options()
+        )
 
 
 def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:

@@ -8,10 +8,11 @@ import pytest
 
 from index.build import BuildConfig, build_index
 from index.errors import OptionError
+from index.partitions import assigned, train_partitions
 from index.recall import find_truth, measure_recall, real_queries
 from index.search import ExactNeighbours, LanceNeighbours
 from index.segments import VECTOR_INDEX, IndexPlan, build_segment, build_whole, publish_segments, without_index
-from index.table import open_table
+from index.table import column_array, open_table
 from pipeline.config import RunConfig
 from pipeline.segments import fragment_groups, on_beam
 
@@ -41,6 +42,21 @@ def test_the_same_plan_gives_the_same_index(table, kind):
         rows.append(found(table, queries, nprobes=2))
     assert np.array_equal(*rows)
     assert IndexPlan.from_dict(plans[0].to_dict()).options().keys() == plans[0].options().keys()
+
+
+def test_each_row_is_assigned_to_its_nearest_partition(table):
+    import lance
+
+    centroids = train_partitions(table, 7)
+    with assigned(table, centroids, [1, 2]) as path:
+        given = lance.dataset(path).to_table()
+    rows = table.dataset().to_table(columns=["vector"], with_row_id=True)
+    vectors = column_array(rows["vector"]).astype(np.float32)
+    nearest = np.square(vectors[:, None] - centroids[None]).sum(-1).argmin(1)
+    expected = dict(zip(rows["_rowid"].to_pylist(), nearest.tolist(), strict=True))
+    assert len(given) == sum(row >> 32 in (1, 2) for row in expected)
+    assert all(expected[line["row_id"]] == line["partition"] for line in given.to_pylist())
+    assert not Path(path).exists()
 
 
 @pytest.mark.parametrize("kind", ["ivf_rq", "ivf_flat"])

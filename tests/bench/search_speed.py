@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from index.build import BuildConfig, build_index
 from index.choose import choose_index
 from index.geometry import Geometry
-from index.moments import Moments, unit
+from index.moments import Moments
 from index.queries import draw_points, draw_rows
 from index.recall import Truth, find_truth, measure_recall, real_queries
 from index.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
@@ -171,13 +171,15 @@ def growth(work: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
     }
 
 
-def synthetic(uri: Path, rows: int, *, topics: int = 1000, intrinsic: int = 12) -> Table:
-    """Rows of 256 numbers: captions gather around topics, latents lie on a curved surface of few dimensions."""
+def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
+    """Rows of 256 numbers on curved surfaces of few dimensions; captions share half of theirs with latents."""
     shutil.rmtree(uri, ignore_errors=True)
     size = int(np.prod(LATENT))
     law = np.random.default_rng(11)
-    topic, place = law.standard_normal((topics, TEXT_WIDTH)), 2 * law.standard_normal((topics, intrinsic))
-    inner, outer = law.standard_normal((intrinsic, 256)) / np.sqrt(intrinsic), law.standard_normal((256, size)) / 16
+    surfaces = {
+        width: (law.standard_normal((intrinsic, 512)) / np.sqrt(intrinsic), law.standard_normal((512, width)) / 16)
+        for width in (TEXT_WIDTH, size)
+    }
     encoded = encoded_schema(TEXT_WIDTH, size, keep_images=False)
     blank = dict.fromkeys(encoded.names)
     moments: Moments | None = None
@@ -186,10 +188,13 @@ def synthetic(uri: Path, rows: int, *, topics: int = 1000, intrinsic: int = 12) 
         nonlocal moments
         for start in range(0, rows, 10_000):
             rng, count = np.random.default_rng([13, start]), min(10_000, rows - start)
-            mine = rng.integers(topics, size=count)
-            text = unit(topic[mine] + 0.5 * rng.standard_normal((count, TEXT_WIDTH)))
-            z = place[mine] + rng.standard_normal((count, intrinsic))
-            latent = np.tanh(z @ inner) @ outer + 0.05 * rng.standard_normal((count, size))
+            code = 2 * rng.standard_normal((count, intrinsic * 3 // 2))
+            text, latent = (
+                np.tanh(part @ inner) @ outer + 0.05 * rng.standard_normal((count, outer.shape[1]))
+                for part, (inner, outer) in zip(
+                    (code[:, :intrinsic], code[:, -intrinsic:]), surfaces.values(), strict=True
+                )
+            )
             ids = [f"{number:032x}" for number in rng.bit_generator.random_raw(2 * count)[:count]]
             split = [split_of(f"{number:013x}", 0.01) for number in rng.integers(16**13, size=count)]
             train = np.array(split) == TRAIN
@@ -202,7 +207,7 @@ def synthetic(uri: Path, rows: int, *, topics: int = 1000, intrinsic: int = 12) 
 
     fragments = [fragment_of(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
     assert moments is not None
-    geometry = Geometry.fit(moments, kind="sphere", desc_scale=4.0)
+    geometry = Geometry.fit(moments, kind="sphere", desc_scale=2.0)
     nobody = EncoderRef(name="synthetic", kind="none", digest="0" * 64)
     meta = TableMeta(
         image_encoder=nobody,
