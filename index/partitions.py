@@ -57,7 +57,8 @@ def assigned(
     some = None if fragments is None else [dataset.get_fragment(number) for number in fragments]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for batch in dataset.to_batches(columns=["vector"], fragments=some, with_row_id=True, batch_size=BLOCK):
+        scanner = dataset.scanner(columns=["vector"], fragments=some, with_row_id=True, batch_size=BLOCK)
+        for batch in scanner.to_batches():
             rows = torch.from_numpy(column_array(batch["vector"]).astype(np.float32)).to(device)
             owner = owners(rows, centres).cpu().numpy().astype(np.uint32)
             yield pa.record_batch([batch["_rowid"], pa.array(owner)], schema=ASSIGNED)
