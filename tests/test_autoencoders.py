@@ -11,7 +11,7 @@ from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from trainer import pictures
 from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder, psnr
 from trainer.pictures import load_captions, load_pictures
-from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder
+from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder, train_tokenizer
 
 
 def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tmp_path):
@@ -54,6 +54,13 @@ def test_text_autoencoder_learns_and_is_an_ordinary_transformers_folder(shapes, 
     rows = encoder.encode(["a small red circle above a large blue square", "a large blue square"])
     assert rows.shape == (2, report["text_width"])
     assert not np.allclose(rows[0], rows[1], atol=1e-2)
+
+
+def test_a_tokenizer_is_the_same_each_time():
+    """Ties in the counts included, of which these words have many."""
+    words = [f"{a}{b}ing {b}{a}ed, {a}" for a in "abcdefgh" for b in "ijklmnop"]
+    once, *others = (train_tokenizer(words, TextAutoencoderConfig(vocabulary=120)).get_vocab() for _ in range(10))
+    assert all(vocabulary == once for vocabulary in others)
 
 
 def test_same_seed_same_weights(shapes, tmp_path):

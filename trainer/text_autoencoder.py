@@ -33,7 +33,7 @@ class TextAutoencoderConfig:
 
     size: str = "tiny"
     vocabulary: int = 4000
-    """WordPiece tokens at most."""
+    """BPE tokens at most."""
     max_tokens: int = 48
     steps: int = 1400
     batch_size: int = 64
@@ -124,14 +124,18 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
 
 
 def train_tokenizer(captions: list[str], config: TextAutoencoderConfig) -> Any:
-    """A WordPiece tokenizer of these captions, as transformers opens it."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """A BPE tokenizer of these captions, as transformers opens it.
+
+    Not WordPiece, whose trainer numbers tokens, and breaks ties, in another order each time.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = Tokenizer(models.BPE(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=config.vocabulary, special_tokens=SPECIAL, show_progress=False)
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    words.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=config.vocabulary, special_tokens=SPECIAL, show_progress=False)
     words.train_from_iterator(captions, trainer)
     ends = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
