@@ -54,9 +54,21 @@ def write_text(path: Path, text: str) -> None:
 class Progress:
     """A long step: `with Progress("encode", total=n, unit="images", log=path) as bar: bar.advance(32, loss=0.1)`."""
 
-    def __init__(self, title: str, *, total: int | None, unit: str, log: Path | None = None, done: int = 0) -> None:
-        """Name the step; `log` receives the JSON lines, `done` is what an earlier run has already done."""
-        self.title, self.total, self.unit, self.log = title, total, unit, log
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: int | None,
+        unit: str,
+        log: Path | None = None,
+        done: int = 0,
+        silent: bool = False,
+    ) -> None:
+        """Name the step; `log` receives the JSON lines, `done` is what an earlier run has already done.
+
+        A silent one counts and draws nothing, for all but one of several processes.
+        """
+        self.title, self.total, self.unit, self.log, self._silent = title, total, unit, log, silent
         self.done = self._done_before = done
         self.figures: dict[str, Any] = {}
 
@@ -77,7 +89,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=self._silent or not self._console.is_terminal,
         )
         of = f"{self.total:,}" if self.total is not None else "?"
         self._task: TaskID = self._bar.add_task(self.title, total=self.total, of=of, unit=self.unit, figures="")
@@ -137,7 +149,7 @@ class Progress:
         """Log the last tick and, where no bar was drawn, print the step's last line."""
         self._tick()
         self._bar.stop()
-        if not self._console.is_terminal and kind is None:
+        if not (self._silent or self._console.is_terminal) and kind is None:
             figures = "  ".join(f"{k} {_short(v)}" for k, v in self.figures.items())
             print(
                 f"{self.title:<22}{self.done:>10,} {self.unit}  {self.seconds:7.1f} s  {self.rate:10,.1f}/s  {figures}",

@@ -13,9 +13,9 @@ from index.build import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
 from index.table import open_table
 from trainer import fit as fit_module
-from trainer.checkpoint import read_config
+from trainer.checkpoint import checkpoints, read_config
 from trainer.evaluate import evaluate
-from trainer.fit import FitConfig, fit
+from trainer.fit import FitConfig, Machine, fit
 from trainer.sampler import Coalescer
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
@@ -70,22 +70,29 @@ def test_same_seed_same_weights_and_another_seed_others(short, indexed, tmp_path
     assert not all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_a_run_that_is_stopped_resumes_to_the_same_weights(short, indexed, tmp_path, monkeypatch):
-    whole, saved = fit_module.save_checkpoint, []
+EVERY_STEP = Machine(checkpoint_seconds=-1.0)
 
-    def stop(out, step, network, optimiser):
-        whole(out, step, network, optimiser)
-        saved.append(step)
-        if step == 25:
+
+def fit_until(step, monkeypatch, *given):
+    """Train, and end as by Ctrl-C after the checkpoint of a step."""
+    whole = fit_module.save_checkpoint
+
+    def stop(out, at, *given, **named):
+        whole(out, at, *given, **named)
+        if at == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(fit_module, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        fit(indexed, SHORT, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(*given, machine=EVERY_STEP)
+
+
+def test_a_run_that_is_stopped_resumes_to_the_same_weights(short, indexed, tmp_path, monkeypatch):
+    fit_until(25, monkeypatch, indexed, SHORT, tmp_path / "run")
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    fit(indexed, SHORT, tmp_path / "run", resume=True)
-    assert saved == list(range(1, 41))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000000024", "step-000000025"]
+    fit(indexed, SHORT, tmp_path / "run", resume=True, machine=EVERY_STEP)
     resumed = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(short[name], resumed[name]) for name in short)
 
@@ -93,17 +100,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_weights(short, indexed, tmp_p
 def test_a_run_resumes_on_the_table_version_it_began_with(shapes, encode_shapes, tmp_path, monkeypatch):
     table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
     fit(table, SHORT, tmp_path / "whole")
-    whole = fit_module.save_checkpoint
-
-    def stop(out, step, network, optimiser):
-        whole(out, step, network, optimiser)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "CHECKPOINT_SECONDS", -1.0)
-        patch.setattr(fit_module, "save_checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            fit(table, SHORT, tmp_path / "run")
+    fit_until(1, monkeypatch, table, SHORT, tmp_path / "run")
     newer = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="raw")).table
     assert newer.version > table.version
     fit(newer, SHORT, tmp_path / "run", resume=True)
@@ -141,12 +138,28 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(short, indexed, 
     assert all(torch.equal(short[name], resumed[name]) for name in short)
 
 
-def test_a_damaged_checkpoint_is_refused(run, indexed, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    (path,) = (tmp_path / "run" / "checkpoint").glob("*.safetensors")
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(short, indexed, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    fit_until(25, monkeypatch, indexed, SHORT, out)
+    last = checkpoints(out)[-1]
+    path = last / "state.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match="cannot be read"):
-        fit(indexed, CONFIG, tmp_path / "run", resume=True)
+    with pytest.raises(
+        RunError, match=r"step-000000025 is no checkpoint of this run .* remove it to resume from step 24"
+    ):
+        fit(indexed, SHORT, out, resume=True)
+    shutil.rmtree(last)
+    fit(indexed, SHORT, out, resume=True)
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(short[name], resumed[name]) for name in short)
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, indexed, tmp_path, monkeypatch):
+    fit_until(1, monkeypatch, indexed, replace(SHORT, size="small"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(run / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match=r"do not fit the network.*remove it to resume from the beginning"):
+        fit(indexed, replace(SHORT, size="small"), tmp_path / "run", resume=True)
 
 
 def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encoder, monkeypatch):
@@ -157,9 +170,31 @@ def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encod
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(indexed, tmp_path):
-    with pytest.raises(RunError, match=r"the loss is .* at step .*--learning-rate"):
-        fit(indexed, replace(SHORT, learning_rate=1e30), tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(indexed, tmp_path, monkeypatch):
+    whole, calls = fit_module.make_objective, []
+
+    def poisoned(*given, **dials):
+        objective = whole(*given, **dials)
+
+        class Poisoned(type(objective)):
+            def loss(self, network, batch):
+                loss = super().loss(network, batch)
+                calls.append(1)
+                return loss if len(calls) < 8 else loss._replace(total=loss.total * float("nan"))
+
+        return Poisoned()
+
+    monkeypatch.setattr(fit_module, "make_objective", poisoned)
+    with pytest.raises(RunError, match=r"the loss is nan at step 7 .*step-000000007 is from before.*--learning-rate"):
+        fit(indexed, SHORT, tmp_path / "run", machine=EVERY_STEP)
+    tensors = load_file(checkpoints(tmp_path / "run")[-1] / "state.safetensors")
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+
+
+def test_a_batch_in_parts_trains_as_the_whole_does(short, indexed, tmp_path):
+    fit(indexed, SHORT, tmp_path / "run", machine=Machine(accumulate=4))
+    parts = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.allclose(short[name], parts[name], atol=1e-3) for name in short)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +205,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(indexed, tmp_path):
         ({"size": "magic"}, "--size 'magic'"),
         ({"search": "magic"}, "--search 'magic'"),
         ({"images": 10}, "--images 10"),
+        ({"precision": "fp8"}, "--precision 'fp8'"),
+        ({"dials": {"q": 1.0}}, "--dial q is unknown for coalescer: choose one of p, segment"),
+        ({"dials": {"p": "x"}}, "--dial p=x is no number"),
+        ({"dials": {"p": 0.0}}, "p 0.0 is no power"),
+        ({"dials": {"segment": 2.0}}, "segment 2.0 is no share"),
+        ({"dials": {"condition": "both"}}, "condition 'both' is unknown: choose one of close, query"),
     ],
 )
 def test_options_are_checked(options, said):

@@ -45,6 +45,16 @@ def test_a_larger_batch_begins_with_the_smaller_one(indexed):
         assert torch.equal(getattr(small, name), getattr(large, name)[:16])
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_slots_of_a_step(indexed, processes):
+    (whole,) = stream(indexed).batches(5, 1)
+    shares = [stream(indexed, process=number, processes=processes).batches(5, 1)[0] for number in range(processes)]
+    for name in whole.__slots__:
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(share, name) for share in shares]))
+    with pytest.raises(OptionError, match="--batch-size 16 cannot be shared by 3 processes"):
+        stream(indexed, processes=3)
+
+
 def test_seeds_and_steps_differ(indexed):
     a, b = stream(indexed).batches(0, 2)
     (c,) = stream(indexed, seed=4).batches(0, 1)

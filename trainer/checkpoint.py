@@ -1,10 +1,11 @@
-"""A training run on disk: RUN/config.json and model.safetensors to sample from, RUN/checkpoint to resume from.
+"""A training run on disk: RUN/config.json and model.safetensors to sample from, RUN/checkpoints to resume from.
 
-Safetensors and JSON only. Every file is written aside and renamed, and the state that names the step comes last, so a
-run that is killed resumes from its last whole checkpoint.
+Safetensors and JSON only. Files are written aside and renamed, a checkpoint as a whole folder, so a run that is killed
+resumes from the last one.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from index.console import write_json
 from index.errors import RunError
+from index.table import first_line
 from trainer.optimise import Optimiser
 
 FORMAT = "coalescer-run-1"
@@ -46,32 +48,58 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_checkpoint(folder: Path, step: int, network: nn.Module, optimiser: Optimiser) -> None:
-    """Write all that a training step changes, as of before step `step`."""
+def save_checkpoint(folder: Path, step: int, network: nn.Module, optimiser: Optimiser, *, keep: int) -> None:
+    """Write all that a training step changes, as of before step `step`, and keep the last `keep` checkpoints."""
     adam = optimiser.adam.state_dict()
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     tensors |= {f"average.{i}": value for i, value in enumerate(optimiser.average.shadow_params)}
     for number, state in adam["state"].items():
         tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    name = f"step-{step:09d}.safetensors"
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    _save(folder / "checkpoint" / name, tensors)
     state = {
         "step": step,
-        "weights": name,
         "schedule": {k: v for k, v in optimiser.schedule.state_dict().items() if isinstance(v, int | float | list)},
         "average_step": optimiser.average.optimization_step,
     }
-    write_json(folder / "checkpoint" / "state.json", state)
-    for old in (folder / "checkpoint").glob("step-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    place = folder / "checkpoints" / f"step-{step:09d}"
+    aside = place.with_suffix(".tmp")
+    for old in (aside, place):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _save(aside / "state.safetensors", tensors)
+    write_json(aside / "state.json", state)
+    aside.rename(place)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, the last one last."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".tmp")
 
 
 def load_checkpoint(folder: Path, network: nn.Module, optimiser: Optimiser) -> int:
-    """Restore the last whole checkpoint and return the step to go on with; RunError where it cannot be read."""
-    state = json.loads((folder / "checkpoint" / "state.json").read_text())
-    tensors = _load(folder / "checkpoint" / state["weights"])
+    """Restore the last checkpoint, if there is one, and return the step to go on with.
+
+    Raises:
+        RunError: it cannot be read, or is not of this network; the one before may still be good.
+    """
+    whole = checkpoints(folder)
+    if not whole:
+        return 0
+    try:
+        state = json.loads((whole[-1] / "state.json").read_text())
+        tensors = load_file(whole[-1] / "state.safetensors")
+        return _restore(state, tensors, network, optimiser, folder)
+    except (SafetensorError, OSError, ValueError, KeyError, RunError) as error:
+        rest = f"step {int(whole[-2].name[5:])}" if len(whole) > 1 else "the beginning"
+        raise RunError(
+            f"{whole[-1]} is no checkpoint of this run ({first_line(error)}): remove it to resume from {rest}"
+        ) from error
+
+
+def _restore(
+    state: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module, optimiser: Optimiser, folder: Path
+) -> int:
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
     network.load_state_dict(_checked(weights, network, folder))
     adam = optimiser.adam.state_dict()
@@ -88,11 +116,6 @@ def load_checkpoint(folder: Path, network: nn.Module, optimiser: Optimiser) -> i
         shadow.copy_(tensors[f"average.{place}"])
     optimiser.average.optimization_step = state["average_step"]
     return int(state["step"])
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has got as far as its first checkpoint."""
-    return (folder / "checkpoint" / "state.json").is_file()
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

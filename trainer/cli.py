@@ -1,5 +1,6 @@
 """`trainer`: from a table to weights to images. A skin: parse, build a config, call one function."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +84,18 @@ def fit(
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by size")] = None,
     seed: SeedOption = 0,
     search: Annotated[str, typer.Option(help="ann (LanceDB) or exact (on the device).")] = "ann",
+    dial: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the objective, such as p=0.5; repeat it.", show_default=False),
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option(help="Tell the network the close pair's description or the query.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, to save memory.")] = 1,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Time between checkpoints.")] = 120.0,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -93,7 +106,7 @@ def fit(
     trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
     from index.table import open_table
-    from trainer.fit import FitConfig
+    from trainer.fit import FitConfig, Machine
     from trainer.fit import fit as run_fit
 
     config = FitConfig(
@@ -106,8 +119,15 @@ def fit(
         learning_rate=learning_rate,
         seed=seed,
         search=search,
+        precision=precision,
+        dials=_dials(dial or []) | ({} if condition is None else {"condition": condition}),
     )
-    print_table(str(out), run_fit(open_table(table, indexed=True), config, out, resume=resume, device=device))
+    machine = Machine(
+        device=device, accumulate=accumulate, compile=compile, checkpoint_seconds=checkpoint_seconds, keep=keep
+    )
+    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, machine=machine)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_table(str(out), result)
 
 
 @app.command()
@@ -185,6 +205,22 @@ def compare(
     for name, report in result["runs"].items():
         print_columns(name, lines_of(report))
     print(f"page: {out / 'index.html'}")
+
+
+def _dials(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as the objective takes them: numbers where they are numbers."""
+    from index.errors import OptionError
+
+    dials: dict[str, Any] = {}
+    for part in given:
+        name, is_pair, value = part.partition("=")
+        if not is_pair:
+            raise OptionError(f"--dial {part!r} is no NAME=VALUE: give for instance p=0.5")
+        try:
+            dials[name] = float(value)
+        except ValueError:
+            dials[name] = value
+    return dials
 
 
 def _numbers(given: str) -> list[int]:

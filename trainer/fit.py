@@ -6,9 +6,10 @@ that are folders are copied beside the weights, so `trainer sample` and `Coalesc
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,12 +19,18 @@ from index.schema import EncoderRef
 from index.search import open_neighbours
 from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
-from trainer.checkpoint import FORMAT, has_checkpoint, load_checkpoint, read_config, save_checkpoint, save_model
+from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.network import SIZES, Network, NetworkConfig
-from trainer.objectives import Objective, make_objective
+from trainer.objectives import Loss, Objective, make_objective
 from trainer.optimise import Optimiser
 from trainer.stream import NeighborStream
 from trainer.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOG_STEPS = 20
+PRECISIONS = ("no", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +39,8 @@ class FitConfig:
 
     objective: str = "coalescer"
     preset: str = "default"
+    dials: dict[str, Any] = field(default_factory=dict)
+    """Single settings of the objective that are not the preset's."""
     coupling: str = "nearest"
     size: str = "small"
     images: int = 1_000_000
@@ -43,14 +52,18 @@ class FitConfig:
     seed: int = 0
     search: str = "ann"
     """ann: the table's LanceDB index. exact: vectors held on the device."""
+    precision: str = "no"
+    """bf16: the network computes in bfloat16, its weights stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
-        make_objective(self.objective, self.preset)
+        make_objective(self.objective, self.preset, **self.dials)
         if self.size not in SIZES:
             raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZES)}")
         if self.search not in ("ann", "exact"):
             raise OptionError(f"--search {self.search!r} is unknown: choose ann or exact")
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"--precision {self.precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
         if self.batch_size < 1 or self.images < self.batch_size:
             raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
 
@@ -65,25 +78,50 @@ class FitConfig:
         return self.images // self.batch_size
 
 
-CHECKPOINT_SECONDS = 120.0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a run does not depend on, but for the last bits of its figures."""
+
+    device: str = "auto"
+    accumulate: int = 1
+    """Parts that each step's batch is computed in, where it does not fit into memory."""
+    compile: bool = False
+    """Let torch.compile translate the network."""
+    checkpoint_seconds: float = 120.0
+    keep: int = 2
+    """Checkpoints, the last ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.accumulate < 1 or self.keep < 1:
+            raise OptionError(f"--accumulate {self.accumulate} --keep {self.keep}: give at least 1")
 
 
-def fit(table: Table, config: FitConfig, out: Path, *, resume: bool = False, device: str = "auto") -> dict[str, Any]:
+def fit(
+    table: Table, config: FitConfig, out: Path, *, resume: bool = False, machine: Machine | None = None
+) -> dict[str, Any]:
     """Train (or go on training), write RUN, and return what was measured: steps, seconds, losses, waiting share.
 
-    A run goes on with the version of the table that it began with, whatever has been done to the table since.
+    A run goes on with the version of the table that it began with, whatever has been done to the table since. Started
+    by `accelerate launch` or `torchrun`, the processes share each step's batch.
     """
+    from accelerate import Accelerator
+
+    machine = machine or Machine()
     if resume:
         table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
     meta = table.meta
-    device = pick_device(device)
+    device = pick_device(machine.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The other half of the cores searches the next targets.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    objective = make_objective(config.objective, config.preset)
+    objective = make_objective(config.objective, config.preset, **config.dials)
     torch.manual_seed(config.seed)
     shape = NetworkConfig(size=config.size, latent_size=meta.geometry.latent_size, text_width=meta.text_width)
-    network = Network(shape).to(device)
+    network = Network(shape).to(accelerator.device)
     optimiser = Optimiser(network, steps=config.steps, learning_rate=config.peak_rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
@@ -92,21 +130,30 @@ def fit(table: Table, config: FitConfig, out: Path, *, resume: bool = False, dev
         "objective": asdict(objective),  # type: ignore[call-overload]
         "table": {"uri": table.uri, "version": table.version, "meta": meta.to_json()},
     }
-    start = _resume(out, settings, network, optimiser) if resume else _begin(out, table, settings)
+    if resume:
+        _same_settings(out, settings)
+    start = load_checkpoint(out, network, optimiser) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
     stream = NeighborStream(
         table,
-        open_neighbours(table, exact=config.search == "exact", device=device),
+        open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
         batch_size=config.batch_size,
         seed=config.seed,
         start=start,
         coupling=config.coupling,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
     )
-    result = _train(network, optimiser, objective, stream, config, out, start, device)
+    if accelerator.is_main_process and not resume:
+        _begin(out, table, settings)
+    accelerator.wait_for_everyone()
+    result = _train(network, optimiser, objective, stream, config, machine, out, start, accelerator)
     optimiser.use_average()
-    save_model(out, network)
-    write_json(out / "result.json", result)
+    if accelerator.is_main_process:
+        save_model(out, network)
+        write_json(out / "result.json", result)
+    accelerator.wait_for_everyone()
     return result
 
 
@@ -116,31 +163,41 @@ def _train(
     objective: Objective,
     stream: NeighborStream,
     config: FitConfig,
+    machine: Machine,
     out: Path,
     start: int,
-    device: str,
+    accelerator: "Accelerator",
 ) -> dict[str, Any]:
-    size, saved = config.batch_size, 0.0
+    """The steps from `start` on; the last figures, and how fast it was."""
+    size, saved, main = config.batch_size, 0.0, accelerator.is_main_process
+    model = accelerator.prepare(torch.compile(network) if machine.compile else network)
     figures: dict[str, float] = {}
-    with Watch("fit", total=config.steps * size, unit="images", folder=out, done=start * size) as watch:
+    diverged = torch.full((3,), -1.0, device=accelerator.device)  # step, loss, norm of its gradient
+    with Watch(
+        "fit", total=config.steps * size, unit="images", folder=out, done=start * size, silent=not main
+    ) as watch:
         for step, batch in stream:
-            loss = objective.loss(network, batch.to(device))
-            optimiser.step(loss.total)
+            parts = batch.to(accelerator.device).split(machine.accumulate)
+            losses = []
+            for number, part in enumerate(parts):
+                with accelerator.no_sync(model) if number + 1 < len(parts) else nullcontext():
+                    losses.append(objective.loss(model, part))
+                    accelerator.backward(losses[-1].total / len(parts))
+            norm = optimiser.descend()
+            here = torch.stack([torch.full_like(norm, step), losses[-1].total.detach(), norm])
+            diverged = torch.where((diverged[0] < 0) & ~norm.isfinite(), here, diverged)
             last = step + 1 == config.steps
-            due = last or watch.bar.seconds - saved > CHECKPOINT_SECONDS
-            if due or step % 20 == 0:
-                figures = {
-                    "loss": loss.total.item(),
-                    **{name: part.item() for name, part in loss.parts.items()},
-                }
+            logged = last or step % LOG_STEPS == 0
+            due = last or watch.bar.seconds - saved > machine.checkpoint_seconds
+            if (logged or due) and diverged[0] >= 0:
+                raise RunError(_diverged(out, *diverged.tolist()))
+            if logged:
+                figures = _figures(losses, accelerator) | {"gradient_norm": norm.item()}
                 figures["waiting"] = stream.waited / max(watch.bar.seconds, 1e-9)
-                if not torch.isfinite(loss.total):
-                    raise RunError(
-                        f"the loss is {figures['loss']} at step {step}: lower --learning-rate, then --resume"
-                    )
-            watch.advance(size, **figures)
+            watch.advance(size, **(figures if logged else {}))
             if due:
-                save_checkpoint(out, step + 1, network, optimiser)
+                if main:
+                    save_checkpoint(out, step + 1, network, optimiser, keep=machine.keep)
                 saved = watch.bar.seconds
             if last:
                 break
@@ -149,6 +206,7 @@ def _train(
         "steps": config.steps,
         "images": config.steps * size,
         "parameters": sum(p.numel() for p in network.parameters()),
+        "processes": accelerator.num_processes,
         "seconds": round(seconds, 1),
         "images_per_second": round((config.steps - start) * size / seconds, 1),
         "waiting_share": round(stream.waited / seconds, 4),
@@ -156,7 +214,24 @@ def _train(
     }
 
 
-def _begin(out: Path, table: Table, settings: dict[str, Any]) -> int:
+def _figures(losses: list[Loss], accelerator: "Accelerator") -> dict[str, float]:
+    """The loss and its parts, averaged over the parts of a batch and the processes."""
+    names = ["loss", *losses[0].parts]
+    values = torch.stack([torch.stack([loss.total, *loss.parts.values()]) for loss in losses]).mean(0).detach()
+    return dict(zip(names, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+def _diverged(out: Path, step: float, loss: float, norm: float) -> str:
+    """What to say when a gradient was not finite."""
+    whole = checkpoints(out)
+    good = f"{whole[-1]} is from before" if whole else "no checkpoint was written before"
+    return (
+        f"the loss is {loss} at step {step:.0f} and its gradient {norm}, {good}: train anew with a --learning-rate "
+        "below the one of this run"
+    )
+
+
+def _begin(out: Path, table: Table, settings: dict[str, Any]) -> None:
     """Start a run folder: the encoders first, then the config that makes it one."""
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
@@ -173,7 +248,6 @@ def _begin(out: Path, table: Table, settings: dict[str, Any]) -> int:
         if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
             encoder.save(out / name)
     write_json(out / "config.json", settings)
-    return 0
 
 
 def _same_encoder(wanted: EncoderRef, given: EncoderRef) -> None:
@@ -184,7 +258,7 @@ def _same_encoder(wanted: EncoderRef, given: EncoderRef) -> None:
         )
 
 
-def _resume(out: Path, settings: dict[str, Any], network: Network, optimiser: Optimiser) -> int:
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     before = read_config(out)
     for part in ("network", "objective", "table", "fit"):
         for name, value in settings[part].items():
@@ -193,5 +267,3 @@ def _resume(out: Path, settings: dict[str, Any], network: Network, optimiser: Op
                     f"{out} was trained with another {name} ({before[part].get(name)} instead of {value}): "
                     "resume with the same options, or name another --out"
                 )
-    # A run that was stopped before its first checkpoint begins again.
-    return load_checkpoint(out, network, optimiser) if has_checkpoint(out) else 0

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.training_utils import EMAModel
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -22,13 +23,18 @@ class Optimiser:
         )
 
     def step(self, loss: Tensor) -> None:
-        """Descend, and let the average follow."""
-        self.adam.zero_grad()
+        """Descend along the gradient of a loss."""
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.descend()
+
+    def descend(self) -> Float[Tensor, ""]:
+        """Descend along the gradients that have gathered, let the average follow, and return their norm."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adam.step()
+        self.adam.zero_grad()
         self.schedule.step()
         self.average.step(self.parameters)
+        return norm
 
     def use_average(self) -> None:
         """Copy the averaged weights into the model."""

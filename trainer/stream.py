@@ -1,8 +1,8 @@
 """NeighborStream: minibatches of nearest-neighbour targets, straight from the table.
 
 Step s of a stream depends on (seed, s) alone: which descriptions are asked, with which random points, is drawn from
-counters, so resuming needs two integers and any number of processes sees the same stream. A bounded number of searches
-runs ahead in background threads; the time that training waits for them is measured.
+counters, so resuming needs two integers, and any number of processes shares out the slots of the same stream. A bounded
+number of searches runs ahead in background threads; the time that training waits for them is measured.
 """
 
 import time
@@ -44,9 +44,14 @@ class Batch:
     dice: Float[Tensor, "B 4"]
     """Numbers uniform in [0, 1) for whatever else an objective decides by chance."""
 
-    def to(self, device: str) -> "Batch":
+    def to(self, device: str | torch.device) -> "Batch":
         """The same batch on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in self.__slots__})
+
+    def split(self, parts: int) -> "list[Batch]":
+        """The batch in equal parts."""
+        cut = [getattr(self, name).chunk(parts) for name in self.__slots__]
+        return [Batch(*arrays) for arrays in zip(*cut, strict=True)]
 
 
 class NeighborStream:
@@ -61,13 +66,22 @@ class NeighborStream:
         seed: int,
         start: int = 0,
         coupling: str = "nearest",
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
-        """Draw descriptions from the training rows of `table`, from step `start` on."""
+        """Draw descriptions from the training rows of `table`, from step `start` on.
+
+        Of the `batch_size` slots of a step each of several processes gets an equal run.
+        """
         if coupling not in COUPLINGS:
             raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
         self._table, self._neighbours, self._coupling = table, neighbours, coupling
+        if batch_size % processes:
+            raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
         self._offsets = table.offsets(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
+        self._share = batch_size // processes
+        self._slots = slice(process * self._share, (process + 1) * self._share)
         self.waited = 0.0
         """Seconds that the consumer has waited for a batch, so far."""
 
@@ -84,21 +98,21 @@ class NeighborStream:
         else:
             text, latent = query, self._table.take(offsets, "latent")
         whole = (r, query, text, geometry.to_coordinates(latent), np.concatenate([dice for _, _, dice in drawn]))
-        parts = [torch.split(torch.from_numpy(array), self._batch_size) for array in whole]
+        parts = [torch.split(torch.from_numpy(array), self._share) for array in whole]
         return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
     def _draw(self, step: int) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B L"], Float32[np.ndarray, "B D"]]:
-        """Row numbers, points and dice of one step."""
+        """Row numbers, points and dice of our slots of one step."""
         count, seed = self._batch_size, self._seed
         return (
-            draw_rows(len(self._offsets), count, seed=seed, step=step),
-            draw_points(self._table.meta.geometry, count, seed=seed, step=step),
-            draw_dice(count, DICE, seed=seed, step=step),
+            draw_rows(len(self._offsets), count, seed=seed, step=step)[self._slots],
+            draw_points(self._table.meta.geometry, count, seed=seed, step=step)[self._slots],
+            draw_dice(count, DICE, seed=seed, step=step)[self._slots],
         )
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """Search ahead in the background and yield steps in order."""
-        together = max(1, QUERIES_PER_SEARCH // self._batch_size)
+        together = max(1, QUERIES_PER_SEARCH // self._share)
         pending: deque[Future[list[Batch]]] = deque()
         asked = step = self._start
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:

@@ -7,13 +7,13 @@ An objective is a frozen dataclass of its dials. The network, the pairs and the 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from index.errors import OptionError
-from trainer.network import Network
 from trainer.stream import Batch
 
 
@@ -35,13 +35,13 @@ class Step(NamedTuple):
 class Objective(Protocol):
     """The two functions."""
 
-    def loss(self, network: Network, batch: Batch) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
         """The loss of one batch."""
         ...
 
     def step(
         self,
-        network: Network,
+        network: nn.Module,
         x: Float[Tensor, "B L"],
         text: Float[Tensor, "B T"],
         i: int,
@@ -64,4 +64,10 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
     if preset not in presets[name]:
         raise OptionError(f"--preset {preset!r} is unknown for {name}: choose one of {', '.join(presets[name])}")
+    known = {dial.name: dial for dial in fields(presets[name][preset]())}  # type: ignore[arg-type]
+    for dial, value in dials.items():
+        if dial not in known:
+            raise OptionError(f"--dial {dial} is unknown for {name}: choose one of {', '.join(known)}")
+        if isinstance(value, str) and not isinstance(known[dial].default, str):
+            raise OptionError(f"--dial {dial}={value} is no number: give for instance {dial}=0.5")
     return presets[name][preset](**dials)

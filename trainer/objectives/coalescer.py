@@ -8,16 +8,19 @@ near the data, and without having seen such points it diverges.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from trainer.network import Network, Prediction
+from index.errors import OptionError
+from trainer.network import Prediction
 from trainer.objectives import Loss, Step
 from trainer.stream import Batch
+
+RULES = ("even", "paper")
+CONDITIONS = ("close", "query")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +31,28 @@ class Coalescer:
     """2: |direction| is the mean resultant length, a calibrated confidence. 0.5: as first proposed, seeks a mode."""
     segment: float = 0.5
     """Share of inputs on the segment from R to y."""
-    rule: Literal["even", "paper"] = "even"
+    rule: str = "even"
     """Step i of n moves distance / (n - i), or always the whole distance."""
     distance_weight: float | None = None
     """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
-    condition: Literal["close", "query"] = "close"
+    condition: str = "close"
     """Which description the network is told: the close pair's, or the one that was asked for."""
 
-    def loss(self, network: Network, batch: Batch) -> Loss:
+    def __post_init__(self) -> None:
+        """Refuse dials that mean nothing."""
+        allowed = {"rule": RULES, "condition": CONDITIONS}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+        for name in ("segment", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} {getattr(self, name)!r} is no share: give a number from 0 to 1")
+        if self.p <= 0:
+            raise OptionError(f"p {self.p!r} is no power: give a number above 0, such as 2 or 0.5")
+
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
         """Both losses, averaged over the batch."""
         on_segment, place, told, _ = batch.dice.unbind(1)
         t = torch.where(on_segment < self.segment, place, 0.0)[:, None]
@@ -56,7 +71,7 @@ class Coalescer:
 
     def step(
         self,
-        network: Network,
+        network: nn.Module,
         x: Float[Tensor, "B L"],
         text: Float[Tensor, "B T"],
         i: int,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.network import Network
 from trainer.objectives import Loss, Step
 from trainer.stream import Batch
 
@@ -23,7 +22,7 @@ class FlowMatching:
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
-    def loss(self, network: Network, batch: Batch) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch) -> Loss:
         """Mean squared error of the velocity, per dimension."""
         told, t = batch.dice[:, 0], batch.dice[:, 1]
         x = batch.r + t[:, None] * (batch.y - batch.r)
@@ -33,7 +32,7 @@ class FlowMatching:
 
     def step(
         self,
-        network: Network,
+        network: nn.Module,
         x: Float[Tensor, "B L"],
         text: Float[Tensor, "B T"],
         i: int,

@@ -1,0 +1,82 @@
+"""Training as other processes do it: killed at any moment, or started by a launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.checkpoint import checkpoints
+
+TRAINER = str(Path(sys.executable).parent / "trainer")
+OPTIONS = ["--size", "tiny", "--images", "6400", "--batch-size", "32", "--device", "cpu"]
+TIMED = ("time", "seconds", "rate", "waiting")
+
+
+def command(table, out, *more: str) -> list[str]:
+    return [TRAINER, "fit", table.uri, "--out", str(out), *OPTIONS, *more]
+
+
+def curve(out) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(indexed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("launch") / "run"
+    subprocess.run(command(indexed, out), check=True, capture_output=True)
+    return out
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_curve(undisturbed, indexed, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(indexed, out, "--checkpoint-seconds", "0.1"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(out)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    subprocess.run(command(indexed, out, "--resume"), check=True, capture_output=True)
+    weights, resumed = (load_file(run / "model.safetensors") for run in (undisturbed, out))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert len(curve(out)) == 11
+    assert curve(out) == curve(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", "--no-python"], 2),
+        # On CPUs accelerate starts several only through MPI.
+        (["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--no_python"], 1),
+    ],
+)
+def test_launched_processes_train_as_one_does(undisturbed, indexed, tmp_path, launcher, processes):
+    out = tmp_path / "run"
+    launched = [sys.executable, "-m", *launcher, *command(indexed, out)]
+    done = subprocess.run(launched, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "result.json").read_text())["processes"] == processes
+    assert done.stdout.count("images_per_second") == 1
+    one, two = curve(undisturbed), curve(out)
+    assert len(one) == len(two)
+    # The same slots, summed in another order: the same loss to float precision at first, and still close after.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert two[5]["loss"] == pytest.approx(one[5]["loss"], rel=1e-2)
+
+
+def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
+    subprocess.run(command(indexed, tmp_path / "run", "--precision", "bf16"), check=True, capture_output=True)
+    whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))
+    assert half["loss"] != whole["loss"]
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
