@@ -3,8 +3,11 @@
 Step s of a stream depends on (seed, s) alone: which descriptions are asked, with which random points, is drawn from
 counters, so resuming needs two integers, and any number of processes shares out the slots of the same stream. A bounded
 number of searches runs ahead in background threads; the time that training waits for them is measured.
+
+Where searching costs more than training each draw (R with its pair) can serve several steps, with other dice each time.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -27,6 +30,8 @@ DICE = 4
 QUERIES_PER_SEARCH = 1024
 """One search answers several steps: asking 1,024 at once costs about half of asking four times 256."""
 SEARCHES_AHEAD = 2
+GROUP = 16
+"""Draws between two uses of the same one."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,10 +73,11 @@ class NeighborStream:
         coupling: str = "nearest",
         process: int = 0,
         processes: int = 1,
+        reuse: int = 1,
     ) -> None:
         """Draw descriptions from the training rows of `table`, from step `start` on.
 
-        Of the `batch_size` slots of a step each of several processes gets an equal run.
+        Of the `batch_size` slots of a step each of several processes gets an equal run; each draw serves `reuse` steps.
         """
         if coupling not in COUPLINGS:
             raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
@@ -80,13 +86,15 @@ class NeighborStream:
             raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
         self._offsets = table.offsets(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
-        self._share = batch_size // processes
+        if reuse < 1:
+            raise OptionError(f"--reuse {reuse} is not allowed: give at least 1")
+        self._share, self._reuse = batch_size // processes, reuse
         self._slots = slice(process * self._share, (process + 1) * self._share)
         self.waited = 0.0
         """Seconds that the consumer has waited for a batch, so far."""
 
     def batches(self, first: int, count: int) -> list[Batch]:
-        """The batches of `count` steps from `first` on, found by one search; each is what it would be alone."""
+        """`count` draws from `first` on, found by one search; each is what it would be alone."""
         drawn = [self._draw(step) for step in range(first, first + count)]
         offsets = np.concatenate([self._offsets[rows] for rows, _, _ in drawn])
         r = np.concatenate([r for _, r, _ in drawn])
@@ -107,14 +115,30 @@ class NeighborStream:
         return (
             draw_rows(len(self._offsets), count, seed=seed, step=step)[self._slots],
             draw_points(self._table.meta.geometry, count, seed=seed, step=step)[self._slots],
-            draw_dice(count, DICE, seed=seed, step=step)[self._slots],
+            self._dice(step),
         )
 
+    def _dice(self, step: int) -> Float32[np.ndarray, "B D"]:
+        return draw_dice(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]
+
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """Search ahead in the background and yield steps in order."""
+        """Yield steps in order: every draw of a group once, then all of them again."""
+        if self._reuse == 1:
+            yield from enumerate(self._found(self._start), self._start)
+            return
+        group = self._start // (GROUP * self._reuse)
+        found = self._found(group * GROUP)
+        for first in itertools.count(group * GROUP * self._reuse, GROUP * self._reuse):
+            held = list(itertools.islice(found, GROUP))
+            for step in range(max(first, self._start), first + GROUP * self._reuse):
+                dice = torch.from_numpy(self._dice(step))
+                yield step, replace(held[(step - first) % GROUP], dice=dice)
+
+    def _found(self, first: int) -> Iterator[Batch]:
+        """Draws from `first` on, searched ahead in the background."""
         together = max(1, QUERIES_PER_SEARCH // self._share)
         pending: deque[Future[list[Batch]]] = deque()
-        asked = step = self._start
+        asked = first
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
             try:
                 while True:
@@ -124,9 +148,7 @@ class NeighborStream:
                     began = time.perf_counter()
                     found = pending.popleft().result()
                     self.waited += time.perf_counter() - began
-                    for batch in found:
-                        yield step, batch
-                        step += 1
+                    yield from found
             finally:
                 for future in pending:
                     future.cancel()
