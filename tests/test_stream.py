@@ -1,6 +1,8 @@
 """The batch of a step depends on (seed, step) alone, and resuming needs nothing else."""
 
 import itertools
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from index.schema import TRAIN
 from index.search import ExactNeighbours, open_neighbours
 from index.table import open_table
 from trainer import stream as stream_module
-from trainer.stream import NeighborStream
+from trainer.stream import NeighborStream, choose_reuse
 
 
 def stream(table, **options) -> NeighborStream:
@@ -53,6 +55,28 @@ def test_processes_share_the_slots_of_a_step(indexed, processes):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(share, name) for share in shares]))
     with pytest.raises(OptionError, match="--batch-size 16 cannot be shared by 3 processes"):
         stream(indexed, processes=3)
+
+
+def test_a_reused_draw_comes_back_with_other_dice(indexed):
+    steps = [batch for _, batch in itertools.islice(stream(indexed, reuse=3), 60)]
+    once = stream(indexed).batches(0, 17)
+    for place, drawn in enumerate(once[:16]):
+        for visit in range(3):
+            again = steps[place + 16 * visit]
+            assert same(replace(again, dice=drawn.dice), drawn)
+    assert len({steps[5 + 16 * visit].dice.numpy().tobytes() for visit in range(3)}) == 3
+    assert same(replace(steps[48], dice=once[16].dice), once[16])
+    later = list(itertools.islice(stream(indexed, reuse=3, start=37), 23))
+    assert [step for step, _ in later] == list(range(37, 60))
+    assert all(same(a, b) for a, (_, b) in zip(steps[37:], later, strict=True))
+
+
+def test_draws_are_reused_as_often_as_searching_takes_longer(indexed, monkeypatch):
+    assert choose_reuse(stream(indexed), lambda _: time.sleep(0.1)) == 1
+    whole = NeighborStream.batches
+    monkeypatch.setattr(stream_module, "QUERIES_PER_SEARCH", 16)
+    monkeypatch.setattr(NeighborStream, "batches", lambda *given: (time.sleep(0.1), whole(*given))[1])
+    assert 3 <= choose_reuse(stream(indexed), lambda _: time.sleep(0.01)) <= 8
 
 
 def test_seeds_and_steps_differ(indexed):

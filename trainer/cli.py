@@ -91,6 +91,9 @@ def fit(
     condition: Annotated[
         str | None, typer.Option(help="Tell the network the close pair's description or the query.")
     ] = None,
+    reuse: Annotated[
+        int | None, typer.Option(help="Steps that each drawn target serves.", show_default="1, on a GPU as needed")
+    ] = None,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, to save memory.")] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
@@ -119,6 +122,7 @@ def fit(
         learning_rate=learning_rate,
         seed=seed,
         search=search,
+        reuse=reuse,
         precision=precision,
         dials=_dials(dial or []) | ({} if condition is None else {"condition": condition}),
     )

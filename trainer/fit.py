@@ -7,7 +7,7 @@ that are folders are copied beside the weights, so `trainer sample` and `Coalesc
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config
 from trainer.network import SIZES, Network, NetworkConfig
 from trainer.objectives import Loss, Objective, make_objective
 from trainer.optimise import Optimiser
-from trainer.stream import NeighborStream
+from trainer.stream import Batch, NeighborStream, choose_reuse
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class FitConfig:
     seed: int = 0
     search: str = "ann"
     """ann: the table's LanceDB index. exact: vectors held on the device."""
+    reuse: int | None = None
+    """Steps that each draw serves. None: 1 on a CPU, elsewhere as many as keep training from waiting for searches."""
     precision: str = "no"
     """bf16: the network computes in bfloat16, its weights stay float32."""
 
@@ -64,6 +66,8 @@ class FitConfig:
             raise OptionError(f"--search {self.search!r} is unknown: choose ann or exact")
         if self.precision not in PRECISIONS:
             raise OptionError(f"--precision {self.precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+        if self.reuse is not None and self.reuse < 1:
+            raise OptionError(f"--reuse {self.reuse} is not allowed: give at least 1, or leave it out")
         if self.batch_size < 1 or self.images < self.batch_size:
             raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
 
@@ -122,6 +126,23 @@ def fit(
     torch.manual_seed(config.seed)
     shape = NetworkConfig(size=config.size, latent_size=meta.geometry.latent_size, text_width=meta.text_width)
     network = Network(shape).to(accelerator.device)
+
+    def open_stream(start: int, reuse: int) -> NeighborStream:
+        return NeighborStream(
+            table,
+            open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=start,
+            coupling=config.coupling,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            reuse=reuse,
+        )
+
+    if config.reuse is None:
+        config = replace(config, reuse=_reuse(open_stream(0, 1), network, objective, out, accelerator, resume=resume))
+    assert config.reuse is not None
     optimiser = Optimiser(network, steps=config.steps, learning_rate=config.peak_rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
@@ -135,16 +156,7 @@ def fit(
     start = load_checkpoint(out, network, optimiser) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
-    stream = NeighborStream(
-        table,
-        open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start=start,
-        coupling=config.coupling,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
+    stream = open_stream(start, config.reuse)
     if accelerator.is_main_process and not resume:
         _begin(out, table, settings)
     accelerator.wait_for_everyone()
@@ -207,11 +219,38 @@ def _train(
         "images": config.steps * size,
         "parameters": sum(p.numel() for p in network.parameters()),
         "processes": accelerator.num_processes,
+        "reuse": config.reuse,
         "seconds": round(seconds, 1),
         "images_per_second": round((config.steps - start) * size / seconds, 1),
         "waiting_share": round(stream.waited / seconds, 4),
         **{name: round(value, 5) for name, value in figures.items() if name != "waiting"},
     }
+
+
+def _reuse(
+    stream: NeighborStream,
+    network: Network,
+    objective: Objective,
+    out: Path,
+    accelerator: "Accelerator",
+    *,
+    resume: bool,
+) -> int:
+    """How many steps each draw serves where the user did not say; the same for all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    if resume:
+        return int(read_config(out)["fit"]["reuse"])
+    if accelerator.device.type == "cpu":
+        return 1
+
+    def train(batch: Batch) -> None:
+        objective.loss(network, batch.to(accelerator.device)).total.backward()  # type: ignore[no-untyped-call]
+        network.zero_grad()
+        torch.cuda.synchronize()
+
+    (chosen,) = broadcast_object_list([choose_reuse(stream, train)])
+    return int(chosen)
 
 
 def _figures(losses: list[Loss], accelerator: "Accelerator") -> dict[str, float]:

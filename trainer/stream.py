@@ -10,7 +10,7 @@ Where searching costs more than training each draw (R with its pair) can serve s
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -32,6 +32,7 @@ QUERIES_PER_SEARCH = 1024
 SEARCHES_AHEAD = 2
 GROUP = 16
 """Draws between two uses of the same one."""
+MOST_REUSE = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -86,8 +87,6 @@ class NeighborStream:
             raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
         self._offsets = table.offsets(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
-        if reuse < 1:
-            raise OptionError(f"--reuse {reuse} is not allowed: give at least 1")
         self._share, self._reuse = batch_size // processes, reuse
         self._slots = slice(process * self._share, (process + 1) * self._share)
         self.waited = 0.0
@@ -152,3 +151,19 @@ class NeighborStream:
             finally:
                 for future in pending:
                     future.cancel()
+
+
+def choose_reuse(stream: NeighborStream, train: Callable[[Batch], None], *, steps: int = 16) -> int:
+    """How many steps each draw must serve for training not to wait, by a few searches and steps of each alone."""
+    draws = iter(stream)
+    first = next(draws)[1]
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(draws)
+    searched = time.perf_counter() - began
+    train(first)
+    began = time.perf_counter()
+    for _ in range(steps):
+        train(first)
+    trained = time.perf_counter() - began
+    return int(np.clip(np.ceil(1.1 * searched / trained), 1, MOST_REUSE))

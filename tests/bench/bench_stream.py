@@ -1,0 +1,123 @@
+"""How much of the speed of training remains where targets are searched: steps per second by search, beside none.
+
+For each table, network and batch size, taking turns, medians over the rounds:
+  memory  targets that were found before
+  ann     from the table's LanceDB index, searched ahead in background threads
+  exact   compared with all rows on the device
+`waiting` is the share of its time that training waited for targets. One torch thread, as `trainer fit` does on two
+cores. Prints JSON.
+
+    python tests/bench/bench_stream.py TABLE.lance ... [--sizes tiny,small,base] [--batches 256,1024] [--reuse 1]
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from index.search import open_neighbours
+from index.table import Table, open_table
+from trainer.network import Network, NetworkConfig
+from trainer.objectives import make_objective
+from trainer.optimise import Optimiser
+from trainer.stream import Batch, NeighborStream
+
+SEARCHES = ("memory", "ann", "exact")
+
+
+class Training:
+    """One network in training."""
+
+    def __init__(self, table: Table, size: str, device: str) -> None:
+        """Fresh weights."""
+        torch.manual_seed(0)
+        shape = NetworkConfig(size=size, latent_size=table.meta.geometry.latent_size, text_width=table.meta.text_width)
+        self.network, self.device = Network(shape).to(device), device
+        self.objective = make_objective("coalescer", "default")
+        self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
+
+    def rate(self, batches: Iterator[Batch], seconds: float) -> float:
+        """Steps per second, after a few to warm up."""
+        for batch in itertools.islice(batches, 5):
+            self.step(batch)
+        began, steps = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            self.step(next(batches))
+            steps += 1
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return steps / (time.perf_counter() - began)
+
+    def step(self, batch: Batch) -> None:
+        """As `trainer fit` does it."""
+        self.optimiser.step(self.objective.loss(self.network, batch.to(self.device)).total)
+
+
+def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Rates by search for one network."""
+    training = Training(table, size, given.device)
+    nearest = {
+        "ann": open_neighbours(table, device=given.device),
+        "exact": open_neighbours(table, exact=True, device=given.device),
+    }
+
+    def stream(search: str, seed: int, reuse: int) -> NeighborStream:
+        return NeighborStream(table, nearest[search], batch_size=batch_size, seed=seed, reuse=reuse)
+
+    found = [batch.to(given.device) for _, batch in itertools.islice(stream("exact", 0, 1), 8)]
+    rates: dict[str, list[float]] = {search: [] for search in SEARCHES}
+    waiting: dict[str, list[float]] = {search: [] for search in SEARCHES[1:]}
+    for seed, search in itertools.product(range(given.rounds), SEARCHES):
+        if search == "memory":
+            rates[search].append(training.rate(itertools.cycle(found), given.seconds))
+            continue
+        source, began = stream(search, seed, given.reuse), time.perf_counter()
+        rates[search].append(training.rate((batch for _, batch in source), given.seconds))
+        waiting[search].append(source.waited / (time.perf_counter() - began))
+    median = {search: statistics.median(each) for search, each in rates.items()}
+    return {
+        "table": table.uri.rpartition("/")[2],
+        "rows": len(table.offsets("train")),
+        "width": table.meta.geometry.width,
+        "index": table.meta.index.kind if table.meta.index else None,
+        "size": size,
+        "parameters": sum(each.numel() for each in training.network.parameters()),
+        "batch_size": batch_size,
+        "reuse": given.reuse,
+        "steps_per_second": median,
+        "of_memory": {search: median[search] / median["memory"] for search in SEARCHES[1:]},
+        "waiting": {search: statistics.median(each) for search, each in waiting.items()},
+    }
+
+
+def main() -> None:
+    """Measure every combination."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+")
+    parser.add_argument("--sizes", default="tiny,small,base")
+    parser.add_argument("--batches", default="256,1024")
+    parser.add_argument("--reuse", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    lines = [
+        compare(open_table(name, indexed=True), size, int(batch_size), given)
+        for name in given.tables
+        for size in given.sizes.split(",")
+        for batch_size in given.batches.split(",")
+    ]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, device {given.device}, Python {platform.python_version()}"
+    print(json.dumps({"machine": machine, "lines": lines}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
