@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from index.build import BuildConfig, build_index
@@ -45,6 +46,18 @@ def test_a_run_learns_and_says_what_it_did(run, indexed):
     config = read_config(run)
     assert config["table"]["version"] == indexed.version
     assert config["objective"]["p"] == 2.0
+
+
+def test_a_run_ends_with_pictures_and_a_page(run, indexed):
+    with Image.open(run / "samples.png") as grid:
+        assert grid.width == 8 * 136 + 8
+    page = (run / "index.html").read_text()
+    assert page.count("<svg") == 7
+    assert "Captions of held-out rows, 2 steps each" in page
+    assert "<th>images_per_second</th>" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
 
 
 def test_weights_are_safetensors_only(run):

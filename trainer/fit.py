@@ -24,6 +24,7 @@ from trainer.network import SIZES, Network, NetworkConfig
 from trainer.objectives import Loss, Objective, make_objective
 from trainer.optimise import Optimiser
 from trainer.stream import Batch, NeighborStream, choose_reuse
+from trainer.summary import write_summary
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def fit(
     if accelerator.is_main_process:
         save_model(out, network)
         write_json(out / "result.json", result)
+        write_summary(out, table, result, device=str(accelerator.device))
     accelerator.wait_for_everyone()
     return result
 

@@ -33,7 +33,7 @@ def draw_grid(images: "Sequence[Image]", captions: Sequence[str], path: Path, *,
     sheet.save(path)
 
 
-def wrap(caption: str, width_of, limit: float) -> list[str]:  # type: ignore[no-untyped-def]
+def wrap(caption: str, width_of, limit: int) -> list[str]:  # type: ignore[no-untyped-def]
     """Break a caption into lines no wider than `limit`, by `width_of` a line."""
     lines = [""]
     for word in caption.split():
