@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from index.errors import OptionError
-from trainer.network import SIZES, Network, NetworkConfig, Prediction
+from trainer.network import SIZES, Network, NetworkConfig, Prediction, count_flops
 from trainer.objectives import make_objective
 from trainer.stream import Batch
 
@@ -174,3 +174,9 @@ def test_network_reads_the_descriptions_direction_only_and_can_go_without():
     blind, other = network(batch.r, batch.text, keep=nothing), network(batch.r, batch.query, keep=nothing)
     assert torch.equal(blind.direction, other.direction)
     assert not torch.allclose(one.direction, blind.direction)
+
+
+def test_flops_are_two_per_weight_of_the_matrices():
+    network = Network(NetworkConfig(size="tiny", latent_size=5, text_width=3))
+    matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2)
+    assert count_flops(network) == 2 * matrices

@@ -20,7 +20,7 @@ from index.search import open_neighbours
 from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
-from trainer.network import SIZES, Network, NetworkConfig
+from trainer.network import SIZES, Network, NetworkConfig, count_flops
 from trainer.objectives import Loss, Objective, make_objective
 from trainer.optimise import Optimiser
 from trainer.stream import Batch, NeighborStream, choose_reuse
@@ -220,6 +220,7 @@ def _train(
         "steps": config.steps,
         "images": config.steps * size,
         "parameters": sum(p.numel() for p in network.parameters()),
+        "flops_per_evaluation": count_flops(network),
         "processes": accelerator.num_processes,
         "reuse": config.reuse,
         "seconds": round(seconds, 1),

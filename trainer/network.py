@@ -70,6 +70,17 @@ class Network(nn.Module):
         return Prediction((distance[:, 0] + 1) * self.radius, direction)
 
 
+def count_flops(network: Network) -> int:
+    """Floating-point operations of one evaluation for one picture; training takes about three times as many."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = network.null.device
+    x, text = (torch.zeros(1, size, device=device) for size in (network.config.latent_size, network.config.text_width))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x, text)
+    return int(counter.get_total_flops())
+
+
 class Block(nn.Module):
     """h + MLP(norm(h)); the MLP's last layer starts at zero, so the whole starts as the identity."""
 

@@ -136,12 +136,14 @@ class NeighborStream:
     def _found(self, first: int) -> Iterator[Batch]:
         """Draws from `first` on, searched ahead in the background."""
         together = max(1, QUERIES_PER_SEARCH // self._share)
+        # While a group is used again the next one is searched, whole.
+        ahead = SEARCHES_AHEAD if self._reuse == 1 else max(SEARCHES_AHEAD, -(-GROUP // together))
         pending: deque[Future[list[Batch]]] = deque()
         asked = first
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
             try:
                 while True:
-                    while len(pending) < SEARCHES_AHEAD:
+                    while len(pending) < ahead:
                         pending.append(pool.submit(self.batches, asked, together))
                         asked += together
                     began = time.perf_counter()
