@@ -219,6 +219,8 @@ def test_a_batch_in_parts_trains_as_the_whole_does(short, indexed, tmp_path):
         ({"search": "magic"}, "--search 'magic'"),
         ({"images": 10}, "--images 10"),
         ({"reuse": 0}, "--reuse 0"),
+        ({"neighbours": 0}, "--neighbours 0"),
+        ({"temperature": 0.0}, "--temperature 0"),
         ({"precision": "fp8"}, "--precision 'fp8'"),
         ({"dials": {"q": 1.0}}, "--dial q is unknown for coalescer: choose one of p, segment"),
         ({"dials": {"p": "x"}}, "--dial p=x is no number"),

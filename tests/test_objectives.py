@@ -107,6 +107,14 @@ def test_even_steps_of_a_perfect_network_divide_the_way_evenly(n):
         assert torch.allclose(x, batch.r + (i + 1) / n * (batch.y - batch.r), atol=1e-4)
 
 
+def test_confident_steps_are_shorter_where_the_direction_is():
+    batch = some_batch()
+    way = normalize(batch.y - batch.r, dim=1)
+    network = Fixed(lambda x: Prediction((batch.y - x).norm(dim=1), 0.4 * way))
+    x = make_objective("coalescer", "default", rule="confident").step(network, batch.r, batch.text, 0, 2, 1.0).x
+    assert torch.allclose(x, batch.r + 0.4 / 2 * (batch.y - batch.r), atol=1e-5)
+
+
 def test_paper_steps_move_the_whole_distance_each_time():
     batch = some_batch()
     network = Fixed(lambda x: Prediction(torch.full((B,), 2.0), torch.eye(L)[:1].expand(B, L) * 0.3))

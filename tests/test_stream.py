@@ -14,7 +14,7 @@ from index.schema import TRAIN
 from index.search import ExactNeighbours, open_neighbours
 from index.table import open_table
 from trainer import stream as stream_module
-from trainer.stream import NeighborStream, choose_reuse
+from trainer.stream import NeighborStream, choose_reuse, draw_one
 
 
 def stream(table, **options) -> NeighborStream:
@@ -77,6 +77,28 @@ def test_draws_are_reused_as_often_as_searching_takes_longer(indexed, monkeypatc
     monkeypatch.setattr(stream_module, "QUERIES_PER_SEARCH", 16)
     monkeypatch.setattr(NeighborStream, "batches", lambda *given: (time.sleep(0.1), whole(*given))[1])
     assert 3 <= choose_reuse(stream(indexed), lambda _: time.sleep(0.01)) <= 8
+
+
+def test_a_pair_is_drawn_from_the_nearest_by_their_distance(encoded):
+    exact = ExactNeighbours(encoded)
+
+    def pairs(**options):
+        return NeighborStream(encoded, exact, batch_size=256, seed=0, **options).batches(0, 1)[0]
+
+    nearest, cold, warm = pairs(), pairs(k=4, temperature=1e-6), pairs(k=4, temperature=1e6)
+    assert same(nearest, cold)
+    geometry = encoded.meta.geometry
+    found = exact.nearest(geometry.queries(nearest.query.numpy(), nearest.r.numpy()), 4)
+    latents = geometry.to_coordinates(found.latent)
+    chosen = (latents == warm.y.numpy()[:, None]).all(-1)
+    assert (chosen.sum(1) >= 1).all()
+    assert np.allclose(chosen.mean(0), 0.25, atol=0.1)
+
+
+def test_one_of_several_is_drawn_by_its_energy():
+    die = np.random.default_rng(0).random(40_000, dtype=np.float32)
+    energy = np.broadcast_to(np.array([3.0, 3.0 + np.log(2), 3.0 + np.log(4)]), (40_000, 3))
+    assert np.allclose(np.bincount(draw_one(energy, die)) / 40_000, [4 / 7, 2 / 7, 1 / 7], atol=0.01)
 
 
 def test_seeds_and_steps_differ(indexed):

@@ -94,6 +94,8 @@ def fit(
     reuse: Annotated[
         int | None, typer.Option(help="Steps that each drawn target serves.", show_default="1, on a GPU as needed")
     ] = None,
+    neighbours: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Of that draw, in squared distance.")] = 1.0,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, to save memory.")] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
@@ -123,6 +125,8 @@ def fit(
         seed=seed,
         search=search,
         reuse=reuse,
+        neighbours=neighbours,
+        temperature=temperature,
         precision=precision,
         dials=_dials(dial or []) | ({} if condition is None else {"condition": condition}),
     )

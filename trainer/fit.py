@@ -55,6 +55,10 @@ class FitConfig:
     """ann: the table's LanceDB index. exact: vectors held on the device."""
     reuse: int | None = None
     """Steps that each draw serves. None: 1 on a CPU, elsewhere as many as keep training from waiting for searches."""
+    neighbours: int = 1
+    """Draw each pair from so many of the nearest."""
+    temperature: float = 1.0
+    """Of that draw, in squared distance."""
     precision: str = "no"
     """bf16: the network computes in bfloat16, its weights stay float32."""
 
@@ -65,6 +69,10 @@ class FitConfig:
             raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZES)}")
         if self.search not in ("ann", "exact"):
             raise OptionError(f"--search {self.search!r} is unknown: choose ann or exact")
+        if self.neighbours < 1 or self.temperature <= 0:
+            raise OptionError(
+                f"--neighbours {self.neighbours} --temperature {self.temperature:g}: give at least 1, and above 0"
+            )
         if self.precision not in PRECISIONS:
             raise OptionError(f"--precision {self.precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
         if self.reuse is not None and self.reuse < 1:
@@ -139,6 +147,8 @@ def fit(
             process=accelerator.process_index,
             processes=accelerator.num_processes,
             reuse=reuse,
+            k=config.neighbours,
+            temperature=config.temperature,
         )
 
     if config.reuse is None:

@@ -75,10 +75,13 @@ class NeighborStream:
         process: int = 0,
         processes: int = 1,
         reuse: int = 1,
+        k: int = 1,
+        temperature: float = 1.0,
     ) -> None:
         """Draw descriptions from the training rows of `table`, from step `start` on.
 
         Of the `batch_size` slots of a step each of several processes gets an equal run; each draw serves `reuse` steps.
+        With `k` above 1 the pair is drawn from the k nearest, by exp(-squared distance / temperature).
         """
         if coupling not in COUPLINGS:
             raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
@@ -88,6 +91,7 @@ class NeighborStream:
         self._offsets = table.offsets(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
         self._share, self._reuse = batch_size // processes, reuse
+        self._k, self._temperature = k, temperature
         self._slots = slice(process * self._share, (process + 1) * self._share)
         self.waited = 0.0
         """Seconds that the consumer has waited for a batch, so far."""
@@ -96,15 +100,16 @@ class NeighborStream:
         """`count` draws from `first` on, found by one search; each is what it would be alone."""
         drawn = [self._draw(step) for step in range(first, first + count)]
         offsets = np.concatenate([self._offsets[rows] for rows, _, _ in drawn])
-        r = np.concatenate([r for _, r, _ in drawn])
+        r, dice = np.concatenate([r for _, r, _ in drawn]), np.concatenate([dice for _, _, dice in drawn])
         query = self._table.take(offsets, "text").astype(np.float32)
         geometry = self._table.meta.geometry
         if self._coupling == "nearest":
-            pairs = self._neighbours.nearest(geometry.queries(query, r))
-            text, latent = pairs.text[:, 0].astype(np.float32), pairs.latent[:, 0]
+            pairs = self._neighbours.nearest(geometry.queries(query, r), self._k)
+            chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, dice[:, -1])
+            text, latent = pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
         else:
             text, latent = query, self._table.take(offsets, "latent")
-        whole = (r, query, text, geometry.to_coordinates(latent), np.concatenate([dice for _, _, dice in drawn]))
+        whole = (r, query, text, geometry.to_coordinates(latent), dice)
         parts = [torch.split(torch.from_numpy(array), self._share) for array in whole]
         return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
@@ -153,6 +158,13 @@ class NeighborStream:
             finally:
                 for future in pending:
                     future.cancel()
+
+
+def draw_one(energy: Float[np.ndarray, "B K"], die: Float32[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+    """For each row one of K by exp(-energy), decided by a number uniform in [0, 1)."""
+    weight = np.exp(energy.min(1, keepdims=True) - energy.astype(np.float64))
+    reached = weight.cumsum(1) > die[:, None] * weight.sum(1, keepdims=True)
+    return np.asarray(reached.argmax(1))
 
 
 def choose_reuse(stream: NeighborStream, train: Callable[[Batch], None], *, steps: int = 16) -> int:

@@ -19,7 +19,7 @@ from trainer.network import Prediction
 from trainer.objectives import Loss, Step
 from trainer.stream import Batch
 
-RULES = ("even", "paper")
+RULES = ("even", "confident", "paper")
 CONDITIONS = ("close", "query")
 
 
@@ -32,7 +32,7 @@ class Coalescer:
     segment: float = 0.5
     """Share of inputs on the segment from R to y."""
     rule: str = "even"
-    """Step i of n moves distance / (n - i), or always the whole distance."""
+    """Step i of n moves distance / (n - i), that times |direction| (`confident`), or always the whole distance."""
     distance_weight: float | None = None
     """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
     dropout: float = 0.1
@@ -88,8 +88,9 @@ class Coalescer:
         return Step(x + move, guess.direction.norm(dim=1))
 
     def _move(self, guess: Prediction, i: int, n: int) -> Float[Tensor, "B L"]:
-        share = 1 / (n - i) if self.rule == "even" else 1.0
-        return (share * guess.distance)[:, None] * normalize(guess.direction, dim=1)
+        share = 1.0 if self.rule == "paper" else 1 / (n - i)
+        way = guess.direction if self.rule == "confident" else normalize(guess.direction, dim=1)
+        return (share * guess.distance)[:, None] * way
 
 
 PRESETS: dict[str, Callable[..., Coalescer]] = {
