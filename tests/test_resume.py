@@ -245,8 +245,9 @@ def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp
     first = encode_shapes(list_shards([str(shapes)])[:2], tmp_path / "t.lance").table
     build_index(first, BuildConfig(index_type="ivf_rq", target_recall=0.1))
     added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
-    again = build_index(added, BuildConfig(index_type="ivf_rq", target_recall=1.0))
-    assert (again.report["recall_at_1"], again.report["num_unindexed_rows"]) == (1.0, 0)
+    again = build_index(added, BuildConfig(index_type="ivf_rq", target_recall=0.99))
+    assert again.report["recall_at_1"] >= 0.99
+    assert again.report["num_unindexed_rows"] == 0
     assert "is kept" not in again.report["index_choice"]
 
 
