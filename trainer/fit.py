@@ -136,10 +136,12 @@ def fit(
     shape = NetworkConfig(size=config.size, latent_size=meta.geometry.latent_size, text_width=meta.text_width)
     network = Network(shape).to(accelerator.device)
 
+    neighbours = open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device))
+
     def open_stream(start: int, reuse: int) -> NeighborStream:
         return NeighborStream(
             table,
-            open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
+            neighbours,
             batch_size=config.batch_size,
             seed=config.seed,
             start=start,
