@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int
 
 from index.geometry import Geometry
 
-_ROW, _POINT, _DICE = range(3)
+_ROW, _POINT, _DICE, _JITTER = range(4)
 
 
 def draw_rows(rows: int, count: int, *, seed: int, step: int) -> Int[np.ndarray, "B"]:
@@ -26,3 +26,9 @@ def draw_points(geometry: Geometry, count: int, *, seed: int, step: int) -> Floa
 def draw_dice(count: int, faces: int, *, seed: int, step: int) -> Float32[np.ndarray, "B D"]:
     """For each slot `faces` numbers uniform in [0, 1), for whatever else a training step must decide by chance."""
     return np.random.default_rng([seed, step, _DICE]).random((count, faces), dtype=np.float32)
+
+
+def draw_jitter(count: int, width: int, *, seed: int, step: int) -> Float32[np.ndarray, "B T"]:
+    """For each slot a random vector of root mean square length 1."""
+    noise = np.random.default_rng([seed, step, _JITTER]).standard_normal((count, width), dtype=np.float32)
+    return noise / np.float32(np.sqrt(width))

@@ -121,20 +121,26 @@ class TransformersTextEncoder:
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
         """Pooled embeddings, not normalised; a caption that repeats is encoded once."""
+        return self.describe(captions, tokens=0)[:, 0]
+
+    def describe(self, captions: Sequence[str], *, tokens: int) -> Float32[np.ndarray, "B K T"]:
+        """Pooled embeddings, and after each the states of its first `tokens` tokens; zeros where there are fewer."""
         import torch
+        from torch.nn.functional import pad
 
         each = list(dict.fromkeys(captions))
-        tokens = self.tokenizer(
-            each, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
+        given = self.tokenizer(each, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(
+            self.device
+        )
+        mask = given["attention_mask"]
         with torch.inference_mode():
-            out = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            if self.ref.kind.startswith("CLIP"):
-                pooled = out.pooler_output
-            else:
-                pooled = mean_pool(out.last_hidden_state, tokens["attention_mask"])
+            out = self.model(input_ids=given["input_ids"], attention_mask=mask)
+            states = out.last_hidden_state
+            pooled = out.pooler_output if self.ref.kind.startswith("CLIP") else mean_pool(states, mask)
+            states = (states * mask[..., None])[:, :tokens]
+            whole = torch.cat([pooled[:, None], pad(states, (0, 0, 0, tokens - states.shape[1]))], 1)
         place = {caption: i for i, caption in enumerate(each)}
-        return np.asarray(pooled.float().cpu())[[place[caption] for caption in captions]]
+        return np.asarray(whole.float().cpu())[[place[caption] for caption in captions]]
 
     def save(self, folder: Path) -> None:
         """Write an ordinary transformers folder, the tokenizer in it."""

@@ -52,7 +52,7 @@ def test_a_run_ends_with_pictures_and_a_page(run, indexed):
     with Image.open(run / "samples.png") as grid:
         assert grid.width == 8 * 136 + 8
     page = (run / "index.html").read_text()
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert "Captions of held-out rows, 2 steps each" in page
     assert "<th>images_per_second</th>" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
@@ -226,7 +226,12 @@ def test_a_batch_in_parts_trains_as_the_whole_does(short, indexed, tmp_path):
         ({"dials": {"p": "x"}}, "--dial p=x is no number"),
         ({"dials": {"p": 0.0}}, "p 0.0 is no power"),
         ({"dials": {"segment": 2.0}}, "segment 2.0 is no share"),
-        ({"dials": {"condition": "both"}}, "condition 'both' is unknown: choose one of close, query"),
+        ({"dials": {"segment": 0.7, "own": 0.5}}, "segment 0.7 and own 0.5 are more than 1"),
+        ({"dials": {"consistency": -1.0}}, "consistency -1.0 is no weight"),
+        ({"condition": "both"}, "--condition 'both' is unknown: choose one of close, query"),
+        ({"network": "unet"}, "--network 'unet' is unknown: choose one of auto, mlp, transformer"),
+        ({"coupling": "best"}, "--coupling 'best'"),
+        ({"jitter": -0.1}, "--jitter -0.1"),
     ],
 )
 def test_options_are_checked(options, said):

@@ -1,13 +1,11 @@
 """Losses against their formulas written out again, steps against a network that knows the answer."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from index.errors import OptionError
-from trainer.network import SIZES, Network, NetworkConfig, Prediction, count_flops
+from trainer.networks import Network, Prediction
 from trainer.objectives import make_objective
 from trainer.stream import Batch
 
@@ -17,35 +15,35 @@ B, L, T = 64, 12, 5
 def some_batch(seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     r, y = torch.randn(B, L, generator=g), torch.randn(B, L, generator=g)
-    text, query = torch.randn(B, T, generator=g), torch.randn(B, T, generator=g)
-    return Batch(r=r, query=query, text=text, y=y, dice=torch.rand(B, 4, generator=g))
+    text, query = torch.randn(B, 1, T, generator=g), torch.randn(B, T, generator=g)
+    return Batch(r=r, query=query, text=text, y=y, dice=torch.rand(B, 8, generator=g))
 
 
 class Fixed(Network):
     """A network that answers by a function of the point and remembers what it was asked."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, sure=0.0):
         torch.nn.Module.__init__(self)
-        self.answer, self.seen = answer, []
+        self.answer, self.sure, self.seen = answer, sure, []
 
     def __call__(self, x, text, *, keep=None, time=None):
         self.seen.append((x, text, keep, time))
-        return self.answer(x)
+        return Prediction(*self.answer(x), torch.full((B,), self.sure))
 
 
 def knows(y):
     def answer(x):
         way = y - x
-        return Prediction(way.norm(dim=1), normalize(way, dim=1))
+        return way.norm(dim=1), normalize(way, dim=1)
 
-    return Fixed(answer)
+    return Fixed(answer, sure=1.0)
 
 
 def test_paper_losses_are_those_of_the_design():
     batch = some_batch()
     g = torch.Generator().manual_seed(1)
     distance, direction = torch.randn(B, generator=g), torch.randn(B, L, generator=g)
-    network = Fixed(lambda x: Prediction(distance, direction))
+    network = Fixed(lambda x: (distance, direction))
     loss = make_objective("coalescer", "paper").loss(network, batch)
     assert torch.equal(network.seen[0][0], batch.r)
     assert torch.equal(network.seen[0][1], batch.text)
@@ -58,7 +56,7 @@ def test_paper_losses_are_those_of_the_design():
 
 def test_default_losses_use_segment_points_and_squares():
     batch = some_batch()
-    network = Fixed(lambda x: Prediction(torch.ones(B), torch.zeros(B, L)))
+    network = Fixed(lambda x: (torch.ones(B), torch.zeros(B, L)))
     loss = make_objective("coalescer", "default").loss(network, batch)
     x = network.seen[0][0]
     t = torch.where(batch.dice[:, 0] < 0.5, batch.dice[:, 1], 0.0)[:, None]
@@ -72,8 +70,8 @@ def test_default_losses_use_segment_points_and_squares():
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
 def test_p_is_the_exponent_of_the_direction_loss(p):
     batch = some_batch()
-    network = Fixed(lambda x: Prediction((batch.y - batch.r).norm(dim=1), torch.full((B, L), 0.3)))
-    objective = make_objective("coalescer", "default", p=p, segment=0.0)
+    network = Fixed(lambda x: ((batch.y - batch.r).norm(dim=1), torch.full((B, L), 0.3)))
+    objective = make_objective("coalescer", "default", p=p, segment=0.0, confidence_weight=0.0)
     unit = normalize(batch.y - batch.r, dim=1)
     expected = (0.3 - unit).norm(dim=1).pow(p).mean()
     assert objective.loss(network, batch).total.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -85,17 +83,99 @@ def test_a_perfect_network_has_no_loss_and_finite_gradients():
         loss = make_objective("coalescer", preset).loss(knows(batch.y), batch)
         assert loss.total.item() == pytest.approx(0, abs=2e-3)
     direction = normalize(batch.y - batch.r, dim=1).requires_grad_()
-    network = Fixed(lambda x: Prediction((batch.y - x).norm(dim=1), direction))
+    network = Fixed(lambda x: ((batch.y - x).norm(dim=1), direction))
     make_objective("coalescer", "paper").loss(network, batch).total.backward()
     assert torch.isfinite(direction.grad).all()
 
 
-def test_condition_chooses_the_description():
+class Sure(Fixed):
+    """Goes a little astray, and says how sure it is."""
+
+    def __init__(self, sure, stray=0.7):
+        super().__init__(None, sure)
+        self.stray = stray
+
+    def __call__(self, x, text, *, keep=None, time=None):
+        self.seen.append((x, text, keep, time))
+        way = torch.roll(x, 1, dims=1) * self.stray
+        return Prediction(way.norm(dim=1), normalize(way, dim=1) * 0.2, torch.full((len(x),), self.sure))
+
+
+def test_confidence_is_learned_as_the_cosine_of_the_way():
+    batch, network = some_batch(), Sure(0.3)
+    loss = make_objective("coalescer", "default", segment=0.0).loss(network, batch)
+    cosine = torch.nn.functional.cosine_similarity(torch.roll(batch.r, 1, dims=1), batch.y - batch.r, dim=1)
+    assert loss.parts["confidence"].item() == pytest.approx((0.3 - cosine).square().mean().item(), rel=1e-5)
+    rest = loss.parts["distance"] / L + loss.parts["direction"]
+    assert loss.total.item() == pytest.approx((rest + loss.parts["confidence"]).item(), rel=1e-6)
+    light = make_objective("coalescer", "default", segment=0.0, confidence_weight=0.25).loss(network, batch)
+    assert light.total.item() == pytest.approx((rest + 0.25 * loss.parts["confidence"]).item(), rel=1e-6)
+
+
+def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
+    """Of unit vectors that are u with probability 0.8 and -u otherwise, the mean cosine with u is 0.6."""
+    g = torch.Generator().manual_seed(0)
+    u = normalize(torch.randn(1, L, generator=g), dim=1)
+    sign = torch.where(torch.rand(4096, 1, generator=g) < 0.8, 1.0, -1.0)
+    batch = Batch(
+        r=torch.zeros(4096, L), query=torch.zeros(4096, T), text=torch.zeros(4096, 1, T), y=sign * u,
+        dice=torch.rand(4096, 8, generator=g),
+    )  # fmt: skip
+    way, sure = torch.nn.Parameter(torch.randn(L, generator=g)), torch.nn.Parameter(torch.zeros(()))
+
+    class Free(Fixed):
+        def __call__(self, x, text, *, keep=None, time=None):
+            return Prediction(torch.ones(len(x)), way.expand(len(x), L), sure.expand(len(x)))
+
+    objective = make_objective("coalescer", "default", p=0.5, segment=0.0)
+    adam = torch.optim.Adam([way, sure], 0.02)
+    for _ in range(400):
+        adam.zero_grad()
+        objective.loss(Free(None), batch).total.backward()
+        adam.step()
+    assert sure.item() == pytest.approx(0.6, abs=0.03)
+    assert way.norm().item() > 0.9
+    assert objective.step(Free(None), batch.r[:2], batch.text[:2], 0, 1, 1.0).confidence[0].item() == sure.item()
+    bare = make_objective("coalescer", "paper")
+    assert bare.step(Free(None), batch.r[:2], batch.text[:2], 0, 1, 1.0).confidence[0].item() == way.norm().item()
+
+
+def test_own_inputs_lie_where_the_network_itself_would_go():
+    batch, network = some_batch(), Sure(0.3)
+    make_objective("coalescer", "default", segment=0.3, own=0.4).loss(network, batch)
+    (r, _, keep, _), (x, _, same, _) = network.seen
+    assert torch.equal(r, batch.r)
+    assert torch.equal(keep, same)
+    goal = r + 0.7 * torch.roll(r, 1, dims=1)
+    kind, place = batch.dice[:, :1], batch.dice[:, 1:2]
+    expected = torch.where(kind < 0.3, r + place * (batch.y - r), torch.where(kind < 0.7, r + place * (goal - r), r))
+    assert torch.allclose(x, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p):
     batch = some_batch()
-    for condition, told in (("close", batch.text), ("query", batch.query)):
-        network = knows(batch.y)
-        make_objective("coalescer", "default", condition=condition).loss(network, batch)
-        assert torch.equal(network.seen[0][1], told)
+    stray = torch.tensor(0.7, requires_grad=True)
+    network = Sure(0.3, stray)
+    objective = make_objective("coalescer", "default", consistency=2.0, p=p)
+    loss, plain = objective.loss(network, batch), make_objective("coalescer", "default", p=p).loss(network, batch)
+    x, ahead = network.seen[0][0], network.seen[1][0]
+    assert torch.allclose(ahead, x + batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
+
+    def end(x, stray):
+        return x + stray * torch.roll(x, 1, dims=1)
+
+    apart = (end(x, stray) - end(ahead, 0.7)).square().mean(1).pow(p / 2).mean()
+    assert loss.total.item() == pytest.approx((plain.total + 2 * apart).item(), rel=1e-4)
+    (wanted,) = torch.autograd.grad(plain.total + 2 * apart, stray, retain_graph=True)
+    (given,) = torch.autograd.grad(loss.total, stray)
+    assert given.item() == pytest.approx(wanted.item(), rel=1e-3)
+
+
+def test_a_network_that_always_ends_at_the_pair_is_consistent():
+    batch = some_batch()
+    loss = make_objective("coalescer", "default", consistency=1.0).loss(knows(batch.y), batch)
+    assert loss.parts["consistency"].item() == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -107,17 +187,17 @@ def test_even_steps_of_a_perfect_network_divide_the_way_evenly(n):
         assert torch.allclose(x, batch.r + (i + 1) / n * (batch.y - batch.r), atol=1e-4)
 
 
-def test_confident_steps_are_shorter_where_the_direction_is():
-    batch = some_batch()
-    way = normalize(batch.y - batch.r, dim=1)
-    network = Fixed(lambda x: Prediction((batch.y - x).norm(dim=1), 0.4 * way))
-    x = make_objective("coalescer", "default", rule="confident").step(network, batch.r, batch.text, 0, 2, 1.0).x
-    assert torch.allclose(x, batch.r + 0.4 / 2 * (batch.y - batch.r), atol=1e-5)
+def test_confident_steps_are_shorter_where_the_network_is_unsure():
+    batch, network = some_batch(), Sure(0.3)
+    objective = make_objective("coalescer", "default", rule="confident")
+    step = objective.step(network, batch.r, batch.text, 0, 2, 1.0)
+    assert torch.allclose(step.x, batch.r + 0.3 / 2 * 0.7 * torch.roll(batch.r, 1, dims=1), atol=1e-5)
+    assert torch.allclose(step.confidence, torch.full((B,), 0.3))
 
 
 def test_paper_steps_move_the_whole_distance_each_time():
     batch = some_batch()
-    network = Fixed(lambda x: Prediction(torch.full((B,), 2.0), torch.eye(L)[:1].expand(B, L) * 0.3))
+    network = Fixed(lambda x: (torch.full((B,), 2.0), torch.eye(L)[:1].expand(B, L) * 0.3))
     objective = make_objective("coalescer", "paper")
     step = objective.step(network, batch.r, batch.text, 0, 4, 1.0)
     assert torch.allclose(step.x - batch.r, 2 * torch.eye(L)[:1].expand(B, L), atol=1e-6)
@@ -131,7 +211,7 @@ def test_guidance_extrapolates_from_the_blind_step(name):
     class Two(Fixed):
         def __call__(self, x, text, *, keep=None, time=None):
             blind = keep is not None and not keep.any()
-            return Prediction(torch.full((B,), 1.0), torch.eye(L)[1 if blind else 0].expand(B, L))
+            return Prediction(torch.full((B,), 1.0), torch.eye(L)[1 if blind else 0].expand(B, L), torch.zeros(B))
 
     objective, network = make_objective(name, "default"), Two(None)
     told = objective.step(network, batch.r, batch.text, 0, 1, 1.0).x
@@ -143,7 +223,7 @@ def test_guidance_extrapolates_from_the_blind_step(name):
 def test_flow_matching_regresses_the_velocity_and_integrates_it():
     batch = some_batch()
     objective = make_objective("flow_matching", "default")
-    right = Fixed(lambda x: Prediction(torch.zeros(B), batch.y - batch.r))
+    right = Fixed(lambda x: (torch.zeros(B), batch.y - batch.r))
     assert objective.loss(right, batch).total.item() == pytest.approx(0, abs=1e-10)
     x = batch.r
     for i in range(5):
@@ -158,33 +238,3 @@ def test_unknown_names_are_refused():
         make_objective("diffusion", "default")
     with pytest.raises(OptionError, match=r"--preset 'best'.*default, paper"):
         make_objective("coalescer", "best")
-
-
-@pytest.mark.parametrize("size", list(SIZES)[:3])
-def test_network_sizes_and_shapes(size):
-    torch.manual_seed(0)
-    network = Network(NetworkConfig(size=size, latent_size=L, text_width=T))
-    batch = some_batch()
-    guess = network(batch.r, batch.text)
-    assert guess.distance.shape == (B,)
-    assert guess.direction.shape == (B, L)
-    # It starts near the distances that there are.
-    assert abs(guess.distance.mean().item() - math.sqrt(L)) < 2
-
-
-def test_network_reads_the_descriptions_direction_only_and_can_go_without():
-    torch.manual_seed(0)
-    network = Network(NetworkConfig(size="tiny", latent_size=L, text_width=T))
-    batch = some_batch()
-    one, scaled = network(batch.r, batch.text), network(batch.r, batch.text * 7)
-    assert torch.allclose(one.direction, scaled.direction, atol=1e-5)
-    nothing = torch.zeros(B, dtype=torch.bool)
-    blind, other = network(batch.r, batch.text, keep=nothing), network(batch.r, batch.query, keep=nothing)
-    assert torch.equal(blind.direction, other.direction)
-    assert not torch.allclose(one.direction, blind.direction)
-
-
-def test_flops_are_two_per_weight_of_the_matrices():
-    network = Network(NetworkConfig(size="tiny", latent_size=5, text_width=3))
-    matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2)
-    assert count_flops(network) == 2 * matrices

@@ -3,6 +3,7 @@
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from index.errors import OptionError
 from index.schema import TRAIN
 from index.search import ExactNeighbours, open_neighbours
 from index.table import open_table
+from pipeline.encoders import TransformersTextEncoder
 from trainer import stream as stream_module
-from trainer.stream import NeighborStream, choose_reuse, draw_one
+from trainer.reuse import measure_reuse, plan_reuse
+from trainer.stream import NeighborStream, draw_one
 
 
 def stream(table, **options) -> NeighborStream:
@@ -72,11 +75,61 @@ def test_a_reused_draw_comes_back_with_other_dice(indexed):
 
 
 def test_draws_are_reused_as_often_as_searching_takes_longer(indexed, monkeypatch):
-    assert choose_reuse(stream(indexed), lambda _: time.sleep(0.1)) == 1
+    assert measure_reuse(stream(indexed), lambda _: time.sleep(0.1)) == 1
     whole = NeighborStream.batches
     monkeypatch.setattr(stream_module, "QUERIES_PER_SEARCH", 16)
     monkeypatch.setattr(NeighborStream, "batches", lambda *given: (time.sleep(0.1), whole(*given))[1])
-    assert 3 <= choose_reuse(stream(indexed), lambda _: time.sleep(0.01)) <= 8
+    assert 3 <= measure_reuse(stream(indexed), lambda _: time.sleep(0.01)) <= 8
+
+
+def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed, encoded):
+    plans = [plan_reuse(indexed, flops, exact=False) for flops in (10**4, 10**6, 10**7, 10**9)]
+    assert plans == sorted(plans, reverse=True)
+    assert (plans[0], plans[-1]) == (16, 1)
+    assert plan_reuse(encoded, 10_000, exact=False) == plan_reuse(indexed, 10_000, exact=True) > 1
+    assert plan_reuse(indexed, 10**9, exact=True) == 1
+
+
+def test_the_network_may_be_told_the_query(indexed):
+    (close,), (asked,) = (stream(indexed, condition=each, jitter=0.5).batches(4, 1) for each in ("close", "query"))
+    assert torch.equal(asked.text[:, 0], close.query)
+    assert not torch.equal(close.text[:, 0], close.query)
+    assert torch.equal(asked.y, close.y)
+    with pytest.raises(OptionError, match="--condition 'both' is unknown: choose one of close, query"):
+        stream(indexed, condition="both")
+
+
+def test_jitter_moves_what_is_asked_for_and_the_search_follows(encoded):
+    exact = ExactNeighbours(encoded)
+
+    def batch(jitter, **options):
+        return NeighborStream(encoded, exact, batch_size=64, seed=0, jitter=jitter, **options).batches(3, 1)[0]
+
+    still, moved = batch(0.0), batch(0.5)
+    length = still.query.norm(dim=1)
+    assert ((moved.query - still.query).norm(dim=1) / length).mean().item() == pytest.approx(0.5, rel=0.1)
+    geometry = encoded.meta.geometry
+    found = exact.nearest(geometry.queries(moved.query.numpy(), moved.r.numpy()))
+    assert np.array_equal(moved.y.numpy(), geometry.to_coordinates(found.latent[:, 0]))
+    assert not torch.equal(moved.y, still.y)
+    halves = [batch(0.5, process=number, processes=2) for number in range(2)]
+    assert torch.equal(moved.query, torch.cat([half.query for half in halves]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"condition": "query"}, {"coupling": "independent"}], ids=["close", "query", "independent"]
+)
+def test_token_states_are_those_of_the_caption_that_is_told(indexed, text_encoder, options):
+    encoder = TransformersTextEncoder(text_encoder)
+    words = partial(encoder.describe, tokens=6)
+    plain, told = (
+        stream(indexed, describe=each, **options).batches(2, 3) for each in (None, words)
+    )  # fmt: skip
+    for before, after in zip(plain, told, strict=True):
+        assert after.text.shape == (16, 7, 16)
+        assert torch.allclose(after.text[:, 0], before.text[:, 0], atol=2e-3)
+        assert after.text[:, 1].norm(dim=1).min() > 0
+        assert torch.equal(after.y, before.y)
 
 
 def test_a_pair_is_drawn_from_the_nearest_by_their_distance(encoded):
@@ -117,7 +170,7 @@ def test_targets_are_the_nearest_training_pairs(encoded):
     queries = geometry.queries(batch.query.numpy(), batch.r.numpy()).astype(np.float64)
     best = np.square(queries[:, None] - vectors[None]).sum(-1).argmin(1)
     assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(table.column("latent")[best]))
-    assert np.array_equal(batch.text.numpy(), table.column("text")[best].astype(np.float32))
+    assert np.array_equal(batch.text[:, 0].numpy(), table.column("text")[best].astype(np.float32))
     training = {row.tobytes() for row in table.column("text", TRAIN).astype(np.float32)}
     assert all(row.tobytes() in training for row in batch.query.numpy())
 
@@ -127,11 +180,11 @@ def test_independent_coupling_pairs_a_description_with_its_own_latent(encoded):
     (batch,) = NeighborStream(table, ExactNeighbours(table), batch_size=64, seed=0, coupling="independent").batches(
         0, 1
     )
-    assert torch.equal(batch.text, batch.query)
+    assert torch.equal(batch.text[:, 0], batch.query)
     texts = [row.tobytes() for row in table.column("text").astype(np.float32)]
     latents = table.meta.geometry.to_coordinates(table.column("latent"))
     pairs = {(text, latent.tobytes()) for text, latent in zip(texts, latents, strict=True)}
-    drawn = zip(batch.text.numpy(), batch.y.numpy(), strict=True)
+    drawn = zip(batch.text[:, 0].numpy(), batch.y.numpy(), strict=True)
     assert all((text.tobytes(), latent.tobytes()) in pairs for text, latent in drawn)
 
 

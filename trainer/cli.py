@@ -78,7 +78,11 @@ def fit(
     objective: Annotated[str, typer.Option(help="coalescer or flow_matching.")] = "coalescer",
     preset: Annotated[str, typer.Option(help="coalescer: default or paper.")] = "default",
     coupling: Annotated[str, typer.Option(help="nearest or independent pairs.")] = "nearest",
+    network: Annotated[str, typer.Option(help="mlp, transformer (of patches), or auto.")] = "auto",
     size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "small",
+    tokens: Annotated[
+        int | None, typer.Option(help="Token states that a transformer reads.", show_default="77")
+    ] = None,
     images: Annotated[int, typer.Option(help="Targets to draw in all.")] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Targets per step.")] = 256,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by size")] = None,
@@ -89,10 +93,11 @@ def fit(
         typer.Option(help="NAME=VALUE for the objective, such as p=0.5; repeat it.", show_default=False),
     ] = None,
     condition: Annotated[
-        str | None, typer.Option(help="Tell the network the close pair's description or the query.")
-    ] = None,
+        str, typer.Option(help="Tell the network the close pair's description or the query.")
+    ] = "close",
+    jitter: Annotated[float, typer.Option(help="Noise on what is asked for, as a share of its length.")] = 0.0,
     reuse: Annotated[
-        int | None, typer.Option(help="Steps that each drawn target serves.", show_default="1, on a GPU as needed")
+        int | None, typer.Option(help="Steps that each drawn target serves.", show_default="as needed not to wait")
     ] = None,
     neighbours: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
     temperature: Annotated[float, typer.Option(help="Of that draw, in squared distance.")] = 1.0,
@@ -118,7 +123,9 @@ def fit(
         objective=objective,
         preset=preset,
         coupling=coupling,
+        network=network,
         size=size,
+        tokens=tokens,
         images=images,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -128,7 +135,9 @@ def fit(
         neighbours=neighbours,
         temperature=temperature,
         precision=precision,
-        dials=_dials(dial or []) | ({} if condition is None else {"condition": condition}),
+        condition=condition,
+        jitter=jitter,
+        dials=_dials(dial or []),
     )
     machine = Machine(
         device=device, accumulate=accumulate, compile=compile, checkpoint_seconds=checkpoint_seconds, keep=keep
@@ -165,7 +174,8 @@ def sample(
         raise OptionError(f"--out {out} is no PNG: give a name that ends in .png")
     coalescer = Coalescer.from_pretrained(run, device=device)
     samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
-    draw_grid(samples.images, samples.captions, out, columns=num if num > 1 and len(caption) > 1 else 8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(samples.images, samples.captions, columns=num if num > 1 and len(caption) > 1 else 8).save(out)
     sure = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
     made = [{"caption": c, "confidence": s} for c, s in zip(samples.captions, sure, strict=True)]
     write_json(out.with_suffix(".json"), {"run": str(run), "seed": seed, "steps": steps, "images": made})

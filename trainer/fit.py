@@ -8,6 +8,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,18 @@ import torch
 
 from index.console import write_json
 from index.errors import EncoderError, OptionError, RunError
-from index.schema import EncoderRef
+from index.schema import EncoderRef, TableMeta
 from index.search import open_neighbours
 from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
-from trainer.network import SIZES, Network, NetworkConfig, count_flops
+from trainer.networks import KINDS, SIZES, Network, NetworkConfig, count_flops, make_network
 from trainer.objectives import Loss, Objective, make_objective
 from trainer.optimise import Optimiser
-from trainer.stream import Batch, NeighborStream, choose_reuse
-from trainer.summary import write_summary
+from trainer.reuse import measure_reuse, plan_reuse
+from trainer.sampler import encoder_of
+from trainer.stream import CONDITIONS, COUPLINGS, Batch, Describe, NeighborStream
+from trainer.summary import Preview, write_summary
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
@@ -43,47 +46,57 @@ class FitConfig:
     dials: dict[str, Any] = field(default_factory=dict)
     """Single settings of the objective that are not the preset's."""
     coupling: str = "nearest"
+    network: str = "auto"
+    """mlp, transformer, or auto: a transformer where latents have 16 rows or more."""
     size: str = "small"
+    tokens: int | None = None
+    """Token states of a description that a transformer reads beside its pooled embedding; None: at most 77."""
     images: int = 1_000_000
     """Targets drawn in all, over all steps."""
     batch_size: int = 256
     learning_rate: float | None = None
-    """Highest learning rate; None is one that falls with the network's width: 5e-3 for tiny, 2.5e-3 for small."""
+    """Highest learning rate; None is one by kind and size of network."""
     ema_decay: float = 0.998
     seed: int = 0
     search: str = "ann"
     """ann: the table's LanceDB index. exact: vectors held on the device."""
     reuse: int | None = None
-    """Steps that each draw serves. None: 1 on a CPU, elsewhere as many as keep training from waiting for searches."""
+    """Steps that each draw serves. None: as many as keep training from waiting for searches."""
     neighbours: int = 1
     """Draw each pair from so many of the nearest."""
     temperature: float = 1.0
     """Of that draw, in squared distance."""
+    condition: str = "close"
+    """Which description the network is told: the close pair's, or the one that was asked for."""
+    jitter: float = 0.0
+    """Noise on what is asked for, as a share of its length."""
     precision: str = "no"
     """bf16: the network computes in bfloat16, its weights stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
         make_objective(self.objective, self.preset, **self.dials)
-        if self.size not in SIZES:
-            raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZES)}")
-        if self.search not in ("ann", "exact"):
-            raise OptionError(f"--search {self.search!r} is unknown: choose ann or exact")
+        allowed = {
+            "network": KINDS,
+            "size": SIZES,
+            "search": ("ann", "exact"),
+            "condition": CONDITIONS,
+            "coupling": COUPLINGS,
+            "precision": PRECISIONS,
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
         if self.neighbours < 1 or self.temperature <= 0:
             raise OptionError(
                 f"--neighbours {self.neighbours} --temperature {self.temperature:g}: give at least 1, and above 0"
             )
-        if self.precision not in PRECISIONS:
-            raise OptionError(f"--precision {self.precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+        if self.jitter < 0:
+            raise OptionError(f"--jitter {self.jitter:g} is not allowed: give 0 or a share such as 0.1")
         if self.reuse is not None and self.reuse < 1:
             raise OptionError(f"--reuse {self.reuse} is not allowed: give at least 1, or leave it out")
         if self.batch_size < 1 or self.images < self.batch_size:
             raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
-
-    @property
-    def peak_rate(self) -> float:
-        """The highest learning rate."""
-        return 5e-3 * SIZES["tiny"][0] / SIZES[self.size][0] if self.learning_rate is None else self.learning_rate
 
     @property
     def steps(self) -> int:
@@ -133,30 +146,32 @@ def fit(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     objective = make_objective(config.objective, config.preset, **config.dials)
     torch.manual_seed(config.seed)
-    shape = NetworkConfig(size=config.size, latent_size=meta.geometry.latent_size, text_width=meta.text_width)
-    network = Network(shape).to(accelerator.device)
-
-    neighbours = open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device))
-
-    def open_stream(start: int, reuse: int) -> NeighborStream:
-        return NeighborStream(
-            table,
-            neighbours,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            coupling=config.coupling,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            reuse=reuse,
-            k=config.neighbours,
-            temperature=config.temperature,
-        )
-
-    if config.reuse is None:
-        config = replace(config, reuse=_reuse(open_stream(0, 1), network, objective, out, accelerator, resume=resume))
+    shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
+    network = make_network(shape).to(accelerator.device)
+    open_stream = partial(
+        NeighborStream,
+        table,
+        open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        coupling=config.coupling,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        k=config.neighbours,
+        temperature=config.temperature,
+        condition=config.condition,
+        jitter=config.jitter,
+        describe=_describe(out, meta, shape.tokens, str(accelerator.device)),
+    )
+    if config.reuse is None and resume:
+        config = replace(config, reuse=int(read_config(out)["fit"]["reuse"]))
+    elif config.reuse is None and device == "cpu":
+        config = replace(config, reuse=plan_reuse(table, count_flops(network), exact=config.search == "exact"))
+    elif config.reuse is None:
+        config = replace(config, reuse=_measured_reuse(open_stream(), network, objective, accelerator))
     assert config.reuse is not None
-    optimiser = Optimiser(network, steps=config.steps, learning_rate=config.peak_rate, ema_decay=config.ema_decay)
+    rate = network.learning_rate if config.learning_rate is None else config.learning_rate
+    optimiser = Optimiser(network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
         "fit": asdict(config),
@@ -169,16 +184,17 @@ def fit(
     start = load_checkpoint(out, network, optimiser) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
-    stream = open_stream(start, config.reuse)
+    stream = open_stream(start=start, reuse=config.reuse)
     if accelerator.is_main_process and not resume:
         _begin(out, table, settings)
     accelerator.wait_for_everyone()
-    result = _train(network, optimiser, objective, stream, config, machine, out, start, accelerator)
+    preview = Preview(out, table, network, objective, str(accelerator.device))
+    result = _train(network, optimiser, objective, stream, config, machine, preview, start, accelerator)
     optimiser.use_average()
     if accelerator.is_main_process:
         save_model(out, network)
         write_json(out / "result.json", result)
-        write_summary(out, table, result, device=str(accelerator.device))
+        write_summary(preview, result)
     accelerator.wait_for_everyone()
     return result
 
@@ -190,12 +206,12 @@ def _train(
     stream: NeighborStream,
     config: FitConfig,
     machine: Machine,
-    out: Path,
+    preview: Preview,
     start: int,
     accelerator: "Accelerator",
 ) -> dict[str, Any]:
     """The steps from `start` on; the last figures, and how fast it was."""
-    size, saved, main = config.batch_size, 0.0, accelerator.is_main_process
+    size, saved, main, out = config.batch_size, 0.0, accelerator.is_main_process, preview.folder
     model = accelerator.prepare(torch.compile(network) if machine.compile else network)
     figures: dict[str, float] = {}
     diverged = torch.full((3,), -1.0, device=accelerator.device)  # step, loss, norm of its gradient
@@ -224,6 +240,8 @@ def _train(
             if due:
                 if main:
                     save_checkpoint(out, step + 1, network, optimiser, keep=machine.keep)
+                    with optimiser.averaged():
+                        watch.show("samples", preview.grid())
                 saved = watch.bar.seconds
             if last:
                 break
@@ -242,29 +260,25 @@ def _train(
     }
 
 
-def _reuse(
-    stream: NeighborStream,
-    network: Network,
-    objective: Objective,
-    out: Path,
-    accelerator: "Accelerator",
-    *,
-    resume: bool,
-) -> int:
-    """How many steps each draw serves where the user did not say; the same for all processes."""
-    from accelerate.utils import broadcast_object_list
+def _describe(out: Path, meta: TableMeta, tokens: int, device: str) -> Describe | None:
+    """What gives token states of captions, where the network reads any."""
+    if not tokens:
+        return None
+    encoder = TransformersTextEncoder(encoder_of(out, meta, "text_encoder"), device)
+    _same_encoder(meta.text_encoder, encoder.ref)
+    return partial(encoder.describe, tokens=tokens)
 
-    if resume:
-        return int(read_config(out)["fit"]["reuse"])
-    if accelerator.device.type == "cpu":
-        return 1
+
+def _measured_reuse(stream: NeighborStream, network: Network, objective: Objective, accelerator: "Accelerator") -> int:
+    """How many steps each draw is to serve, measured here; the same for all processes."""
+    from accelerate.utils import broadcast_object_list
 
     def train(batch: Batch) -> None:
         objective.loss(network, batch.to(accelerator.device)).total.backward()  # type: ignore[no-untyped-call]
         network.zero_grad()
         torch.cuda.synchronize()
 
-    (chosen,) = broadcast_object_list([choose_reuse(stream, train)])
+    (chosen,) = broadcast_object_list([measure_reuse(stream, train)])
     return int(chosen)
 
 

@@ -1,7 +1,6 @@
 """Pictures in a grid, each with its caption under it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,8 +10,8 @@ TILE = 128
 LINES = 3
 
 
-def draw_grid(images: "Sequence[Image]", captions: Sequence[str], path: Path, *, columns: int = 8) -> None:
-    """Write a PNG; small pictures are enlarged to 128 pixels, larger ones keep their size."""
+def draw_grid(images: "Sequence[Image]", captions: Sequence[str], *, columns: int = 8) -> "Image":
+    """One sheet; small pictures are enlarged to 128 pixels, larger ones keep their size."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = max(TILE, images[0].width)
@@ -29,8 +28,7 @@ def draw_grid(images: "Sequence[Image]", captions: Sequence[str], path: Path, *,
         lines = wrap(caption, lambda line: pen.textlength(line, font=font), side)
         for line_number, line in enumerate(lines[:LINES]):
             pen.text((corner[0], corner[1] + side + 2 + 14 * line_number), line, fill="black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    return sheet
 
 
 def wrap(caption: str, width_of, limit: int) -> list[str]:  # type: ignore[no-untyped-def]

@@ -1,5 +1,8 @@
 """One way to take a training step: AdamW, a one-cycle learning rate, clipped gradients, averaged weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers.training_utils import EMAModel
 from jaxtyping import Float
@@ -35,6 +38,16 @@ class Optimiser:
         self.schedule.step()
         self.average.step(self.parameters)
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        self.average.store(self.parameters)
+        self.use_average()
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
 
     def use_average(self) -> None:
         """Copy the averaged weights into the model."""

@@ -15,7 +15,7 @@ from index.schema import TableMeta
 from index.table import first_line
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import load_model, read_config
-from trainer.network import Network, NetworkConfig
+from trainer.networks import Network, NetworkConfig, make_network
 from trainer.objectives import Objective, make_objective
 
 if TYPE_CHECKING:
@@ -66,20 +66,21 @@ class Coalescer:
         folder = _fetch(str(name))
         config = read_config(folder)
         device = pick_device(device)
-        network = Network(NetworkConfig(**config["network"]))
+        network = make_network(NetworkConfig(**config["network"]))
         load_model(folder, network)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
+        objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
+        return cls.around(network.to(device).eval().requires_grad_(False), objective, meta, folder, device)
 
-        def encoder(part: str) -> str:
-            copied = folder / part
-            return str(copied) if copied.is_dir() else str(getattr(meta, part).name)
-
+    @classmethod
+    def around(cls, network: Network, objective: Objective, meta: TableMeta, folder: Path, device: str) -> "Coalescer":
+        """A network with the encoders of its run folder."""
         return cls(
-            network.to(device).eval().requires_grad_(False),
-            make_objective(fitted["objective"], fitted["preset"], **config["objective"]),
+            network,
+            objective,
             meta,
-            DiffusersAutoencoder(encoder("image_encoder"), device),
-            TransformersTextEncoder(encoder("text_encoder"), device),
+            DiffusersAutoencoder(encoder_of(folder, meta, "image_encoder"), device),
+            TransformersTextEncoder(encoder_of(folder, meta, "text_encoder"), device),
             device,
         )
 
@@ -112,7 +113,7 @@ class Coalescer:
             raise OptionError(f"--steps {steps} --num {num} --redraws {redraws}: give at least 1, 1 and 0")
         words = [caption for caption in each for _ in range(num)]
         numbers = [j for _ in each for j in range(num)]
-        text = self.text_encoder.encode(each).repeat(num, axis=0)
+        text = self.describe(each).repeat(num, axis=0)
         latents, confidence = [], []
         for start in range(0, len(words), batch_size):
             part = slice(start, start + batch_size)
@@ -127,9 +128,13 @@ class Coalescer:
         latent = np.concatenate(latents).reshape(-1, *self.meta.latent_shape)
         return Samples(self.decode(latent), words, np.concatenate(confidence), latent)
 
+    def describe(self, captions: Sequence[str]) -> Float32[np.ndarray, "B K T"]:
+        """Captions as the network is told them."""
+        return self.text_encoder.describe(captions, tokens=self.network.config.tokens)
+
     def coordinates(
         self,
-        text: Float32[np.ndarray, "B T"],
+        text: Float32[np.ndarray, "B K T"],
         numbers: Sequence[int],
         *,
         steps: int,
@@ -156,6 +161,12 @@ class Coalescer:
 
         batches = [self.image_encoder.decode(latents[i : i + 64]) for i in range(0, len(latents), 64)]
         return [Image.fromarray(pixels) for batch in batches for pixels in batch]
+
+
+def encoder_of(folder: Path, meta: TableMeta, part: str) -> str:
+    """Where a run's `image_encoder` or `text_encoder` is: its own copy, or else the hub id that its table names."""
+    copied = folder / part
+    return str(copied) if copied.is_dir() else str(getattr(meta, part).name)
 
 
 def _fetch(name: str) -> Path:

@@ -10,29 +10,33 @@ Where searching costs more than training each draw (R with its pair) can serve s
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from index.errors import OptionError
-from index.queries import draw_dice, draw_points, draw_rows
+from index.queries import draw_dice, draw_jitter, draw_points, draw_rows
 from index.schema import TRAIN
 from index.search import Neighbours
 from index.table import Table
 
 COUPLINGS = ("nearest", "independent")
-DICE = 4
+CONDITIONS = ("close", "query")
+DICE = 8
 QUERIES_PER_SEARCH = 1024
 """One search answers several steps: asking 1,024 at once costs about half of asking four times 256."""
 SEARCHES_AHEAD = 2
 GROUP = 16
 """Draws between two uses of the same one."""
-MOST_REUSE = 16
+
+Describe = Callable[[Sequence[str]], Float32[np.ndarray, "B K T"]]
+"""Captions to pooled embeddings and token states."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,12 +47,12 @@ class Batch:
     """Random points R."""
     query: Float[Tensor, "B T"]
     """The descriptions DE that were asked for."""
-    text: Float[Tensor, "B T"]
-    """The close pairs' descriptions."""
+    text: Float[Tensor, "B K T"]
+    """The descriptions that the network is told: pooled embedding, then token states where it reads them."""
     y: Float[Tensor, "B L"]
     """The close pairs' latents."""
-    dice: Float[Tensor, "B 4"]
-    """Numbers uniform in [0, 1) for whatever else an objective decides by chance."""
+    dice: Float[Tensor, "B 8"]
+    """Numbers uniform in [0, 1) for whatever else an objective decides by chance; the last is the stream's own."""
 
     def to(self, device: str | torch.device) -> "Batch":
         """The same batch on a device."""
@@ -77,21 +81,29 @@ class NeighborStream:
         reuse: int = 1,
         k: int = 1,
         temperature: float = 1.0,
+        condition: str = "close",
+        jitter: float = 0.0,
+        describe: Describe | None = None,
     ) -> None:
         """Draw descriptions from the training rows of `table`, from step `start` on.
 
         Of the `batch_size` slots of a step each of several processes gets an equal run; each draw serves `reuse` steps.
-        With `k` above 1 the pair is drawn from the k nearest, by exp(-squared distance / temperature).
+        With `k` above 1 the pair is drawn from the k nearest, by exp(-squared distance / temperature). What is asked
+        for is moved by a random vector, `jitter` times as long as it; the network is told it, or the close pair's
+        description, by `describe` with its token states.
         """
         if coupling not in COUPLINGS:
             raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
         self._table, self._neighbours, self._coupling = table, neighbours, coupling
+        if condition not in CONDITIONS:
+            raise OptionError(f"--condition {condition!r} is unknown: choose one of {', '.join(CONDITIONS)}")
         if batch_size % processes:
             raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
         self._offsets = table.offsets(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
         self._share, self._reuse = batch_size // processes, reuse
         self._k, self._temperature = k, temperature
+        self._condition, self._jitter, self._describe = condition, jitter, describe
         self._slots = slice(process * self._share, (process + 1) * self._share)
         self.waited = 0.0
         """Seconds that the consumer has waited for a batch, so far."""
@@ -99,28 +111,46 @@ class NeighborStream:
     def batches(self, first: int, count: int) -> list[Batch]:
         """`count` draws from `first` on, found by one search; each is what it would be alone."""
         drawn = [self._draw(step) for step in range(first, first + count)]
-        offsets = np.concatenate([self._offsets[rows] for rows, _, _ in drawn])
-        r, dice = np.concatenate([r for _, r, _ in drawn]), np.concatenate([dice for _, _, dice in drawn])
-        query = self._table.take(offsets, "text").astype(np.float32)
-        geometry = self._table.meta.geometry
+        rows, r, noise, dice = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        asked = self._offsets[rows]
+        query = self._table.take(asked, "text").astype(np.float32)
+        query = query + noise * np.linalg.norm(query, axis=1, keepdims=True)
         if self._coupling == "nearest":
-            pairs = self._neighbours.nearest(geometry.queries(query, r), self._k)
-            chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, dice[:, -1])
-            text, latent = pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
+            row, text, latent = self._nearest(query, r, dice[:, -1])
         else:
-            text, latent = query, self._table.take(offsets, "latent")
-        whole = (r, query, text, geometry.to_coordinates(latent), dice)
+            row, text, latent = None, query, self._table.take(asked, "latent")
+        if self._condition == "query":
+            row, text = None, query
+        if self._describe is None:
+            told = text[:, None]
+        else:
+            take = self._table.take if row is None else self._table.take_row_ids
+            captions = take(asked if row is None else row, "caption")
+            # One step at a time, because the last bits of an embedding depend on what else is in its batch.
+            told = np.concatenate([self._describe(part.tolist()) for part in np.split(captions, count)])
+        whole = (r, query, told, self._table.meta.geometry.to_coordinates(latent), dice)
         parts = [torch.split(torch.from_numpy(array), self._share) for array in whole]
         return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
-    def _draw(self, step: int) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B L"], Float32[np.ndarray, "B D"]]:
-        """Row numbers, points and dice of our slots of one step."""
-        count, seed = self._batch_size, self._seed
-        return (
-            draw_rows(len(self._offsets), count, seed=seed, step=step)[self._slots],
-            draw_points(self._table.meta.geometry, count, seed=seed, step=step)[self._slots],
-            self._dice(step),
-        )
+    def _draw(self, step: int) -> tuple[Any, ...]:
+        """Row numbers, points, noise of descriptions and dice of our slots of one step."""
+        geometry, count, at = self._table.meta.geometry, self._batch_size, {"seed": self._seed, "step": step}
+        noise: Float32[np.ndarray, "B _"] = np.zeros((count, 1), np.float32)
+        if self._jitter:
+            noise = np.float32(self._jitter) * draw_jitter(count, geometry.text_width, **at)
+        whole = draw_rows(len(self._offsets), count, **at), draw_points(geometry, count, **at), noise
+        return *(array[self._slots] for array in whole), self._dice(step)
+
+    def _nearest(
+        self,
+        query: Float32[np.ndarray, "B T"],
+        r: Float32[np.ndarray, "B L"],
+        die: Float32[np.ndarray, "B"],
+    ) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B T"], Float16[np.ndarray, "B L"]]:
+        """Row ids, descriptions and latents of the close pairs."""
+        pairs = self._neighbours.nearest(self._table.meta.geometry.queries(query, r), self._k)
+        chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, die)
+        return pairs.row[chosen], pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
 
     def _dice(self, step: int) -> Float32[np.ndarray, "B D"]:
         return draw_dice(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]
@@ -144,13 +174,12 @@ class NeighborStream:
         # While a group is used again the next one is searched, whole.
         ahead = SEARCHES_AHEAD if self._reuse == 1 else max(SEARCHES_AHEAD, -(-GROUP // together))
         pending: deque[Future[list[Batch]]] = deque()
-        asked = first
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
             try:
-                while True:
-                    while len(pending) < ahead:
-                        pending.append(pool.submit(self.batches, asked, together))
-                        asked += together
+                for asked in itertools.count(first, together):
+                    pending.append(pool.submit(self.batches, asked, together))
+                    if len(pending) <= ahead:
+                        continue
                     began = time.perf_counter()
                     found = pending.popleft().result()
                     self.waited += time.perf_counter() - began
@@ -165,19 +194,3 @@ def draw_one(energy: Float[np.ndarray, "B K"], die: Float32[np.ndarray, "B"]) ->
     weight = np.exp(energy.min(1, keepdims=True) - energy.astype(np.float64))
     reached = weight.cumsum(1) > die[:, None] * weight.sum(1, keepdims=True)
     return np.asarray(reached.argmax(1))
-
-
-def choose_reuse(stream: NeighborStream, train: Callable[[Batch], None], *, steps: int = 16) -> int:
-    """How many steps each draw must serve for training not to wait, by a few searches and steps of each alone."""
-    draws = iter(stream)
-    first = next(draws)[1]
-    began = time.perf_counter()
-    for _ in range(steps):
-        next(draws)
-    searched = time.perf_counter() - began
-    train(first)
-    began = time.perf_counter()
-    for _ in range(steps):
-        train(first)
-    trained = time.perf_counter() - began
-    return int(np.clip(np.ceil(1.1 * searched / trained), 1, MOST_REUSE))

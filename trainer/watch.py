@@ -4,9 +4,14 @@ import json
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from index.console import Progress, write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Watch:
@@ -48,6 +53,11 @@ class Watch:
         line |= {"time": round(time.time(), 3), "seconds": round(self.bar.seconds, 3), **figures}
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def show(self, name: str, image: "Image") -> None:
+        """Put a picture into TensorBoard."""
+        if not self._silent:
+            self.writer.add_image(name, np.asarray(image), self.bar.done, dataformats="HWC")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -24,7 +24,7 @@ import torch
 
 from index.search import open_neighbours
 from index.table import Table, open_table
-from trainer.network import Network, NetworkConfig
+from trainer.networks import NetworkConfig, make_network
 from trainer.objectives import make_objective
 from trainer.optimise import Optimiser
 from trainer.stream import Batch, NeighborStream
@@ -38,8 +38,7 @@ class Training:
     def __init__(self, table: Table, size: str, device: str) -> None:
         """Fresh weights."""
         torch.manual_seed(0)
-        shape = NetworkConfig(size=size, latent_size=table.meta.geometry.latent_size, text_width=table.meta.text_width)
-        self.network, self.device = Network(shape).to(device), device
+        self.network, self.device = make_network(NetworkConfig.of(table.meta, size=size)).to(device), device
         self.objective = make_objective("coalescer", "default")
         self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
 

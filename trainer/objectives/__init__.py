@@ -43,7 +43,7 @@ class Objective(Protocol):
         self,
         network: nn.Module,
         x: Float[Tensor, "B L"],
-        text: Float[Tensor, "B T"],
+        text: Float[Tensor, "B K T"],
         i: int,
         n: int,
         guidance: float,

@@ -1,8 +1,9 @@
-"""The coalescer: from a point, how far is its pair and which way.
+"""The coalescer: from a point, how far is its pair, which way, and how sure is that.
 
 Distance and direction are learned apart, so that |direction| can shrink where the target changes fast. With
 probability `segment` the input lies on the segment from R to its pair y and the target stays y: a second step starts
-near the data, and without having seen such points it diverges.
+near the data, and without having seen such points it diverges. With probability `own` it lies on the segment from R to
+where the network itself would go, which is where its second step starts.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from index.errors import OptionError
-from trainer.network import Prediction
+from trainer.networks import Prediction
 from trainer.objectives import Loss, Step
 from trainer.stream import Batch
 
 RULES = ("even", "confident", "paper")
-CONDITIONS = ("close", "query")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,49 +31,72 @@ class Coalescer:
     """2: |direction| is the mean resultant length, a calibrated confidence. 0.5: as first proposed, seeks a mode."""
     segment: float = 0.5
     """Share of inputs on the segment from R to y."""
+    own: float = 0.0
+    """Share of inputs on the segment from R to the network's own first guess of y; costs an evaluation more."""
     rule: str = "even"
-    """Step i of n moves distance / (n - i), that times |direction| (`confident`), or always the whole distance."""
+    """Step i of n moves distance / (n - i), that times the confidence (`confident`), or always the whole distance."""
     distance_weight: float | None = None
     """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
+    confidence_weight: float = 1.0
+    """Weight of (confidence - cosine of direction and y - x)^2; 0: |direction| is the confidence."""
+    consistency: float = 0.0
+    """Weight of |e(x) - e(x')|^p / L^(p/2), e where a step leads that goes the whole distance, x' nearer to y on the
+    same segment and not learned from; costs an evaluation more. As in consistency training (arXiv 2303.01469)."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
-    condition: str = "close"
-    """Which description the network is told: the close pair's, or the one that was asked for."""
 
     def __post_init__(self) -> None:
         """Refuse dials that mean nothing."""
-        allowed = {"rule": RULES, "condition": CONDITIONS}
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        for name in ("segment", "dropout"):
+        if self.rule not in RULES:
+            raise OptionError(f"rule {self.rule!r} is unknown: choose one of {', '.join(RULES)}")
+        for name in ("segment", "own", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} {getattr(self, name)!r} is no share: give a number from 0 to 1")
+        if self.segment + self.own > 1:
+            raise OptionError(f"segment {self.segment!r} and own {self.own!r} are more than 1 together: lower one")
+        for name in ("confidence_weight", "consistency"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} {getattr(self, name)!r} is no weight: give 0 or more")
         if self.p <= 0:
             raise OptionError(f"p {self.p!r} is no power: give a number above 0, such as 2 or 0.5")
 
     def loss(self, network: nn.Module, batch: Batch) -> Loss:
-        """Both losses, averaged over the batch."""
-        on_segment, place, told, _ = batch.dice.unbind(1)
-        t = torch.where(on_segment < self.segment, place, 0.0)[:, None]
+        """All losses, averaged over the batch."""
+        kind, place, told, nearer = (die[:, None] for die in batch.dice[:, :4].unbind(1))
+        keep, size = told[:, 0] >= self.dropout, batch.y.shape[1]
+        t = torch.where(kind < self.segment, place, 0.0)
         x = batch.r + t * (batch.y - batch.r)
-        text = batch.text if self.condition == "close" else batch.query
-        guess = network(x, text, keep=told >= self.dropout)
+        if self.own:
+            with torch.no_grad():
+                goal = end(batch.r, network(batch.r, batch.text, keep=keep))
+            own = (self.segment <= kind) & (kind < self.segment + self.own)
+            x = torch.where(own, batch.r + place * (goal - batch.r), x)
+        guess: Prediction = network(x, batch.text, keep=keep)
         way = batch.y - x
+        unit = normalize(way, dim=1)
         distance = (guess.distance - way.norm(dim=1)).square().mean()
-        # The root has no gradient at zero, so it is kept a hair away from it.
-        gap = (guess.direction - normalize(way, dim=1)).square().sum(1)
-        direction = (gap + 1e-12).pow(self.p / 2).mean()
-        weight = 1 / batch.y.shape[1] if self.distance_weight is None else self.distance_weight
+        direction = _power((guess.direction - unit).square().sum(1), self.p).mean()
+        weight = 1 / size if self.distance_weight is None else self.distance_weight
         total = weight * distance + direction
-        length = guess.direction.detach().norm(dim=1).mean()
-        return Loss(total, {"distance": distance, "direction": direction, "direction_length": length})
+        parts = {"distance": distance, "direction": direction}
+        if self.confidence_weight:
+            cosine = (normalize(guess.direction.detach(), dim=1) * unit).sum(1)
+            parts["confidence"] = (guess.confidence - cosine).square().mean()
+            total = total + self.confidence_weight * parts["confidence"]
+        if self.consistency:
+            with torch.no_grad():
+                ahead = x + nearer * way
+                goal = end(ahead, network(ahead, batch.text, keep=keep))
+            parts["consistency"] = _power((end(x, guess) - goal).square().mean(1), self.p).mean()
+            total = total + self.consistency * parts["consistency"]
+        parts["direction_length"] = guess.direction.detach().norm(dim=1).mean()
+        return Loss(total, parts)
 
     def step(
         self,
         network: nn.Module,
         x: Float[Tensor, "B L"],
-        text: Float[Tensor, "B T"],
+        text: Float[Tensor, "B K T"],
         i: int,
         n: int,
         guidance: float,
@@ -85,15 +108,33 @@ class Coalescer:
             blind = network(x, text, keep=torch.zeros(len(x), dtype=torch.bool, device=x.device))
             away = self._move(blind, i, n)
             move = away + guidance * (move - away)
-        return Step(x + move, guess.direction.norm(dim=1))
+        return Step(x + move, self.confidence(guess))
+
+    def confidence(self, guess: Prediction) -> Float[Tensor, "B"]:
+        """The third head where it is trained, else |direction|."""
+        return guess.confidence if self.confidence_weight else guess.direction.norm(dim=1)
 
     def _move(self, guess: Prediction, i: int, n: int) -> Float[Tensor, "B L"]:
         share = 1.0 if self.rule == "paper" else 1 / (n - i)
-        way = guess.direction if self.rule == "confident" else normalize(guess.direction, dim=1)
-        return (share * guess.distance)[:, None] * way
+        length = share * guess.distance
+        if self.rule == "confident":
+            length = length * self.confidence(guess)
+        return length[:, None] * normalize(guess.direction, dim=1)
+
+
+def end(x: Float[Tensor, "B L"], guess: Prediction) -> Float[Tensor, "B L"]:
+    """Where a step leads that goes the whole distance."""
+    return x + guess.distance[:, None] * normalize(guess.direction, dim=1)
+
+
+def _power(square: Float[Tensor, "B"], p: float) -> Float[Tensor, "B"]:
+    """The p-th power of a length; a root has no gradient at zero, so the length is kept a hair away from it."""
+    return (square + 1e-12).pow(p / 2)
 
 
 PRESETS: dict[str, Callable[..., Coalescer]] = {
     "default": Coalescer,
-    "paper": partial(Coalescer, p=0.5, segment=0.0, rule="paper", distance_weight=1.0, dropout=0.0),
+    "paper": partial(
+        Coalescer, p=0.5, segment=0.0, rule="paper", distance_weight=1.0, confidence_weight=0.0, dropout=0.0
+    ),
 }

@@ -34,7 +34,7 @@ class FlowMatching:
         self,
         network: nn.Module,
         x: Float[Tensor, "B L"],
-        text: Float[Tensor, "B T"],
+        text: Float[Tensor, "B K T"],
         i: int,
         n: int,
         guidance: float,
