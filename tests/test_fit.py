@@ -60,6 +60,53 @@ def test_a_run_ends_with_pictures_and_a_page(run, indexed):
     )
 
 
+def test_samples_are_shown_on_the_way_and_change_nothing(short, indexed, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(indexed, SHORT, tmp_path / "run", machine=EVERY_STEP)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    shown = events.Images("samples")
+    assert [each.step for each in shown] == list(range(32, 1281, 32))
+    assert shown[0].encoded_image_string != shown[-1].encoded_image_string
+    assert {"loss", "distance", "direction", "direction_length", "waiting", "rate"} <= set(events.Tags()["scalars"])
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(short[name], weights[name]) for name in short)
+
+
+@pytest.fixture(scope="module")
+def attentive(indexed, tmp_path_factory):
+    """A short run of a transformer that reads six token states."""
+    out = tmp_path_factory.mktemp("attentive") / "run"
+    config = FitConfig(network="transformer", tokens=6, size="tiny", images=40 * 32, batch_size=32, learning_rate=3e-3)
+    fit(indexed, config, out)
+    return out
+
+
+def test_a_transformer_reads_token_states_and_learns(attentive):
+    network = read_config(attentive)["network"]
+    assert (network["kind"], network["tokens"], network["channels"], network["height"]) == ("transformer", 6, 2, 4)
+    result = json.loads((attentive / "result.json").read_text())
+    assert result["direction"] < 0.92
+    coalescer = Coalescer.from_pretrained(attentive)
+    assert coalescer.describe(CAPTIONS).shape == (2, 7, 16)
+    samples = coalescer(CAPTIONS, num=2)
+    assert samples.latents.shape == (4, 2, 4, 4)
+    # A word more changes what is drawn, by its token state too.
+    text = coalescer.describe(CAPTIONS)
+    shorter = text.copy()
+    shorter[:, 6] = 0
+    one, other = (coalescer.coordinates(each, range(2), steps=1)[0] for each in (text, shorter))
+    assert not np.allclose(one, other, atol=1e-4)
+
+
+def test_a_transformer_resumes_to_the_same_weights(attentive, indexed, tmp_path, monkeypatch):
+    config = FitConfig(**read_config(attentive)["fit"])
+    fit_until(13, monkeypatch, indexed, config, tmp_path / "run")
+    fit(indexed, config, tmp_path / "run", resume=True)
+    whole, resumed = (load_file(each / "model.safetensors") for each in (attentive, tmp_path / "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_weights_are_safetensors_only(run):
     names = [path.name for path in run.rglob("*") if path.is_file()]
     assert "model.safetensors" in names
@@ -190,8 +237,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
         objective = whole(*given, **dials)
 
         class Poisoned(type(objective)):
-            def loss(self, network, batch):
-                loss = super().loss(network, batch)
+            def loss(self, *given):
+                loss = super().loss(*given)
                 calls.append(1)
                 return loss if len(calls) < 8 else loss._replace(total=loss.total * float("nan"))
 

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from index.errors import OptionError
 from trainer.networks import Network, Prediction
-from trainer.objectives import make_objective
+from trainer.objectives import Training, make_objective
 from trainer.stream import Batch
 
 B, L, T = 64, 12, 5
@@ -17,6 +17,13 @@ def some_batch(seed: int = 0) -> Batch:
     r, y = torch.randn(B, L, generator=g), torch.randn(B, L, generator=g)
     text, query = torch.randn(B, 1, T, generator=g), torch.randn(B, T, generator=g)
     return Batch(r=r, query=query, text=text, y=y, dice=torch.rand(B, 8, generator=g))
+
+
+ALONE = Training(0.0, lambda *_: None)
+
+
+def still():
+    raise AssertionError("nobody needs fresh points")
 
 
 class Fixed(Network):
@@ -44,7 +51,7 @@ def test_paper_losses_are_those_of_the_design():
     g = torch.Generator().manual_seed(1)
     distance, direction = torch.randn(B, generator=g), torch.randn(B, L, generator=g)
     network = Fixed(lambda x: (distance, direction))
-    loss = make_objective("coalescer", "paper").loss(network, batch)
+    loss = make_objective("coalescer", "paper").loss(network, batch, ALONE)
     assert torch.equal(network.seen[0][0], batch.r)
     assert torch.equal(network.seen[0][1], batch.text)
     assert network.seen[0][2].all()
@@ -57,7 +64,7 @@ def test_paper_losses_are_those_of_the_design():
 def test_default_losses_use_segment_points_and_squares():
     batch = some_batch()
     network = Fixed(lambda x: (torch.ones(B), torch.zeros(B, L)))
-    loss = make_objective("coalescer", "default").loss(network, batch)
+    loss = make_objective("coalescer", "default").loss(network, batch, ALONE)
     x = network.seen[0][0]
     t = torch.where(batch.dice[:, 0] < 0.5, batch.dice[:, 1], 0.0)[:, None]
     assert torch.allclose(x, (1 - t) * batch.r + t * batch.y, atol=1e-6)
@@ -74,17 +81,17 @@ def test_p_is_the_exponent_of_the_direction_loss(p):
     objective = make_objective("coalescer", "default", p=p, segment=0.0, confidence_weight=0.0)
     unit = normalize(batch.y - batch.r, dim=1)
     expected = (0.3 - unit).norm(dim=1).pow(p).mean()
-    assert objective.loss(network, batch).total.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert objective.loss(network, batch, ALONE).total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_perfect_network_has_no_loss_and_finite_gradients():
     batch = some_batch()
     for preset in ("default", "paper"):
-        loss = make_objective("coalescer", preset).loss(knows(batch.y), batch)
+        loss = make_objective("coalescer", preset).loss(knows(batch.y), batch, ALONE)
         assert loss.total.item() == pytest.approx(0, abs=2e-3)
     direction = normalize(batch.y - batch.r, dim=1).requires_grad_()
     network = Fixed(lambda x: ((batch.y - x).norm(dim=1), direction))
-    make_objective("coalescer", "paper").loss(network, batch).total.backward()
+    make_objective("coalescer", "paper").loss(network, batch, ALONE).total.backward()
     assert torch.isfinite(direction.grad).all()
 
 
@@ -103,12 +110,12 @@ class Sure(Fixed):
 
 def test_confidence_is_learned_as_the_cosine_of_the_way():
     batch, network = some_batch(), Sure(0.3)
-    loss = make_objective("coalescer", "default", segment=0.0).loss(network, batch)
+    loss = make_objective("coalescer", "default", segment=0.0).loss(network, batch, ALONE)
     cosine = torch.nn.functional.cosine_similarity(torch.roll(batch.r, 1, dims=1), batch.y - batch.r, dim=1)
     assert loss.parts["confidence"].item() == pytest.approx((0.3 - cosine).square().mean().item(), rel=1e-5)
     rest = loss.parts["distance"] / L + loss.parts["direction"]
     assert loss.total.item() == pytest.approx((rest + loss.parts["confidence"]).item(), rel=1e-6)
-    light = make_objective("coalescer", "default", segment=0.0, confidence_weight=0.25).loss(network, batch)
+    light = make_objective("coalescer", "default", segment=0.0, confidence_weight=0.25).loss(network, batch, ALONE)
     assert light.total.item() == pytest.approx((rest + 0.25 * loss.parts["confidence"]).item(), rel=1e-6)
 
 
@@ -131,18 +138,19 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
     adam = torch.optim.Adam([way, sure], 0.02)
     for _ in range(400):
         adam.zero_grad()
-        objective.loss(Free(None), batch).total.backward()
+        objective.loss(Free(None), batch, ALONE).total.backward()
         adam.step()
     assert sure.item() == pytest.approx(0.6, abs=0.03)
     assert way.norm().item() > 0.9
-    assert objective.step(Free(None), batch.r[:2], batch.text[:2], 0, 1, 1.0).confidence[0].item() == sure.item()
-    bare = make_objective("coalescer", "paper")
-    assert bare.step(Free(None), batch.r[:2], batch.text[:2], 0, 1, 1.0).confidence[0].item() == way.norm().item()
+    step = objective.step(Free(None), batch.r, batch.text, 0, 1, 1.0, still)
+    assert step.confidence[0].item() == sure.item()
+    bare = make_objective("coalescer", "paper").step(Free(None), batch.r, batch.text, 0, 1, 1.0, still)
+    assert bare.confidence[0].item() == pytest.approx(way.norm().item())
 
 
 def test_own_inputs_lie_where_the_network_itself_would_go():
     batch, network = some_batch(), Sure(0.3)
-    make_objective("coalescer", "default", segment=0.3, own=0.4).loss(network, batch)
+    make_objective("coalescer", "default", segment=0.3, own=0.4).loss(network, batch, ALONE)
     (r, _, keep, _), (x, _, same, _) = network.seen
     assert torch.equal(r, batch.r)
     assert torch.equal(keep, same)
@@ -158,7 +166,8 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p)
     stray = torch.tensor(0.7, requires_grad=True)
     network = Sure(0.3, stray)
     objective = make_objective("coalescer", "default", consistency=2.0, p=p)
-    loss, plain = objective.loss(network, batch), make_objective("coalescer", "default", p=p).loss(network, batch)
+    loss = objective.loss(network, batch, ALONE)
+    plain = make_objective("coalescer", "default", p=p).loss(network, batch, ALONE)
     x, ahead = network.seen[0][0], network.seen[1][0]
     assert torch.allclose(ahead, x + batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
 
@@ -174,7 +183,7 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p)
 
 def test_a_network_that_always_ends_at_the_pair_is_consistent():
     batch = some_batch()
-    loss = make_objective("coalescer", "default", consistency=1.0).loss(knows(batch.y), batch)
+    loss = make_objective("coalescer", "default", consistency=1.0).loss(knows(batch.y), batch, ALONE)
     assert loss.parts["consistency"].item() == pytest.approx(0, abs=1e-8)
 
 
@@ -183,14 +192,14 @@ def test_even_steps_of_a_perfect_network_divide_the_way_evenly(n):
     batch = some_batch()
     network, objective, x = knows(batch.y), make_objective("coalescer", "default"), batch.r
     for i in range(n):
-        x = objective.step(network, x, batch.text, i, n, 1.0).x
+        x = objective.step(network, x, batch.text, i, n, 1.0, still).x
         assert torch.allclose(x, batch.r + (i + 1) / n * (batch.y - batch.r), atol=1e-4)
 
 
 def test_confident_steps_are_shorter_where_the_network_is_unsure():
     batch, network = some_batch(), Sure(0.3)
     objective = make_objective("coalescer", "default", rule="confident")
-    step = objective.step(network, batch.r, batch.text, 0, 2, 1.0)
+    step = objective.step(network, batch.r, batch.text, 0, 2, 1.0, still)
     assert torch.allclose(step.x, batch.r + 0.3 / 2 * 0.7 * torch.roll(batch.r, 1, dims=1), atol=1e-5)
     assert torch.allclose(step.confidence, torch.full((B,), 0.3))
 
@@ -199,7 +208,7 @@ def test_paper_steps_move_the_whole_distance_each_time():
     batch = some_batch()
     network = Fixed(lambda x: (torch.full((B,), 2.0), torch.eye(L)[:1].expand(B, L) * 0.3))
     objective = make_objective("coalescer", "paper")
-    step = objective.step(network, batch.r, batch.text, 0, 4, 1.0)
+    step = objective.step(network, batch.r, batch.text, 0, 4, 1.0, still)
     assert torch.allclose(step.x - batch.r, 2 * torch.eye(L)[:1].expand(B, L), atol=1e-6)
     assert torch.allclose(step.confidence, torch.full((B,), 0.3))
 
@@ -211,11 +220,11 @@ def test_guidance_extrapolates_from_the_blind_step(name):
     class Two(Fixed):
         def __call__(self, x, text, *, keep=None, time=None):
             blind = keep is not None and not keep.any()
-            return Prediction(torch.full((B,), 1.0), torch.eye(L)[1 if blind else 0].expand(B, L), torch.zeros(B))
+            return Prediction(torch.ones(B), torch.eye(L)[1 if blind else 0].expand(B, L), torch.zeros(B))
 
     objective, network = make_objective(name, "default"), Two(None)
-    told = objective.step(network, batch.r, batch.text, 0, 1, 1.0).x
-    strong = objective.step(network, batch.r, batch.text, 0, 1, 3.0).x
+    told = objective.step(network, batch.r, batch.text, 0, 1, 1.0, still).x
+    strong = objective.step(network, batch.r, batch.text, 0, 1, 3.0, still).x
     blind = batch.r + torch.eye(L)[1]
     assert torch.allclose(strong, blind + 3 * (told - blind), atol=1e-5)
 
@@ -224,13 +233,13 @@ def test_flow_matching_regresses_the_velocity_and_integrates_it():
     batch = some_batch()
     objective = make_objective("flow_matching", "default")
     right = Fixed(lambda x: (torch.zeros(B), batch.y - batch.r))
-    assert objective.loss(right, batch).total.item() == pytest.approx(0, abs=1e-10)
+    assert objective.loss(right, batch, ALONE).total.item() == pytest.approx(0, abs=1e-10)
     x = batch.r
     for i in range(5):
-        x = objective.step(right, x, batch.text, i, 5, 1.0).x
+        x = objective.step(right, x, batch.text, i, 5, 1.0, still).x
     assert torch.allclose(x, batch.y, atol=1e-5)
     assert torch.allclose(right.seen[-1][3], torch.full((B,), 0.8))
-    assert objective.step(right, x, batch.text, 0, 1, 1.0).confidence.isnan().all()
+    assert objective.step(right, x, batch.text, 0, 1, 1.0, still).confidence.isnan().all()
 
 
 def test_unknown_names_are_refused():

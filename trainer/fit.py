@@ -22,7 +22,7 @@ from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.networks import KINDS, SIZES, Network, NetworkConfig, count_flops, make_network
-from trainer.objectives import Loss, Objective, make_objective
+from trainer.objectives import Loss, Objective, Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.reuse import measure_reuse, plan_reuse
 from trainer.sampler import encoder_of
@@ -213,6 +213,7 @@ def _train(
     """The steps from `start` on; the last figures, and how fast it was."""
     size, saved, main, out = config.batch_size, 0.0, accelerator.is_main_process, preview.folder
     model = accelerator.prepare(torch.compile(network) if machine.compile else network)
+    teacher = optimiser.teacher(network)
     figures: dict[str, float] = {}
     diverged = torch.full((3,), -1.0, device=accelerator.device)  # step, loss, norm of its gradient
     with Watch(
@@ -223,7 +224,7 @@ def _train(
             losses = []
             for number, part in enumerate(parts):
                 with accelerator.no_sync(model) if number + 1 < len(parts) else nullcontext():
-                    losses.append(objective.loss(model, part))
+                    losses.append(objective.loss(model, part, Training(step / config.steps, teacher)))
                     accelerator.backward(losses[-1].total / len(parts))
             norm = optimiser.descend()
             here = torch.stack([torch.full_like(norm, step), losses[-1].total.detach(), norm])
@@ -274,7 +275,7 @@ def _measured_reuse(stream: NeighborStream, network: Network, objective: Objecti
     from accelerate.utils import broadcast_object_list
 
     def train(batch: Batch) -> None:
-        objective.loss(network, batch.to(accelerator.device)).total.backward()  # type: ignore[no-untyped-call]
+        objective.loss(network, batch.to(accelerator.device), Training(0.0, network)).total.backward()  # type: ignore[no-untyped-call]
         network.zero_grad()
         torch.cuda.synchronize()
 

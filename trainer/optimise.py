@@ -1,7 +1,8 @@
 """One way to take a training step: AdamW, a one-cycle learning rate, clipped gradients, averaged weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -38,6 +39,17 @@ class Optimiser:
         self.schedule.step()
         self.average.step(self.parameters)
         return norm
+
+    def teacher(self, model: nn.Module) -> Callable[..., Any]:
+        """The model with the averaged weights, as they are whenever it is called; nothing is learned through it."""
+        names = [name for name, _ in model.named_parameters()]
+
+        def ask(*given: Any, **named: Any) -> Any:
+            with torch.no_grad():
+                weights = dict(zip(names, self.average.shadow_params, strict=True))
+                return torch.func.functional_call(model, weights, given, named)
+
+        return ask
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

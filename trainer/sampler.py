@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,17 +144,21 @@ class Coalescer:
         guidance: float = 1.0,
     ) -> tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"]]:
         """End points in coordinates, and the confidence of the first step, from points drawn by (seed, number)."""
-        size = self.geometry.latent_size
-        points = [np.random.default_rng([seed, n, attempt]).standard_normal(size) for n in numbers]
-        x = torch.from_numpy(self.geometry.project(np.stack(points))).to(self.device)
-        condition = torch.from_numpy(text).to(self.device)
+        x, condition = self._points(numbers, seed, attempt), torch.from_numpy(text).to(self.device)
         first = None
         with torch.inference_mode():
             for i in range(steps):
-                x, sure = self.objective.step(self.network, x, condition, i, steps, guidance)
+                noise = partial(self._points, numbers, seed, attempt, 1 + i)
+                x, sure = self.objective.step(self.network, x, condition, i, steps, guidance, noise)
                 first = sure if first is None else first
         assert first is not None
         return x.cpu().numpy(), first.cpu().numpy()
+
+    def _points(self, numbers: Sequence[int], *key: int) -> Float32[torch.Tensor, "B L"]:
+        """Random points, one for each number, that depend on it and the key alone."""
+        size, (seed, *rest) = self.geometry.latent_size, key
+        points = [np.random.default_rng([seed, n, *rest]).standard_normal(size) for n in numbers]
+        return torch.from_numpy(self.geometry.project(np.stack(points))).to(self.device)
 
     def decode(self, latents: Float32[np.ndarray, "B C h w"]) -> "list[Image]":
         """Images of latents."""

@@ -25,20 +25,21 @@ import torch
 from index.search import open_neighbours
 from index.table import Table, open_table
 from trainer.networks import NetworkConfig, make_network
-from trainer.objectives import make_objective
+from trainer.objectives import Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.stream import Batch, NeighborStream
 
 SEARCHES = ("memory", "ann", "exact")
 
 
-class Training:
+class Trial:
     """One network in training."""
 
     def __init__(self, table: Table, size: str, device: str) -> None:
         """Fresh weights."""
         torch.manual_seed(0)
         self.network, self.device = make_network(NetworkConfig.of(table.meta, size=size)).to(device), device
+        self.alone = Training(0.0, self.network)
         self.objective = make_objective("coalescer", "default")
         self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
 
@@ -56,12 +57,12 @@ class Training:
 
     def step(self, batch: Batch) -> None:
         """As `trainer fit` does it."""
-        self.optimiser.step(self.objective.loss(self.network, batch.to(self.device)).total)
+        self.optimiser.step(self.objective.loss(self.network, batch.to(self.device), self.alone).total)
 
 
 def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace) -> dict[str, Any]:
     """Rates by search for one network."""
-    training = Training(table, size, given.device)
+    trial = Trial(table, size, given.device)
     nearest = {
         "ann": open_neighbours(table, device=given.device),
         "exact": open_neighbours(table, exact=True, device=given.device),
@@ -75,10 +76,10 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
     waiting: dict[str, list[float]] = {search: [] for search in SEARCHES[1:]}
     for seed, search in itertools.product(range(given.rounds), SEARCHES):
         if search == "memory":
-            rates[search].append(training.rate(itertools.cycle(found), given.seconds))
+            rates[search].append(trial.rate(itertools.cycle(found), given.seconds))
             continue
         source, began = stream(search, seed, given.reuse), time.perf_counter()
-        rates[search].append(training.rate((batch for _, batch in source), given.seconds))
+        rates[search].append(trial.rate((batch for _, batch in source), given.seconds))
         waiting[search].append(source.waited / (time.perf_counter() - began))
     median = {search: statistics.median(each) for search, each in rates.items()}
     return {
@@ -87,7 +88,7 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
         "width": table.meta.geometry.width,
         "index": table.meta.index.kind if table.meta.index else None,
         "size": size,
-        "parameters": sum(each.numel() for each in training.network.parameters()),
+        "parameters": sum(each.numel() for each in trial.network.parameters()),
         "batch_size": batch_size,
         "reuse": given.reuse,
         "steps_per_second": median,

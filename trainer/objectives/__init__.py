@@ -1,7 +1,7 @@
 """What a network is trained for and how it is sampled: the coalescer and its rivals, behind the same two functions.
 
-    loss(network, batch) -> Loss
-    step(network, x, text, i, n, guidance) -> Step          the i-th of n steps from x, i = 0 ... n - 1
+    loss(network, batch, training) -> Loss
+    step(network, x, text, i, n, guidance, noise) -> Step          the i-th of n steps from x, i = 0 ... n - 1
 
 An objective is a frozen dataclass of its dials. The network, the pairs and the budget are the same for all of them.
 """
@@ -14,7 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import OptionError
+from trainer.networks import Prediction
 from trainer.stream import Batch
+
+
+class Training(NamedTuple):
+    """What a loss may ask about the run that it is part of."""
+
+    progress: float
+    """Share of the steps that are done, 0 to 1."""
+    teacher: Callable[..., Prediction]
+    """The network with its averaged weights; nothing is learned through it."""
 
 
 class Loss(NamedTuple):
@@ -35,7 +45,7 @@ class Step(NamedTuple):
 class Objective(Protocol):
     """The two functions."""
 
-    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """The loss of one batch."""
         ...
 
@@ -47,8 +57,9 @@ class Objective(Protocol):
         i: int,
         n: int,
         guidance: float,
+        noise: Callable[[], Float[Tensor, "B L"]],
     ) -> Step:
-        """The i-th of n steps."""
+        """The i-th of n steps; `noise` draws fresh random points, for those that need some on the way."""
         ...
 
 

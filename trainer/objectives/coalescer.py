@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from index.errors import OptionError
 from trainer.networks import Prediction
-from trainer.objectives import Loss, Step
+from trainer.objectives import Loss, Step, Training
 from trainer.stream import Batch
 
 RULES = ("even", "confident", "paper")
@@ -60,7 +60,7 @@ class Coalescer:
         if self.p <= 0:
             raise OptionError(f"p {self.p!r} is no power: give a number above 0, such as 2 or 0.5")
 
-    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """All losses, averaged over the batch."""
         kind, place, told, nearer = (die[:, None] for die in batch.dice[:, :4].unbind(1))
         keep, size = told[:, 0] >= self.dropout, batch.y.shape[1]
@@ -100,6 +100,7 @@ class Coalescer:
         i: int,
         n: int,
         guidance: float,
+        noise: Callable[[], Float[Tensor, "B L"]],
     ) -> Step:
         """Move towards the pair; with guidance w to x_u + w (x_c - x_u), c told the description and u not."""
         guess = network(x, text)

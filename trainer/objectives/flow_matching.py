@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trainer.objectives import Loss, Step
+from trainer.objectives import Loss, Step, Training
 from trainer.stream import Batch
 
 
@@ -22,7 +22,7 @@ class FlowMatching:
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
-    def loss(self, network: nn.Module, batch: Batch) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the velocity, per dimension."""
         told, t = batch.dice[:, 0], batch.dice[:, 1]
         x = batch.r + t[:, None] * (batch.y - batch.r)
@@ -38,6 +38,7 @@ class FlowMatching:
         i: int,
         n: int,
         guidance: float,
+        noise: Callable[[], Float[Tensor, "B L"]],
     ) -> Step:
         """One Euler step of length 1/n from time i/n, classifier-free guidance on the velocity; no confidence."""
         t = torch.full((len(x),), i / n, device=x.device)
