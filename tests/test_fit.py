@@ -14,9 +14,11 @@ from index.build import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
 from index.table import open_table
 from trainer import fit as fit_module
+from trainer import folder as folder_module
 from trainer.checkpoint import checkpoints, read_config
+from trainer.config import FitConfig, Machine
 from trainer.evaluate import evaluate
-from trainer.fit import FitConfig, Machine, fit
+from trainer.fit import fit
 from trainer.sampler import Coalescer
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
@@ -223,8 +225,8 @@ def test_a_checkpoint_of_another_network_is_refused(run, indexed, tmp_path, monk
 
 
 def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encoder, monkeypatch):
-    whole = fit_module.DiffusersAutoencoder
-    monkeypatch.setattr(fit_module, "DiffusersAutoencoder", lambda name: whole(changed_encoder))
+    whole = folder_module.DiffusersAutoencoder
+    monkeypatch.setattr(folder_module, "DiffusersAutoencoder", lambda name: whole(changed_encoder))
     with pytest.raises(EncoderError, match="other weights than the table"):
         fit(indexed, CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.fit import FitConfig, fit
+from trainer.config import FitConfig
+from trainer.fit import fit
 
 REVISION = "0" * 40
 

@@ -116,7 +116,7 @@ def fit(
     trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
     from index.table import open_table
-    from trainer.fit import FitConfig, Machine
+    from trainer.config import FitConfig, Machine
     from trainer.fit import fit as run_fit
 
     config = FitConfig(

@@ -5,9 +5,8 @@ that are folders are copied beside the weights, so `trainer sample` and `Coalesc
 """
 
 import os
-import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from index.console import write_json
-from index.errors import EncoderError, OptionError, RunError
-from index.schema import EncoderRef, TableMeta
+from index.errors import RunError
+from index.schema import TableMeta
 from index.search import open_neighbours
 from index.table import Table, open_table
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
+from pipeline.encoders import TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
-from trainer.networks import KINDS, SIZES, Network, NetworkConfig, count_flops, make_network
+from trainer.config import FitConfig, Machine
+from trainer.folder import begin_folder, check_encoder, check_settings, encoder_of
+from trainer.networks import Network, NetworkConfig, count_flops, make_network
 from trainer.objectives import Loss, Objective, Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.reuse import measure_reuse, plan_reuse
-from trainer.sampler import encoder_of
-from trainer.stream import CONDITIONS, COUPLINGS, Batch, Describe, NeighborStream
+from trainer.stream import Batch, Describe, NeighborStream
 from trainer.summary import Preview, write_summary
 from trainer.watch import Watch
 
@@ -34,93 +34,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOG_STEPS = 20
-PRECISIONS = ("no", "bf16")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitConfig:
-    """What a run depends on, beside its table."""
-
-    objective: str = "coalescer"
-    preset: str = "default"
-    dials: dict[str, Any] = field(default_factory=dict)
-    """Single settings of the objective that are not the preset's."""
-    coupling: str = "nearest"
-    network: str = "auto"
-    """mlp, transformer, or auto: a transformer where latents have 16 rows or more."""
-    size: str = "small"
-    tokens: int | None = None
-    """Token states of a description that a transformer reads beside its pooled embedding; None: at most 77."""
-    images: int = 1_000_000
-    """Targets drawn in all, over all steps."""
-    batch_size: int = 256
-    learning_rate: float | None = None
-    """Highest learning rate; None is one by kind and size of network."""
-    ema_decay: float = 0.998
-    seed: int = 0
-    search: str = "ann"
-    """ann: the table's LanceDB index. exact: vectors held on the device."""
-    reuse: int | None = None
-    """Steps that each draw serves. None: as many as keep training from waiting for searches."""
-    neighbours: int = 1
-    """Draw each pair from so many of the nearest."""
-    temperature: float = 1.0
-    """Of that draw, in squared distance."""
-    condition: str = "close"
-    """Which description the network is told: the close pair's, or the one that was asked for."""
-    jitter: float = 0.0
-    """Noise on what is asked for, as a share of its length."""
-    precision: str = "no"
-    """bf16: the network computes in bfloat16, its weights stay float32."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained before anything is read."""
-        make_objective(self.objective, self.preset, **self.dials)
-        allowed = {
-            "network": KINDS,
-            "size": SIZES,
-            "search": ("ann", "exact"),
-            "condition": CONDITIONS,
-            "coupling": COUPLINGS,
-            "precision": PRECISIONS,
-        }
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.neighbours < 1 or self.temperature <= 0:
-            raise OptionError(
-                f"--neighbours {self.neighbours} --temperature {self.temperature:g}: give at least 1, and above 0"
-            )
-        if self.jitter < 0:
-            raise OptionError(f"--jitter {self.jitter:g} is not allowed: give 0 or a share such as 0.1")
-        if self.reuse is not None and self.reuse < 1:
-            raise OptionError(f"--reuse {self.reuse} is not allowed: give at least 1, or leave it out")
-        if self.batch_size < 1 or self.images < self.batch_size:
-            raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
-
-    @property
-    def steps(self) -> int:
-        """Training steps in all."""
-        return self.images // self.batch_size
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What a run does not depend on, but for the last bits of its figures."""
-
-    device: str = "auto"
-    accumulate: int = 1
-    """Parts that each step's batch is computed in, where it does not fit into memory."""
-    compile: bool = False
-    """Let torch.compile translate the network."""
-    checkpoint_seconds: float = 120.0
-    keep: int = 2
-    """Checkpoints, the last ones."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        if self.accumulate < 1 or self.keep < 1:
-            raise OptionError(f"--accumulate {self.accumulate} --keep {self.keep}: give at least 1")
 
 
 def fit(
@@ -180,13 +93,13 @@ def fit(
         "table": {"uri": table.uri, "version": table.version, "meta": meta.to_json()},
     }
     if resume:
-        _same_settings(out, settings)
+        check_settings(out, settings)
     start = load_checkpoint(out, network, optimiser) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
     stream = open_stream(start=start, reuse=config.reuse)
     if accelerator.is_main_process and not resume:
-        _begin(out, table, settings)
+        begin_folder(out, meta, settings)
     accelerator.wait_for_everyone()
     preview = Preview(out, table, network, objective, str(accelerator.device))
     result = _train(network, optimiser, objective, stream, config, machine, preview, start, accelerator)
@@ -266,7 +179,7 @@ def _describe(out: Path, meta: TableMeta, tokens: int, device: str) -> Describe 
     if not tokens:
         return None
     encoder = TransformersTextEncoder(encoder_of(out, meta, "text_encoder"), device)
-    _same_encoder(meta.text_encoder, encoder.ref)
+    check_encoder(meta.text_encoder, encoder.ref)
     return partial(encoder.describe, tokens=tokens)
 
 
@@ -298,41 +211,3 @@ def _diverged(out: Path, step: float, loss: float, norm: float) -> str:
         f"the loss is {loss} at step {step:.0f} and its gradient {norm}, {good}: train anew with a --learning-rate "
         "below the one of this run"
     )
-
-
-def _begin(out: Path, table: Table, settings: dict[str, Any]) -> None:
-    """Start a run folder: the encoders first, then the config that makes it one."""
-    if (out / "config.json").exists():
-        raise RunError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
-    meta = table.meta
-    opened: dict[str, DiffusersAutoencoder | TransformersTextEncoder] = {
-        "image_encoder": DiffusersAutoencoder(meta.image_encoder.name),
-        "text_encoder": TransformersTextEncoder(meta.text_encoder.name),
-    }
-    for name, encoder in opened.items():
-        _same_encoder(getattr(meta, name), encoder.ref)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, encoder in opened.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
-            encoder.save(out / name)
-    write_json(out / "config.json", settings)
-
-
-def _same_encoder(wanted: EncoderRef, given: EncoderRef) -> None:
-    if given.digest != wanted.digest:
-        raise EncoderError(
-            f"{wanted.name} has other weights than the table was encoded with ({given.digest[:12]} instead of "
-            f"{wanted.digest[:12]}): put the old ones back, or encode the table again"
-        )
-
-
-def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    before = read_config(out)
-    for part in ("network", "objective", "table", "fit"):
-        for name, value in settings[part].items():
-            if before[part].get(name) != value and name != "meta":
-                raise RunError(
-                    f"{out} was trained with another {name} ({before[part].get(name)} instead of {value}): "
-                    "resume with the same options, or name another --out"
-                )

@@ -16,6 +16,7 @@ from index.schema import TableMeta
 from index.table import first_line
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import load_model, read_config
+from trainer.folder import encoder_of
 from trainer.networks import Network, NetworkConfig, make_network
 from trainer.objectives import Objective, make_objective
 
@@ -166,12 +167,6 @@ class Coalescer:
 
         batches = [self.image_encoder.decode(latents[i : i + 64]) for i in range(0, len(latents), 64)]
         return [Image.fromarray(pixels) for batch in batches for pixels in batch]
-
-
-def encoder_of(folder: Path, meta: TableMeta, part: str) -> str:
-    """Where a run's `image_encoder` or `text_encoder` is: its own copy, or else the hub id that its table names."""
-    copied = folder / part
-    return str(copied) if copied.is_dir() else str(getattr(meta, part).name)
 
 
 def _fetch(name: str) -> Path:
