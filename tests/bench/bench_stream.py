@@ -4,10 +4,11 @@ For each table, network and batch size, taking turns, medians over the rounds:
   memory  targets that were found before
   ann     from the table's LanceDB index, searched ahead in background threads
   exact   compared with all rows on the device
+  reused  from the index, each draw serving as many steps as `trainer fit` plans on a CPU
 `waiting` is the share of its time that training waited for targets. One torch thread, as `trainer fit` does on two
 cores. Prints JSON.
 
-    python tests/bench/bench_stream.py TABLE.lance ... [--sizes tiny,small,base] [--batches 256,1024] [--reuse 1]
+    python tests/bench/bench_stream.py TABLE.lance ... [--sizes tiny,small,base] [--batches 256,1024]
 """
 
 import argparse
@@ -24,12 +25,13 @@ import torch
 
 from index.search import open_neighbours
 from index.table import Table, open_table
-from trainer.networks import NetworkConfig, make_network
+from trainer.networks import NetworkConfig, count_flops, make_network
 from trainer.objectives import Training, make_objective
 from trainer.optimise import Optimiser
+from trainer.reuse import plan_reuse
 from trainer.stream import Batch, NeighborStream
 
-SEARCHES = ("memory", "ann", "exact")
+SEARCHES = ("memory", "ann", "exact", "reused")
 
 
 class Trial:
@@ -63,22 +65,22 @@ class Trial:
 def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace) -> dict[str, Any]:
     """Rates by search for one network."""
     trial = Trial(table, size, given.device)
-    nearest = {
-        "ann": open_neighbours(table, device=given.device),
-        "exact": open_neighbours(table, exact=True, device=given.device),
-    }
+    ann, exact = (open_neighbours(table, exact=each, device=given.device) for each in (False, True))
+    nearest = {"ann": ann, "exact": exact, "reused": ann}
+    planned = plan_reuse(table, count_flops(trial.network), exact=False)
 
-    def stream(search: str, seed: int, reuse: int) -> NeighborStream:
+    def stream(search: str, seed: int) -> NeighborStream:
+        reuse = planned if search == "reused" else 1
         return NeighborStream(table, nearest[search], batch_size=batch_size, seed=seed, reuse=reuse)
 
-    found = [batch.to(given.device) for _, batch in itertools.islice(stream("exact", 0, 1), 8)]
+    found = [batch.to(given.device) for _, batch in itertools.islice(stream("exact", 0), 8)]
     rates: dict[str, list[float]] = {search: [] for search in SEARCHES}
     waiting: dict[str, list[float]] = {search: [] for search in SEARCHES[1:]}
     for seed, search in itertools.product(range(given.rounds), SEARCHES):
         if search == "memory":
             rates[search].append(trial.rate(itertools.cycle(found), given.seconds))
             continue
-        source, began = stream(search, seed, given.reuse), time.perf_counter()
+        source, began = stream(search, seed), time.perf_counter()
         rates[search].append(trial.rate((batch for _, batch in source), given.seconds))
         waiting[search].append(source.waited / (time.perf_counter() - began))
     median = {search: statistics.median(each) for search, each in rates.items()}
@@ -90,7 +92,7 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
         "size": size,
         "parameters": sum(each.numel() for each in trial.network.parameters()),
         "batch_size": batch_size,
-        "reuse": given.reuse,
+        "reuse": planned,
         "steps_per_second": median,
         "of_memory": {search: median[search] / median["memory"] for search in SEARCHES[1:]},
         "waiting": {search: statistics.median(each) for search, each in waiting.items()},
@@ -103,7 +105,6 @@ def main() -> None:
     parser.add_argument("tables", nargs="+")
     parser.add_argument("--sizes", default="tiny,small,base")
     parser.add_argument("--batches", default="256,1024")
-    parser.add_argument("--reuse", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
