@@ -54,7 +54,7 @@ def test_a_run_ends_with_pictures_and_a_page(run, indexed):
     with Image.open(run / "samples.png") as grid:
         assert grid.width == 8 * 136 + 8
     page = (run / "index.html").read_text()
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     assert "Captions of held-out rows, 2 steps each" in page
     assert "<th>images_per_second</th>" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(

@@ -26,6 +26,11 @@ def still():
     raise AssertionError("nobody needs fresh points")
 
 
+def coalescer(**dials):
+    """The default coalescer without the consistency term unless asked for."""
+    return make_objective("coalescer", "default", **({"consistency": 0.0} | dials))
+
+
 class Fixed(Network):
     """A network that answers by a function of the point and remembers what it was asked."""
 
@@ -64,11 +69,11 @@ def test_paper_losses_are_those_of_the_design():
 def test_default_losses_use_segment_points_and_squares():
     batch = some_batch()
     network = Fixed(lambda x: (torch.ones(B), torch.zeros(B, L)))
-    loss = make_objective("coalescer", "default").loss(network, batch, ALONE)
+    loss = coalescer().loss(network, batch, ALONE)
     x = network.seen[0][0]
-    t = torch.where(batch.dice[:, 0] < 0.5, batch.dice[:, 1], 0.0)[:, None]
+    t = torch.where(batch.dice[:, 0] < 0.7, batch.dice[:, 1], 0.0)[:, None]
     assert torch.allclose(x, (1 - t) * batch.r + t * batch.y, atol=1e-6)
-    assert 0.2 < (t > 0).float().mean() < 0.8
+    assert 0.4 < (t > 0).float().mean() < 0.95
     assert torch.equal(network.seen[0][2], batch.dice[:, 2] >= 0.1)
     far = (batch.y - x).norm(dim=1)
     assert loss.total.item() == pytest.approx(((1 - far).square().mean() / L + 1).item(), rel=1e-5)
@@ -78,7 +83,7 @@ def test_default_losses_use_segment_points_and_squares():
 def test_p_is_the_exponent_of_the_direction_loss(p):
     batch = some_batch()
     network = Fixed(lambda x: ((batch.y - batch.r).norm(dim=1), torch.full((B, L), 0.3)))
-    objective = make_objective("coalescer", "default", p=p, segment=0.0, confidence_weight=0.0)
+    objective = coalescer(p=p, segment=0.0, confidence_weight=0.0)
     unit = normalize(batch.y - batch.r, dim=1)
     expected = (0.3 - unit).norm(dim=1).pow(p).mean()
     assert objective.loss(network, batch, ALONE).total.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -110,12 +115,12 @@ class Sure(Fixed):
 
 def test_confidence_is_learned_as_the_cosine_of_the_way():
     batch, network = some_batch(), Sure(0.3)
-    loss = make_objective("coalescer", "default", segment=0.0).loss(network, batch, ALONE)
+    loss = coalescer(segment=0.0).loss(network, batch, ALONE)
     cosine = torch.nn.functional.cosine_similarity(torch.roll(batch.r, 1, dims=1), batch.y - batch.r, dim=1)
     assert loss.parts["confidence"].item() == pytest.approx((0.3 - cosine).square().mean().item(), rel=1e-5)
     rest = loss.parts["distance"] / L + loss.parts["direction"]
     assert loss.total.item() == pytest.approx((rest + loss.parts["confidence"]).item(), rel=1e-6)
-    light = make_objective("coalescer", "default", segment=0.0, confidence_weight=0.25).loss(network, batch, ALONE)
+    light = coalescer(segment=0.0, confidence_weight=0.25).loss(network, batch, ALONE)
     assert light.total.item() == pytest.approx((rest + 0.25 * loss.parts["confidence"]).item(), rel=1e-6)
 
 
@@ -134,7 +139,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
         def __call__(self, x, text, *, keep=None, time=None):
             return Prediction(torch.ones(len(x)), way.expand(len(x), L), sure.expand(len(x)))
 
-    objective = make_objective("coalescer", "default", p=0.5, segment=0.0)
+    objective = coalescer(p=0.5, segment=0.0)
     adam = torch.optim.Adam([way, sure], 0.02)
     for _ in range(400):
         adam.zero_grad()
@@ -150,7 +155,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
 
 def test_own_inputs_lie_where_the_network_itself_would_go():
     batch, network = some_batch(), Sure(0.3)
-    make_objective("coalescer", "default", segment=0.3, own=0.4).loss(network, batch, ALONE)
+    coalescer(segment=0.3, own=0.4).loss(network, batch, ALONE)
     (r, _, keep, _), (x, _, same, _) = network.seen
     assert torch.equal(r, batch.r)
     assert torch.equal(keep, same)
@@ -165,9 +170,9 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p)
     batch = some_batch()
     stray = torch.tensor(0.7, requires_grad=True)
     network = Sure(0.3, stray)
-    objective = make_objective("coalescer", "default", consistency=2.0, p=p)
+    objective = coalescer(consistency=2.0, p=p)
     loss = objective.loss(network, batch, ALONE)
-    plain = make_objective("coalescer", "default", p=p).loss(network, batch, ALONE)
+    plain = coalescer(p=p).loss(network, batch, ALONE)
     x, ahead = network.seen[0][0], network.seen[1][0]
     assert torch.allclose(ahead, x + batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
 
