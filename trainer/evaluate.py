@@ -1,93 +1,163 @@
-"""How well a run answers held-out captions, beside its floors, in the coordinates that it was trained in.
+"""How well a run answers held-out captions, beside its floors; nothing is downloaded.
 
-Samples for the captions of held-out rows are compared with the latents of those rows. The floors say what the figures
-mean: training rows (as good as it gets), retrieved pairs (a perfect network), and a Gaussian (no knowledge).
+In coordinates, where the network works, samples are compared with the latents of held-out rows. As pictures they are
+compared, by a small network that is trained on the table's own, with the pictures of those rows: the originals where
+the table keeps them, so that what the autoencoder costs is counted in, and else their latents decoded. Every floor is
+measured in the same figures. The same run, options and seed give the same report but for times.
 """
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from index.console import Progress, write_json
+from index.console import Progress, write_json, write_text
 from index.errors import OptionError, RunError, TableError
-from index.queries import draw_points, draw_rows
 from index.schema import HELDOUT, TRAIN
-from index.search import open_neighbours
 from index.table import Table, open_table
+from trainer.answers import BATCH, Answers, Questions, Sampled, Told, make_questions, retrieve, sample
 from trainer.checkpoint import read_config
-from trainer.metrics import frechet, sliced_wasserstein
+from trainer.floors import keeps_pictures, measure_floors, rows_answers, rows_pictures
+from trainer.grid import draw_grid
+from trainer.measure import Measures
+from trainer.pretrained import open_pretrained
+from trainer.referee import Decode, open_referee
+from trainer.reliability import measure_confidence
+from trainer.report import evaluation_page, lines_of
 from trainer.sampler import Coalescer
 
-MAX_ROWS = 2000
+__all__ = ["evaluate", "lines_of"]
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SAMPLES = 2000
+SHOWN = 10
+"""Captions whose pictures are on the page."""
+FEWEST = 8
+"""Rows of a split, and samples, below which figures mean nothing."""
 
 
-def evaluate(run: Path, *, steps: list[int], out: Path, seed: int = 0) -> dict[str, Any]:
-    """Measure a run at several step counts; writes OUT/report.json and returns it."""
+def evaluate(
+    run: Path,
+    *,
+    steps: list[int],
+    out: Path,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    clip: Path | None = None,
+    inception: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure a run at several step counts; writes OUT/report.json and OUT/index.html, and returns the report.
+
+    Args:
+        run: the run folder.
+        steps: step counts to measure.
+        out: folder of the report.
+        samples: pictures for each step count; held-out captions come again, with other points, if there are fewer.
+        seed: of everything drawn.
+        clip: folder of a CLIPModel, for its score.
+        inception: TorchScript file of an Inception network, for FID and KID.
+        device: where networks run.
+    """
     if not steps or min(steps) < 1:
         raise OptionError(f"--steps {','.join(map(str, steps))} is not allowed: give numbers above 0, such as 1,2,4,8")
+    if samples < FEWEST:
+        raise OptionError(f"--samples {samples} is too few to measure: give at least {FEWEST}, such as {SAMPLES}")
     config = read_config(run)
-    coalescer = Coalescer.from_pretrained(run)
+    coalescer = Coalescer.from_pretrained(run, device=device)
+    others = open_pretrained(clip, inception, coalescer.device)
     table = _table_of(config, run)
-    geometry = table.meta.geometry
-    heldout = table.offsets(HELDOUT)[:MAX_ROWS]
-    if len(heldout) < 2:
-        raise TableError(f"{table.uri} holds {len(heldout)} held-out rows: encode it with a larger --heldout-share")
-    text = table.take(heldout, "text").astype(np.float32)
-    told = coalescer.describe(table.take(heldout, "caption").tolist())
-    truth = geometry.to_coordinates(table.take(heldout, "latent"))
+    decode = _decode(coalescer)
+    began = time.perf_counter()
+    referee, known = open_referee(table, decode, coalescer.text_encoder.encode, out, coalescer.device)
+    trained = time.perf_counter()
+    questions = make_questions(coalescer, table, samples, seed)
+    told, pairs = Told(coalescer, questions.captions), retrieve(table, questions)
+    # In the order in which they are asked, so that samples and rows stand side by side.
+    rows = np.array(list(dict.fromkeys(questions.rows.tolist())))
+    heldout = rows_answers(table, rows)
+    measures = Measures(table, heldout, rows_pictures(table, rows, decode), decode, [referee, *others])
     report: dict[str, Any] = {
         "run": str(run),
         "objective": config["fit"]["objective"],
-        "heldout_rows": len(heldout),
-        "floors": _floors(table, text, truth, seed),
+        "table": {"uri": table.uri, "version": table.version},
+        "seed": seed,
+        "samples": samples,
+        "heldout_rows": len(rows),
+        "heldout_pictures": "originals" if keeps_pictures(table) else "decoded latents",
+        "training_rows_compared": measures.compared_with,
+        "batch_size": BATCH,
+        "device": coalescer.device,
+        "referee": known,
+        "heldout": measures.heldout(),
+        "floors": measure_floors(table, questions, pairs, coalescer.image_encoder, decode, measures),
         "steps": {},
+        "left_out": {},
     }
-    with Progress("evaluate", total=len(steps) * len(heldout), unit="samples", log=out / "log.jsonl") as bar:
+    if not keeps_pictures(table):
+        report["left_out"]["reconstructions"] = "the table keeps no pictures: encode it with --keep-images"
+    shown = {}
+    with Progress("evaluate", total=len(steps) * len(questions.captions), unit="samples", log=out / "log.jsonl") as bar:
         for n in steps:
-            began = time.perf_counter()
-            x, sure = coalescer.coordinates(told, range(len(told)), steps=n, seed=seed)
-            seconds = time.perf_counter() - began
-            report["steps"][str(n)] = {
-                **_distances(x, truth),
-                **({} if np.isnan(sure).all() else {"confidence": float(sure.mean())}),
-                "evaluations": n,
-                "ms_per_latent": seconds / len(told) * 1e3,
-            }
-            bar.advance(len(text))
+            found = sample(coalescer, questions, told, n, bar.advance)
+            report["steps"][str(n)] = _figures(found, questions, measures)
+            shown[f"{n} step{'s' * (n > 1)}"] = found.x
+    report["reliability"] = measure_confidence(coalescer, questions, told, pairs)
+    if not report["reliability"]:
+        report["left_out"]["reliability"] = f"{report['objective']} teaches no confidence"
+    report["seconds"] = {"referee": trained - began, "evaluation": time.perf_counter() - trained}
     write_json(out / "report.json", report)
+    write_text(
+        out / "index.html", evaluation_page(report, _sheet(table, questions, shown | {"retrieved": pairs}, decode))
+    )
     return report
 
 
 def _table_of(config: dict[str, Any], run: Path) -> Table:
     try:
-        return open_table(config["table"]["uri"], version=config["table"]["version"])
+        table = open_table(config["table"]["uri"], version=config["table"]["version"])
     except TableError as error:
         raise RunError(f"{run} cannot be compared with its table: {error}") from error
+    for split, hint in ((HELDOUT, "larger"), (TRAIN, "smaller")):
+        if (rows := len(table.offsets(split))) < FEWEST:
+            raise TableError(f"{table.uri} holds {rows} {split} rows: encode it with a {hint} --heldout-share")
+    return table
 
 
-def _distances(x: Float32[np.ndarray, "N L"], truth: Float32[np.ndarray, "M L"]) -> dict[str, float]:
-    return {"sliced_wasserstein": sliced_wasserstein(x, truth), "frechet": frechet(x, truth)}
+def _decode(coalescer: Coalescer) -> Decode:
+    shape = coalescer.meta.latent_shape
+    return lambda latents: coalescer.image_encoder.decode(latents.reshape(-1, *shape))
 
 
-def _floors(
-    table: Table, text: Float32[np.ndarray, "M T"], truth: Float32[np.ndarray, "M L"], seed: int
-) -> dict[str, dict[str, float]]:
-    geometry, train = table.meta.geometry, table.offsets(TRAIN)
-    rows = train[draw_rows(len(train), len(truth), seed=seed, step=0)]
-    r = draw_points(geometry, len(truth), seed=seed, step=0)
-    found = open_neighbours(table).nearest(geometry.queries(text, r)).latent[:, 0]
-    return {
-        "train rows": _distances(geometry.to_coordinates(table.take(rows, "latent")), truth),
-        "retrieved pairs": _distances(geometry.to_coordinates(found), truth),
-        "gaussian": _distances(r, truth),
+def _figures(found: Sampled, questions: Questions, measures: Measures) -> dict[str, float]:
+    """A row of a run: as of a floor, and what it cost."""
+    figures = measures.row(Answers.to(questions, found.x))
+    if not np.isnan(found.confidence).all():
+        figures["confidence"] = float(found.confidence.mean())
+    return figures | {
+        "evaluations": found.evaluations,
+        "ms_per_latent": found.seconds / len(found.x) * 1e3,
+        "ms_per_decoding": measures.seconds_per_picture * 1e3,
     }
 
 
-def lines_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """A report as lines of a table: the run's steps, then the floors."""
-    return {f"{n} steps": figures for n, figures in report["steps"].items()} | {
-        f"floor: {name}": figures for name, figures in report["floors"].items()
-    }
+def _sheet(
+    table: Table, questions: Questions, answers: dict[str, Float32[np.ndarray, "Q L"]], decode: Decode
+) -> "Image":
+    """A line for each of some captions: what has answered it from the same point, and the row it was taken from."""
+    from PIL import Image
+
+    some = questions.count + np.unique(questions.fan, return_index=True)[1][:SHOWN]
+    geometry = table.meta.geometry
+    columns = {name: decode(geometry.to_latent(x[some])) for name, x in answers.items()}
+    drawn = np.concatenate([*rows_pictures(table, questions.rows[some], decode)])
+    tiles = []
+    for line, question in enumerate(some):
+        tiles += [(pictures[line], name) for name, pictures in columns.items()]
+        tiles.append((drawn[line], questions.captions[question]))
+    images, words = zip(*tiles, strict=True)
+    return draw_grid([Image.fromarray(image) for image in images], words, columns=len(columns) + 1)
