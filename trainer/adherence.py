@@ -17,9 +17,6 @@ FEATURES, SHARED = 64, 64
 """Numbers of a picture's features, and of the space in which pictures and captions meet."""
 SIDE = 64
 """Larger pictures are scaled down to this side: what is judged is what they show, not their grain."""
-AMONG = 100
-"""Captions among which the true one is looked for."""
-
 Describe = Callable[[Sequence[str]], Float32[np.ndarray, "B T"]]
 
 
@@ -61,7 +58,7 @@ class Classifier(Tower):
         return cross_entropy(self.answer(self.features(pictures)), self._places(captions).to(pictures.device))
 
     def adherence(
-        self, features: Float[Tensor, "N F"], captions: Sequence[str], describe: Describe
+        self, features: Float[Tensor, "N F"], captions: Sequence[str], describe: Describe, among: int
     ) -> dict[str, float]:
         """Share of pictures that it takes for what their caption says."""
         called = self.answer(features).argmax(1).cpu()
@@ -98,13 +95,13 @@ class Matcher(Tower):
         return (cross_entropy(logits, true) + cross_entropy(logits.T, true)) / 2
 
     def adherence(
-        self, features: Float[Tensor, "N F"], captions: Sequence[str], describe: Describe
+        self, features: Float[Tensor, "N F"], captions: Sequence[str], describe: Describe, among: int
     ) -> dict[str, float]:
-        """Mean rank of the true caption among a hundred (1 is best), and how often it comes first."""
+        """Mean rank of the true caption among so many (1 is best), and how often it comes first."""
         distinct, true = np.unique(list(captions), return_inverse=True)
         parts = [describe(distinct[i : i + 256].tolist()) for i in range(0, len(distinct), 256)]
         text = self._read(torch.from_numpy(np.concatenate(parts)).to(features.device))
-        ranks = retrieval_ranks(self._shown(features).cpu(), text.cpu(), torch.from_numpy(true))
+        ranks = retrieval_ranks(self._shown(features).cpu(), text.cpu(), torch.from_numpy(true), among=among)
         return {"caption_rank": float(ranks.mean()), "caption_first": float((ranks == 1).double().mean())}
 
     def _shown(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B E"]:
@@ -115,7 +112,7 @@ class Matcher(Tower):
 
 
 def retrieval_ranks(
-    pictures: Float[Tensor, "N E"], captions: Float[Tensor, "M E"], true: Int[Tensor, "N"], *, among: int = AMONG
+    pictures: Float[Tensor, "N E"], captions: Float[Tensor, "M E"], true: Int[Tensor, "N"], *, among: int
 ) -> Float[Tensor, "N"]:
     """Rank of each picture's true caption by inner product, among it and others at random; equal ones share a rank."""
     among = min(among, len(captions))

@@ -187,7 +187,10 @@ def evaluate(
     run: RunArgument,
     steps: StepsOption = "1,2,4,8",
     out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="RUN/report")] = None,
-    samples: Annotated[int, typer.Option(help="Pictures for each step count.")] = 2000,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Pictures for each step count.", show_default="2000, at most 4 for a held-out row"),
+    ] = None,
     clip: Annotated[
         Path | None, typer.Option(help="Folder of a CLIPModel: adds its score.", show_default=False)
     ] = None,

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SAMPLES = 2000
+AMONG = 100
+"""Captions among which the true one is looked for, where captions are no classes."""
 SHOWN = 10
 """Captions whose pictures are on the page."""
+NO_PICTURES = "the table keeps no pictures: encode it with --keep-images"
 FEWEST = 8
 """Rows of a split, and samples, below which figures mean nothing."""
 
@@ -45,7 +48,7 @@ def evaluate(
     *,
     steps: list[int],
     out: Path,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
     clip: Path | None = None,
     inception: Path | None = None,
@@ -57,7 +60,8 @@ def evaluate(
         run: the run folder.
         steps: step counts to measure.
         out: folder of the report.
-        samples: pictures for each step count; held-out captions come again, with other points, if there are fewer.
+        samples: pictures for each step count; where fewer captions are held out they come again, with other points.
+            None: 2,000, or four for each held-out row if that is less.
         seed: of everything drawn.
         clip: folder of a CLIPModel, for its score.
         inception: TorchScript file of an Inception network, for FID and KID.
@@ -65,55 +69,55 @@ def evaluate(
     """
     if not steps or min(steps) < 1:
         raise OptionError(f"--steps {','.join(map(str, steps))} is not allowed: give numbers above 0, such as 1,2,4,8")
-    if samples < FEWEST:
+    if samples is not None and samples < FEWEST:
         raise OptionError(f"--samples {samples} is too few to measure: give at least {FEWEST}, such as {SAMPLES}")
     config = read_config(run)
     coalescer = Coalescer.from_pretrained(run, device=device)
     others = open_pretrained(clip, inception, coalescer.device)
     table = _table_of(config, run)
-    decode = _decode(coalescer)
+    questions = make_questions(coalescer, table, samples or min(SAMPLES, 4 * len(table.offsets(HELDOUT))), seed)
+    decode, among = _decode(coalescer), min(AMONG, len(set(questions.captions)))
+    referee, known = open_referee(
+        table, decode, coalescer.text_encoder.encode, among=among, out=out, device=coalescer.device
+    )
     began = time.perf_counter()
-    referee, known = open_referee(table, decode, coalescer.text_encoder.encode, out, coalescer.device)
-    trained = time.perf_counter()
-    questions = make_questions(coalescer, table, samples, seed)
     told, pairs = Told(coalescer, questions.captions), retrieve(table, questions)
     # In the order in which they are asked, so that samples and rows stand side by side.
     rows = np.array(list(dict.fromkeys(questions.rows.tolist())))
     heldout = rows_answers(table, rows)
     measures = Measures(table, heldout, rows_pictures(table, rows, decode), decode, [referee, *others])
+    floors = measure_floors(table, questions, pairs, coalescer.image_encoder, decode, measures)
+    found, figures = {}, {}
+    with Progress("evaluate", total=len(steps) * len(questions.captions), unit="samples", log=out / "log.jsonl") as bar:
+        for n in steps:
+            found[n] = sample(coalescer, questions, told, n, bar.advance)
+            figures[str(n)] = _figures(found[n], questions, measures)
+    confidence = measure_confidence(coalescer, questions, told, pairs)
     report: dict[str, Any] = {
         "run": str(run),
         "objective": config["fit"]["objective"],
         "table": {"uri": table.uri, "version": table.version},
         "seed": seed,
-        "samples": samples,
+        "samples": questions.count,
         "heldout_rows": len(rows),
         "heldout_pictures": "originals" if keeps_pictures(table) else "decoded latents",
         "training_rows_compared": measures.compared_with,
         "batch_size": BATCH,
         "device": coalescer.device,
         "referee": known,
+        "steps": figures,
+        "floors": floors,
         "heldout": measures.heldout(),
-        "floors": measure_floors(table, questions, pairs, coalescer.image_encoder, decode, measures),
-        "steps": {},
-        "left_out": {},
+        "reliability": confidence,
+        "left_out": {
+            **({} if confidence else {"reliability": f"{config['fit']['objective']} teaches no confidence"}),
+            **({} if "reconstructions" in floors else {"reconstructions": NO_PICTURES}),
+        },
+        "seconds": round(time.perf_counter() - began, 1),
     }
-    if not keeps_pictures(table):
-        report["left_out"]["reconstructions"] = "the table keeps no pictures: encode it with --keep-images"
-    shown = {}
-    with Progress("evaluate", total=len(steps) * len(questions.captions), unit="samples", log=out / "log.jsonl") as bar:
-        for n in steps:
-            found = sample(coalescer, questions, told, n, bar.advance)
-            report["steps"][str(n)] = _figures(found, questions, measures)
-            shown[f"{n} step{'s' * (n > 1)}"] = found.x
-    report["reliability"] = measure_confidence(coalescer, questions, told, pairs)
-    if not report["reliability"]:
-        report["left_out"]["reliability"] = f"{report['objective']} teaches no confidence"
-    report["seconds"] = {"referee": trained - began, "evaluation": time.perf_counter() - trained}
     write_json(out / "report.json", report)
-    write_text(
-        out / "index.html", evaluation_page(report, _sheet(table, questions, shown | {"retrieved": pairs}, decode))
-    )
+    sheet = _sheet(table, questions, {f"{n} steps": each.x for n, each in found.items()} | {"retrieved": pairs}, decode)
+    write_text(out / "index.html", evaluation_page(report, sheet))
     return report
 
 

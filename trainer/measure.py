@@ -48,12 +48,14 @@ class Measures:
 
     def row(self, answers: Answers, pictures: Pictures | None = None) -> dict[str, float]:
         """All figures of some answers; pictures are decoded unless they are given."""
+        # Of unequal sets coverage and recall would say how many there are.
+        count = min(len(answers.x), len(self._truth.x))
         return {
             "frechet": frechet(answers.x, self._truth.x),
             "sliced_wasserstein": sliced_wasserstein(answers.x, self._truth.x),
             "energy_distance": energy_distance(answers.x, self._truth.x),
             "two_sample_accuracy": two_sample_accuracy(answers.x, self._truth.x),
-            **manifold(self._truth.x, answers.x)._asdict(),
+            **manifold(self._truth.x[:count], answers.x[:count])._asdict(),
             **self._alone(answers),
             **self._figures(self._look(pictures or self.decoded(answers.x), answers.captions), answers.captions),
         }

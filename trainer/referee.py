@@ -29,7 +29,8 @@ from trainer.viewers import feature_distances
 
 MOST_LABELS = 100
 """Captions that are taken for classes, where a class has ten rows on average."""
-BUDGET = {"format": 1, "rows": 8192, "steps": 600, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+BUDGET = {"format": 2, "rows": 8192, "passes": 60, "steps": 600, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+"""Rows that it learns from, and how often it sees each or how many steps it takes, whichever is less."""
 
 Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
 """Latents to pictures."""
@@ -38,9 +39,10 @@ Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
 class Referee:
     """A viewer: features, and whether pictures follow their captions."""
 
-    def __init__(self, network: Classifier | Matcher, describe: Describe, device: str) -> None:
-        """Made by `open_referee`."""
+    def __init__(self, network: Classifier | Matcher, describe: Describe, among: int, device: str) -> None:
+        """Made by `open_referee`; it looks for a picture's caption among so many."""
         self._network, self._describe, self._device = network.to(device).eval(), describe, device
+        self._among = among
 
     def look(self, pictures: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """What it sees before it answers."""
@@ -56,11 +58,13 @@ class Referee:
     def adherence(self, found: Float32[np.ndarray, "N F"], captions: Sequence[str]) -> dict[str, float]:
         """How far pictures with these features follow their captions."""
         with torch.inference_mode():
-            return self._network.adherence(torch.from_numpy(found).to(self._device), captions, self._describe)
+            return self._network.adherence(
+                torch.from_numpy(found).to(self._device), captions, self._describe, self._among
+            )
 
 
 def open_referee(
-    table: Table, decode: Decode, describe: Describe, out: Path, device: str
+    table: Table, decode: Decode, describe: Describe, *, among: int, out: Path, device: str
 ) -> tuple[Referee, dict[str, Any]]:
     """The table's referee and what is known of it; trained now if it is not there yet.
 
@@ -81,7 +85,7 @@ def open_referee(
         load_model(place, network)
     except (OSError, ValueError, KeyError, RunError) as error:
         raise RunError(f"{place} holds no referee ({error}): remove it, and it is trained again") from error
-    return Referee(network, describe, device), {"folder": str(place), **content}
+    return Referee(network, describe, among, device), {"folder": str(place), "among": among, **content}
 
 
 def labels_of(table: Table) -> list[str] | None:
@@ -106,7 +110,8 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     labels = labels_of(table)
     known: dict[str, Any] = {"kind": "matcher" if labels is None else "classifier", "labels": labels}
     known |= {"text_width": text.shape[1], "trained_on": len(rows)}
-    steps, batch = int(BUDGET["steps"]), min(int(BUDGET["batch_size"]), len(rows))
+    batch = min(int(BUDGET["batch_size"]), len(rows))
+    steps = min(int(BUDGET["steps"]), int(BUDGET["passes"]) * len(rows) // batch)
     with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pictures = torch.from_numpy(

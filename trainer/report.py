@@ -34,7 +34,7 @@ MEANING = {
     "feature_frechet": ("in features of the referee, as pictures", LOWER),
     "feature_kernel": ("squared kernel distance in the same", LOWER),
     "class_accuracy": ("share that the referee takes for what the caption says", HIGHER),
-    "caption_rank": ("of the true caption among 100, by the referee", LOWER),
+    "caption_rank": ("mean, of the true caption among others, by the referee", LOWER),
     "caption_first": ("share whose true caption comes first", HIGHER),
     "inception_frechet": ("FID", LOWER),
     "inception_kernel": ("KID", LOWER),
@@ -57,11 +57,14 @@ table{{border-collapse:collapse;font-size:13px}}tr:nth-child(even){{background:#
 """
 
 
+def steps_said(n: int) -> str:
+    """A number of steps in words."""
+    return f"{n} step{'s' * (n > 1)}"
+
+
 def columns_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The run at each step count, the floors, and held-out rows themselves."""
-    steps: dict[str, dict[str, float]] = {
-        f"{n} step{'s' * (n != '1')}": figures for n, figures in report["steps"].items()
-    }
+    steps: dict[str, dict[str, float]] = {steps_said(int(n)): figures for n, figures in report["steps"].items()}
     return {**steps, **report["floors"], "held-out rows": report["heldout"]}
 
 
@@ -132,7 +135,7 @@ def _diagram(name: str, content: dict[str, Any]) -> "Figure":
     axes.plot(said, came, color=COLOURS["run"], marker="o", markersize=4)
     axes.set_aspect("equal")
     error, rank = content["calibration_error"], content["rank_correlation"]
-    axes.set_title(f"{name.replace('_', ' ')}: error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)
+    axes.set_title(f"{name.replace('_', ' ')}\ncalibration error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)
     axes.set_xlabel("said", fontsize=8)
     axes.set_ylabel("cosine to the searched pair", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -159,11 +162,12 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    referee, seconds = report["referee"], report["seconds"]
+    referee = report["referee"]
     return [
         f"The referee is a {referee['kind']}, trained on decoded latents of {referee['trained_on']:,} training rows; "
-        "all runs on this version of the table share it.",
-        f"Times are on {report['device']}, {report['batch_size']} samples at once. The referee took "
-        f"{seconds['referee']:.0f} s and the evaluation {seconds['evaluation']:.0f} s.",
+        "all runs on this version of the table share it. "
+        + (f"It ranks {referee['among']} captions." if referee["kind"] == "matcher" else ""),
+        f"Times are on {report['device']}, {report['batch_size']} samples at once. The referee was trained in "
+        f"{referee['seconds']:.0f} s, once; the evaluation took {report['seconds']:.0f} s.",
         *(f"Left out: {name}, because {reason}." for name, reason in report["left_out"].items()),
     ]
