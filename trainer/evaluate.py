@@ -25,7 +25,7 @@ from trainer.measure import Measures
 from trainer.pretrained import open_pretrained
 from trainer.referee import Decode, open_referee
 from trainer.reliability import measure_confidence
-from trainer.report import evaluation_page, lines_of
+from trainer.report import evaluation_page, lines_of, steps_said
 from trainer.sampler import Coalescer
 
 __all__ = ["evaluate", "lines_of"]
@@ -116,8 +116,8 @@ def evaluate(
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "report.json", report)
-    sheet = _sheet(table, questions, {f"{n} steps": each.x for n, each in found.items()} | {"retrieved": pairs}, decode)
-    write_text(out / "index.html", evaluation_page(report, sheet))
+    answers = {steps_said(n): each.x for n, each in found.items()} | {"retrieved": pairs}
+    write_text(out / "index.html", evaluation_page(report, _sheet(table, questions, answers, decode)))
     return report
 
 

@@ -27,7 +27,7 @@ MEMORY_BYTES = 2**30
 DECODED = 64
 """Pictures that are decoded at once."""
 
-Pictures = Iterable[UInt8[np.ndarray, "B H W 3"]]
+Pictures = Iterable[UInt8[np.ndarray, "_ H W 3"]]
 
 
 class Measures:
@@ -86,13 +86,13 @@ class Measures:
             "copied_share": float((ratio < COPIED).mean()),
         }
 
-    def _training_blocks(self) -> Iterator[Float32[np.ndarray, "n L"]]:
+    def _training_blocks(self) -> Iterator[Float32[np.ndarray, "_ L"]]:
         for start in range(0, len(self._training), 8192):
             yield self._geometry.to_coordinates(self._training[start : start + 8192])
 
-    def _look(self, batches: Pictures, captions: Sequence[str]) -> list[Float32[np.ndarray, "N F"]]:
+    def _look(self, batches: Pictures, captions: Sequence[str]) -> list[Float32[np.ndarray, "N _"]]:
         """What each viewer sees of pictures, none of which is kept."""
-        seen: list[list[Float32[np.ndarray, "B F"]]] = [[] for _ in self._viewers]
+        seen: list[list[Float32[np.ndarray, "_ _"]]] = [[] for _ in self._viewers]
         done = 0
         for pictures in batches:
             here = captions[done : done + len(pictures)]
@@ -102,7 +102,7 @@ class Measures:
         assert done == len(captions), (done, len(captions))
         return [np.concatenate(each) for each in seen]
 
-    def _figures(self, seen: list[Float32[np.ndarray, "N F"]], captions: Sequence[str]) -> dict[str, float]:
+    def _figures(self, seen: list[Float32[np.ndarray, "N _"]], captions: Sequence[str]) -> dict[str, float]:
         figures: dict[str, float] = {}
         for viewer, found, truth in zip(self._viewers, seen, self._seen, strict=True):
             figures |= viewer.figures(found, truth, captions)

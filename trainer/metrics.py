@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -24,10 +24,8 @@ def sliced_wasserstein(
     ways = rng.standard_normal((a.shape[1], projections))
     ways /= np.linalg.norm(ways, axis=0)
     left, right = np.sort(a.astype(np.float64) @ ways, axis=0), np.sort(b.astype(np.float64) @ ways, axis=0)
-    if len(a) != len(b):
-        count = min(len(a), len(b))
-        levels = (np.arange(count) + 0.5) / count
-        left, right = (np.quantile(side, levels, axis=0) for side in (left, right))
+    count = min(len(a), len(b))
+    left, right = _levels(left, count), _levels(right, count)
     return float(np.sqrt(np.square(left - right).mean()))
 
 
@@ -78,6 +76,14 @@ def two_sample_accuracy(
     halves = ((first, ~first), (~first, first))
     right = sum(_told_apart(x[fit], y[fit], x[test], y[test], steps=steps, seed=seed) for fit, test in halves)
     return right / (2 * count)
+
+
+def _levels(ordered: Float64[np.ndarray, "N P"], count: int) -> Float64[np.ndarray, "M P"]:
+    """The quantiles (i + 1/2) / count of ordered columns; the columns themselves where they have so many rows."""
+    place = ((np.arange(count) + 0.5) * len(ordered) / count - 0.5).clip(0, len(ordered) - 1)
+    lower = np.floor(place).astype(int)
+    upper, share = np.minimum(lower + 1, len(ordered) - 1), (place - lower)[:, None]
+    return np.asarray((1 - share) * ordered[lower] + share * ordered[upper])
 
 
 def _told_apart(

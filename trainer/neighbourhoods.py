@@ -53,7 +53,7 @@ def _radii(points: Float[np.ndarray, "N L"], k: int) -> Float32[Tensor, "N"]:
     return torch.cat([block.kthvalue(rank, dim=1).values for block in distances(points, points)])
 
 
-def nearest_ratio(x: Float[np.ndarray, "N L"], blocks: Iterable[Float[np.ndarray, "n L"]]) -> Float32[np.ndarray, "N"]:
+def nearest_ratio(x: Float[np.ndarray, "N L"], blocks: Iterable[Float[np.ndarray, "_ L"]]) -> Float32[np.ndarray, "N"]:
     """Distance to the nearest row of all blocks over that to the second: about 0 for a copy, near 1 between rows."""
     points = torch.from_numpy(np.ascontiguousarray(x, np.float32))
     best = torch.full((len(points), 2), torch.inf)

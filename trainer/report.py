@@ -22,7 +22,7 @@ LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is pe
 MEANING = {
     "frechet": ("of Gaussians fitted to both, in coordinates", LOWER),
     "sliced_wasserstein": ("root mean square over directions", LOWER),
-    "energy_distance": ("2 E|X-Y| - E|X-X'| - E|Y-Y'|", LOWER),
+    "energy_distance": ("2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased, so it may be below 0", LOWER),
     "two_sample_accuracy": ("of a classifier that tells samples from held-out rows", HALF),
     "precision": ("share of samples that lie among held-out rows", HIGHER),
     "recall": ("share of held-out rows that lie among samples", HIGHER),
