@@ -43,6 +43,16 @@ def test_frechet_with_correlated_features_agrees_with_a_matrix_root():
     assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+def test_frechet_of_fewer_points_than_numbers_is_the_same():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 50)) * 2, rng.normal(size=(40, 50))
+    root = np.linalg.cholesky(np.cov(a, rowvar=False) + 1e-10 * np.eye(50))
+    values = np.linalg.eigvalsh(root.T @ np.cov(b, rowvar=False) @ root).clip(min=0)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    assert frechet(a, b) == pytest.approx(expected - 2 * np.sqrt(values).sum(), rel=1e-3)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
 def test_sliced_wasserstein_of_a_shift_is_its_length_over_root_d():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(300, 5))

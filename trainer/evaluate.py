@@ -86,9 +86,13 @@ def evaluate(
     rows = np.array(list(dict.fromkeys(questions.rows.tolist())))
     heldout = rows_answers(table, rows)
     measures = Measures(table, heldout, rows_pictures(table, rows, decode), decode, [referee, *others])
-    floors = measure_floors(table, questions, pairs, coalescer.image_encoder, decode, measures)
-    found, figures = {}, {}
-    with Progress("evaluate", total=len(steps) * len(questions.captions), unit="samples", log=out / "log.jsonl") as bar:
+    log, total = out / "log.jsonl", len(steps) * len(questions.captions)
+    floors, figures, found = {}, {}, {}
+    with Progress("measure floors", total=3 + keeps_pictures(table), unit="floors", log=log) as bar:
+        for name, row in measure_floors(table, questions, pairs, coalescer.image_encoder, decode, measures):
+            floors[name] = row
+            bar.advance()
+    with Progress("evaluate", total=total, unit="samples", log=log) as bar:
         for n in steps:
             found[n] = sample(coalescer, questions, told, n, bar.advance)
             figures[str(n)] = _figures(found[n], questions, measures)

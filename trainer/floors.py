@@ -6,6 +6,8 @@ reconstructions    what the image autoencoder costs: held-out pictures that went
 gaussian           no knowledge: the points that a run starts from
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float32, Int
 
@@ -50,19 +52,16 @@ def measure_floors(
     encoder: DiffusersAutoencoder,
     decode: Decode,
     measures: Measures,
-) -> dict[str, dict[str, float]]:
-    """All floors; without reconstructions where a table keeps no pictures to compare them with."""
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """All floors, by name; without reconstructions where a table keeps no pictures to compare them with."""
     rows = like_captions(table, questions)
     train = rows_answers(table, rows)
-    floors = {
-        "train rows": measures.row(train, rows_pictures(table, rows, decode)),
-        "retrieved pairs": measures.row(Answers.to(questions, pairs)),
-        "gaussian": measures.row(Answers.to(questions, questions.r)),
-    }
+    yield "train rows", measures.row(train, rows_pictures(table, rows, decode))
+    yield "retrieved pairs", measures.row(Answers.to(questions, pairs))
+    yield "gaussian", measures.row(Answers.to(questions, questions.r))
     if keeps_pictures(table):
         x = reencoded(table, train.x, encoder, decode)
-        floors["reconstructions"] = measures.row(Answers.rows(x, train.captions), measures.decoded(train.x))
-    return floors
+        yield "reconstructions", measures.row(Answers.rows(x, train.captions), measures.decoded(train.x))
 
 
 def like_captions(table: Table, questions: Questions) -> Int[np.ndarray, "N"]:

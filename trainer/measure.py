@@ -24,6 +24,8 @@ from trainer.viewers import Viewer
 
 MEMORY_BYTES = 2**30
 """Latents of training rows that samples are compared with; of larger tables every k-th row."""
+BLOCK_NUMBERS = 2**20
+"""Of training rows that are compared at once."""
 DECODED = 64
 """Pictures that are decoded at once."""
 
@@ -87,8 +89,9 @@ class Measures:
         }
 
     def _training_blocks(self) -> Iterator[Float32[np.ndarray, "_ L"]]:
-        for start in range(0, len(self._training), 8192):
-            yield self._geometry.to_coordinates(self._training[start : start + 8192])
+        rows = max(256, BLOCK_NUMBERS // self._training.shape[1])
+        for start in range(0, len(self._training), rows):
+            yield self._geometry.to_coordinates(self._training[start : start + rows])
 
     def _look(self, batches: Pictures, captions: Sequence[str]) -> list[Float32[np.ndarray, "N _"]]:
         """What each viewer sees of pictures, none of which is kept."""

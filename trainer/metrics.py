@@ -32,12 +32,18 @@ def sliced_wasserstein(
 def frechet(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
     """Frechet distance of the Gaussians fitted to both sets: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric A^(1/2) B A^(1/2).
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    # A = x'x and B = y'y.
+    x, y = ((points - points.mean(0)) / np.sqrt(len(points) - 1) for points in (a, b))
+    if a.shape[1] > min(len(a), len(b)):
+        # The eigenvalues of A B that are not zero are the squared singular values of x y', which is smaller.
+        cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    else:
+        # tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric A^(1/2) B A^(1/2).
+        values, vectors = np.linalg.eigh(x.T @ x)
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        cross = np.sqrt(np.linalg.eigvalsh(root @ (y.T @ y) @ root).clip(min=0)).sum()
+    spread = np.square(x).sum() + np.square(y).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2 * cross)
 
 
 def energy_distance(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:

@@ -71,7 +71,8 @@ def open_referee(
     Where nothing can be written beside the table it is kept in `out`.
     """
     meta = table.meta
-    key = {"version": table.version, "image": meta.image_encoder.digest, "text": meta.text_encoder.digest, **BUDGET}
+    encoders = {"image_encoder": meta.image_encoder.digest, "text_encoder": meta.text_encoder.digest}
+    key = {"table_version": table.version, **encoders, **BUDGET}
     name = f"referee-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     beside = Path(reports_of(table.uri))
     writable = is_local(table.uri) and os.access(beside if beside.exists() else beside.parent, os.W_OK)

@@ -18,7 +18,7 @@ COLOURS = {
     "gaussian": "#b03030",
     "held-out rows": "#777777",
 }
-LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is perfect", "as held-out rows is best"
+LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is perfect", "best as real rows"
 MEANING = {
     "frechet": ("of Gaussians fitted to both, in coordinates", LOWER),
     "sliced_wasserstein": ("root mean square over directions", LOWER),
@@ -26,7 +26,7 @@ MEANING = {
     "two_sample_accuracy": ("of a classifier that tells samples from held-out rows", HALF),
     "precision": ("share of samples that lie among held-out rows", HIGHER),
     "recall": ("share of held-out rows that lie among samples", HIGHER),
-    "density": ("how densely held-out rows lie around samples", HIGHER),
+    "density": ("how densely held-out rows lie around samples; 1 of equal laws", NEITHER),
     "coverage": ("share of held-out rows with a sample near", HIGHER),
     "diversity": ("distance of two samples of a caption, over that of two held-out rows", NEITHER),
     "nearest_ratio": ("median distance to the nearest training row, over that to the second", NEITHER),
@@ -81,7 +81,9 @@ def lines_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
     """The page of a report, with a sheet of pictures."""
-    key = " ".join(f'<b style="color:{colour}">&#9644; {name}</b>' for name, colour in COLOURS.items())
+    key = " ".join(
+        f'<b style="color:{colour};white-space:nowrap">&#9644; {name}</b>' for name, colour in COLOURS.items()
+    )
     drawn = [_over_steps(report, name, good) for name, (_, good) in MEANING.items() if good]
     diagrams = [_diagram(name, content) for name, content in report["reliability"].items()]
     sheet = io.BytesIO()
@@ -114,10 +116,10 @@ def _over_steps(report: dict[str, Any], name: str, good: str) -> "Figure | None"
     axes.plot(list(points), list(points.values()), color=COLOURS["run"], marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(points), [str(n) for n in points])
-    axes.minorticks_off()
     values = [*points.values(), *known.values()]
     if good == LOWER and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+    axes.minorticks_off()
     axes.set_title(name.replace("_", " "), fontsize=10)
     axes.set_xlabel(f"steps ({good})", fontsize=8)
     axes.tick_params(labelsize=8)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
-SUBSET = 1000
-"""Features that one estimate of the kernel distance takes of each side, as is usual for KID."""
+SUBSET = 4000
+"""Features that one estimate of the kernel distance takes of each side; of larger sets ten are averaged."""
 
 
 @runtime_checkable
@@ -58,7 +58,8 @@ def feature_distances(
     subset = min(SUBSET, len(found), len(truth))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*save all extracted features", category=UserWarning)
-        kernel = KernelInceptionDistance(feature=same, subset_size=subset, subsets=10)
+        subsets = 1 if subset == len(found) == len(truth) else 10
+        kernel = KernelInceptionDistance(feature=same, subset_size=subset, subsets=subsets)
     metrics = {"frechet": FrechetInceptionDistance(feature=same), "kernel": kernel}
     figures = {}
     with torch.random.fork_rng(devices=[]):  # the kernel distance draws its subsets from the global generator
