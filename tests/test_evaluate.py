@@ -17,6 +17,7 @@ from index.schema import HELDOUT, TRAIN
 from index.table import open_table, reports_of
 from pipeline.images import decode_image
 from trainer import referee as referee_module
+from trainer.adherence import Classifier
 from trainer.answers import FAN, Told, make_questions, retrieve, sample
 from trainer.checkpoint import read_config
 from trainer.evaluate import evaluate, lines_of
@@ -280,6 +281,16 @@ def test_a_referee_stands_in_the_report_where_nothing_can_be_written_beside(flow
     (place / "model.safetensors").write_bytes(b"?")
     with pytest.raises(RunError, match=r"holds no referee .*: remove it, and it is trained again"):
         opened()
+
+
+def test_larger_pictures_are_seen_as_their_means():
+    torch.manual_seed(0)
+    network = Classifier(["a", "b"]).eval()
+    small = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    large = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    with torch.inference_mode():
+        assert torch.equal(network.features(large), network.features(small))
+        assert not torch.allclose(network.features(large), network.features(small.flip(0)))
 
 
 def test_captions_are_classes_where_they_are_few_and_come_often(coloured, indexed, monkeypatch):

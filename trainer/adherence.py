@@ -33,11 +33,17 @@ class Tower(nn.Module):
 
     def features(self, pictures: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B F"]:
         """What is seen of pictures."""
-        x = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1  # B 3 H W
-        if x.shape[2] > SIDE:
-            x = interpolate(x, (SIDE, SIDE), mode="area")
+        x = shrunk(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # B 3 H W
         seen: Tensor = self.see(x).pooler_output.flatten(1)  # B F
         return seen
+
+
+def shrunk(pictures: UInt8[Tensor, "B H W 3"]) -> UInt8[Tensor, "B h w 3"]:
+    """Pictures as a tower sees them."""
+    if pictures.shape[1] <= SIDE:
+        return pictures
+    means = interpolate(pictures.permute(0, 3, 1, 2).float(), (SIDE, SIDE), mode="area")
+    return means.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class Classifier(Tower):

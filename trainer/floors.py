@@ -16,8 +16,8 @@ from index.table import Table
 from pipeline.encoders import DiffusersAutoencoder
 from pipeline.images import decode_image
 from trainer.answers import Answers, Questions
-from trainer.measure import DECODED, Measures, Pictures
-from trainer.referee import Decode
+from trainer.measure import Measures, Pictures
+from trainer.referee import DECODED, Decode
 
 POOL = 20
 """Training rows that are looked through for captions, for each that is wanted."""

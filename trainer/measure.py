@@ -19,15 +19,13 @@ from trainer.metrics import (
     two_sample_accuracy,
 )
 from trainer.neighbourhoods import COPIED, manifold, nearest_ratio
-from trainer.referee import Decode, Referee
+from trainer.referee import DECODED, Decode, Referee
 from trainer.viewers import Viewer
 
 MEMORY_BYTES = 2**30
 """Latents of training rows that samples are compared with; of larger tables every k-th row."""
 BLOCK_NUMBERS = 2**20
 """Of training rows that are compared at once."""
-DECODED = 64
-"""Pictures that are decoded at once."""
 
 Pictures = Iterable[UInt8[np.ndarray, "_ H W 3"]]
 

@@ -1,8 +1,9 @@
 """The referee of a table: a small network trained on its pictures, which all runs on the table share.
 
 It learns from decoded latents of training rows, because a table need not keep its pictures and because a run can draw
-no others. The budget is fixed, some twenty seconds on one core for pictures of 32 pixels. It is kept beside the table,
-DB/NAME.reports/referee-KEY, where KEY stands for the table's version, its encoders and the budget.
+no others. The budget is fixed, some twenty seconds on one core for pictures of 32 pixels; of larger ones decoding takes
+most. It is kept beside the table, DB/NAME.reports/referee-KEY, where KEY stands for the table's version, its encoders
+and the budget.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from index.errors import RunError
 from index.schema import TRAIN
 from index.storage import is_local
 from index.table import Table, column_array, reports_of
-from trainer.adherence import Classifier, Describe, Matcher, referee_network
+from trainer.adherence import Classifier, Describe, Matcher, referee_network, shrunk
 from trainer.checkpoint import load_model, save_model
 from trainer.viewers import feature_distances
 
@@ -31,6 +32,8 @@ MOST_LABELS = 100
 """Captions that are taken for classes, where a class has ten rows on average."""
 BUDGET = {"format": 2, "rows": 8192, "passes": 60, "steps": 600, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
 """Rows that it learns from, and how often it sees each or how many steps it takes, whichever is less."""
+DECODED = 64
+"""Latents that are decoded at once."""
 
 Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
 """Latents to pictures."""
@@ -115,9 +118,8 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     steps = min(int(BUDGET["steps"]), int(BUDGET["passes"]) * len(rows) // batch)
     with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pictures = torch.from_numpy(
-            np.concatenate([decode(part) for part in np.array_split(latents, -(-len(rows) // 256))])
-        )
+        parts = np.array_split(latents, -(-len(rows) // DECODED))
+        pictures = torch.cat([shrunk(torch.from_numpy(decode(part))) for part in parts])
         network = referee_network(known).to(device).train()
         adam = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, BUDGET["learning_rate"], total_steps=steps)

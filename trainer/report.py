@@ -49,7 +49,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</t
 <style>body{{font:15px/1.5 system-ui;margin:2em auto;max-width:76em;padding:0 1em}}svg{{max-width:24.5%;height:auto}}
 td,th{{padding:.15em .6em;text-align:right}}th:first-child,td:last-child{{text-align:left}}img{{max-width:100%}}
 table{{border-collapse:collapse;font-size:13px}}tr:nth-child(even){{background:#f4f4f4}}td.run{{font-weight:600}}
-.note{{color:#555;font-size:13px}}</style>
+.note{{color:#555;font-size:13px}}p b{{white-space:nowrap}}</style>
 <h1>{title}</h1><p>{told}</p><h2>Over steps, beside the floors</h2><p>{plots}</p>
 <h2>Can its confidence be believed?</h2><p>{reliability}</p>
 <h2>Pictures</h2><img alt="samples, retrieved pairs and held-out rows" src="data:image/png;base64,{pictures}">
