@@ -103,6 +103,7 @@ def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
 def _over_steps(report: dict[str, Any], name: str, good: str) -> "Figure | None":
     """One figure over steps, floors as horizontal lines; none where the run has it not."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     points = {int(n): figures[name] for n, figures in report["steps"].items() if name in figures}
     if not points:
@@ -119,6 +120,8 @@ def _over_steps(report: dict[str, Any], name: str, good: str) -> "Figure | None"
     values = [*points.values(), *known.values()]
     if good == LOWER and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     axes.set_title(name.replace("_", " "), fontsize=10)
     axes.set_xlabel(f"steps ({good})", fontsize=8)
