@@ -17,7 +17,6 @@ from trainer import fit as fit_module
 from trainer import folder as folder_module
 from trainer.checkpoint import checkpoints, read_config
 from trainer.config import FitConfig, Machine
-from trainer.evaluate import evaluate
 from trainer.fit import fit
 from trainer.sampler import Coalescer
 
@@ -374,24 +373,6 @@ def test_weights_of_another_shape_are_refused(run, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match="do not fit the network"):
         Coalescer.from_pretrained(tmp_path / "run")
-
-
-def test_evaluation_stands_beside_its_floors(run, tmp_path):
-    report = evaluate(run, steps=[1, 2], out=tmp_path)
-    assert report == json.loads((tmp_path / "report.json").read_text())
-    assert report["steps"].keys() == {"1", "2"}
-    floors = report["floors"]
-    assert floors["train rows"]["frechet"] < floors["gaussian"]["frechet"]
-    assert report["steps"]["2"]["frechet"] < floors["gaussian"]["frechet"]
-
-
-def test_evaluating_without_the_table_is_refused(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    config = read_config(run)
-    config["table"]["uri"] = str(tmp_path / "gone.lance")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="cannot be compared with its table"):
-        evaluate(tmp_path / "run", steps=[1], out=tmp_path / "out")
 
 
 def test_a_table_without_index_is_not_trained_on(encoded):

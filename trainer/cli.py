@@ -187,19 +187,44 @@ def evaluate(
     run: RunArgument,
     steps: StepsOption = "1,2,4,8",
     out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="RUN/report")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Pictures for each step count.", show_default="2000, at most 4 for a held-out row"),
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIPModel: adds its score.", show_default=False)
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="TorchScript file of an Inception network that you trust: adds FID and KID.", show_default=False
+        ),
+    ] = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Measure a run against held-out rows, beside its floors.
+    """Measure a run against held-out rows, beside its floors; nothing is downloaded.
 
     trainer evaluate runs/shapes
 
-    trainer evaluate runs/shapes --steps 2 --out reports/shapes
+    trainer evaluate runs/shapes --steps 2 --samples 5000 --out reports/shapes
     """
     from trainer.evaluate import evaluate as run_evaluate
     from trainer.evaluate import lines_of
 
-    report = run_evaluate(run, steps=_numbers(steps), out=out or run / "report", seed=seed)
+    place = out or run / "report"
+    report = run_evaluate(
+        run,
+        steps=_numbers(steps),
+        out=place,
+        samples=samples,
+        seed=seed,
+        clip=clip,
+        inception=inception,
+        device=device,
+    )
     print_columns(str(run), lines_of(report))
+    print(f"page: {place / 'index.html'}")
 
 
 @app.command()

@@ -145,18 +145,18 @@ class Coalescer:
         guidance: float = 1.0,
     ) -> tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"]]:
         """End points in coordinates, and the confidence of the first step, from points drawn by (seed, number)."""
-        x, condition = self._points(numbers, seed, attempt), torch.from_numpy(text).to(self.device)
+        x, condition = self.points(numbers, seed, attempt), torch.from_numpy(text).to(self.device)
         first = None
         with torch.inference_mode():
             for i in range(steps):
-                noise = partial(self._points, numbers, seed, attempt, 1 + i)
+                noise = partial(self.points, numbers, seed, attempt, 1 + i)
                 x, sure = self.objective.step(self.network, x, condition, i, steps, guidance, noise)
                 first = sure if first is None else first
         assert first is not None
         return x.cpu().numpy(), first.cpu().numpy()
 
-    def _points(self, numbers: Sequence[int], *key: int) -> Float32[torch.Tensor, "B L"]:
-        """Random points, one for each number, that depend on it and the key alone."""
+    def points(self, numbers: Sequence[int], *key: int) -> Float32[torch.Tensor, "B L"]:
+        """Random points, one for each number, that depend on it and the key (seed, attempt ...) alone."""
         size, (seed, *rest) = self.geometry.latent_size, key
         points = [np.random.default_rng([seed, n, *rest]).standard_normal(size) for n in numbers]
         return torch.from_numpy(self.geometry.project(np.stack(points))).to(self.device)

@@ -17,7 +17,8 @@ from index.search import ExactNeighbours, LanceNeighbours
 from index.table import open_table
 from pipeline.images import decode_caption
 from pipeline.sources import list_shards, read_samples
-from trainer.metrics import coverage, frechet
+from trainer.metrics import frechet
+from trainer.neighbourhoods import manifold
 
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))
@@ -43,7 +44,7 @@ def floors(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
         return {
             "space": space,
             "frechet": frechet(found, real),
-            "coverage": coverage(real, found),
+            "coverage": manifold(real, found).coverage,
             "adherence": None if space == TRAINING else accuracy(found, right),
             **more,
         }
