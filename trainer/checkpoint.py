@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from index.console import write_json
 from index.errors import RunError
 from index.table import first_line
+from trainer.networks import Network, NetworkConfig, make_network
 from trainer.optimise import Optimiser
 
 FORMAT = "coalescer-run-1"
@@ -27,9 +28,11 @@ def save_model(folder: Path, network: nn.Module) -> None:
     _save(folder / "model.safetensors", dict(network.state_dict()))
 
 
-def load_model(folder: Path, network: nn.Module) -> None:
-    """Read model.safetensors into a network of the same shape; RunError where it is missing or does not fit."""
+def load_network(folder: Path) -> Network:
+    """The network of a run with the weights to sample with; RunError where they are missing or do not fit."""
+    network = make_network(NetworkConfig(**read_config(folder)["network"]))
     network.load_state_dict(_checked(_load(folder / "model.safetensors"), network, folder))
+    return network
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from index.errors import OptionError
 from trainer.networks import Prediction
+from trainer.objectives.dials import read_dial
 from trainer.stream import Batch
 
 
@@ -65,7 +66,10 @@ class Objective(Protocol):
 
 def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
-    from trainer.objectives import coalescer, flow_matching
+    from trainer.objectives import (
+        coalescer,
+        flow_matching,
+    )
 
     presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
         "coalescer": coalescer.PRESETS,
@@ -75,10 +79,8 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
     if preset not in presets[name]:
         raise OptionError(f"--preset {preset!r} is unknown for {name}: choose one of {', '.join(presets[name])}")
-    known = {dial.name: dial for dial in fields(presets[name][preset]())}  # type: ignore[arg-type]
-    for dial, value in dials.items():
+    known = {dial.name: dial.default for dial in fields(presets[name][preset]())}  # type: ignore[arg-type]
+    for dial in dials:
         if dial not in known:
             raise OptionError(f"--dial {dial} is unknown for {name}: choose one of {', '.join(known)}")
-        if isinstance(value, str) and not isinstance(known[dial].default, str):
-            raise OptionError(f"--dial {dial}={value} is no number: give for instance {dial}=0.5")
-    return presets[name][preset](**dials)
+    return presets[name][preset](**{dial: read_dial(dial, value, known[dial]) for dial, value in dials.items()})
