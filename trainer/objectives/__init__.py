@@ -68,11 +68,13 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
     from trainer.objectives import (
         coalescer,
+        endpoint,
         flow_matching,
     )
 
     presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
         "coalescer": coalescer.PRESETS,
+        "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
     }
     if name not in presets:
