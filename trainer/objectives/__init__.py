@@ -70,12 +70,14 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         coalescer,
         endpoint,
         flow_matching,
+        imle,
     )
 
     presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
         "coalescer": coalescer.PRESETS,
         "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
+        "imle": imle.PRESETS,
     }
     if name not in presets:
         raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
