@@ -71,12 +71,14 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         endpoint,
         flow_matching,
         imle,
+        shortcut,
     )
 
     presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
         "coalescer": coalescer.PRESETS,
         "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
+        "shortcut": shortcut.PRESETS,
         "imle": imle.PRESETS,
     }
     if name not in presets:
