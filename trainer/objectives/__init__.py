@@ -71,6 +71,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         endpoint,
         flow_matching,
         imle,
+        mean_flow,
         shortcut,
     )
 
@@ -78,6 +79,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         "coalescer": coalescer.PRESETS,
         "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
+        "mean_flow": mean_flow.PRESETS,
         "shortcut": shortcut.PRESETS,
         "imle": imle.PRESETS,
     }
