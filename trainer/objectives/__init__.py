@@ -68,6 +68,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
     from trainer.objectives import (
         coalescer,
+        consistency,
         endpoint,
         flow_matching,
         imle,
@@ -81,6 +82,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         "flow_matching": flow_matching.PRESETS,
         "mean_flow": mean_flow.PRESETS,
         "shortcut": shortcut.PRESETS,
+        "consistency": consistency.PRESETS,
         "imle": imle.PRESETS,
     }
     if name not in presets:
