@@ -22,7 +22,7 @@ from index.table import Table, open_table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
 from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.networks import KINDS, SIZES, Network, NetworkConfig, count_flops, make_network
-from trainer.objectives import Loss, Objective, Training, make_objective
+from trainer.objectives import Loss, Objective, RestsOnRun, Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.reuse import measure_reuse, plan_reuse
 from trainer.sampler import encoder_of
@@ -75,7 +75,9 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
-        make_objective(self.objective, self.preset, **self.dials)
+        objective = make_objective(self.objective, self.preset, **self.dials)
+        if isinstance(objective, RestsOnRun):
+            objective.check()
         allowed = {
             "network": KINDS,
             "size": SIZES,
@@ -147,6 +149,8 @@ def fit(
     objective = make_objective(config.objective, config.preset, **config.dials)
     torch.manual_seed(config.seed)
     shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
+    if isinstance(objective, RestsOnRun):
+        objective.check(meta, shape.tokens)
     network = make_network(shape).to(accelerator.device)
     open_stream = partial(
         NeighborStream,

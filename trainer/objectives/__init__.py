@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import OptionError
+from index.schema import TableMeta
 from trainer.networks import Prediction
 from trainer.objectives.dials import read_dial
 from trainer.stream import Batch
@@ -64,6 +65,15 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class RestsOnRun(Protocol):
+    """An objective that is trained with the help of another run, and sampled without."""
+
+    def check(self, meta: TableMeta | None = None, tokens: int = 0) -> None:
+        """OptionError or RunError where that run is missing, or does not fit the table and a network's tokens."""
+        ...
+
+
 def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
     from trainer.objectives import (
@@ -73,6 +83,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         flow_matching,
         imle,
         mean_flow,
+        rectified_flow,
         shortcut,
     )
 
@@ -80,6 +91,7 @@ def make_objective(name: str, preset: str, **dials: Any) -> Objective:
         "coalescer": coalescer.PRESETS,
         "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
+        "rectified_flow": rectified_flow.PRESETS,
         "mean_flow": mean_flow.PRESETS,
         "shortcut": shortcut.PRESETS,
         "consistency": consistency.PRESETS,
