@@ -328,7 +328,7 @@ def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, s
     flow = FitConfig(objective="flow_matching", size="tiny", images=64, batch_size=32, search="exact")
     fit(raw, flow, tmp_path / "flow")
     config = replace(flow, objective="rectified_flow", dials={"flow": str(tmp_path / "flow")})
-    with pytest.raises(RunError, match="was trained with other geometry and latents: train a flow on this table first"):
+    with pytest.raises(RunError, match="was trained with other geometry and latents: first train a flow on this table"):
         fit(indexed, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -3,7 +3,7 @@
 The search runs the other way round: of a pool of random points the one whose output comes nearest to y is pulled to y,
 so no y is left out. Outputs within eps of y already are passed over, because the nearest of a large pool is no fair
 sample of what R gives; where all are, y teaches nothing. Conditional: pool and y share the description. The pool is R
-and that of slots beside it, which know nothing of y.
+and that of slots beside it, which know nothing of y; where processes share a batch each has its own slots.
 
 The authors keep one pool of 10 N outputs for N pictures for some epochs, compare and learn in the features of a
 perceptual network, and drop what lies near any picture; here each y has its own pool each time, and latents count.

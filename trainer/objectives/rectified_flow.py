@@ -68,7 +68,10 @@ class RectifiedFlow(FlowMatching):
         }
         other = [part for part, equal in same.items() if not equal]
         if other:
-            raise RunError(f"{folder} was trained with other {' and '.join(other)}: train a flow on this table first")
+            raise RunError(
+                f"{folder} was trained with other {' and '.join(other)}: first train a flow on this table"
+                + (f" with --tokens {tokens}" if "--tokens" in other else "")
+            )
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Flow matching towards where the flow leads."""
