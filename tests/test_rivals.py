@@ -329,9 +329,10 @@ def test_the_target_of_mean_flow_is_that_of_finite_differences(kind):
         x = batch.r + (time + h)[:, None] * v
         return network(x, batch.text, keep=keep, time=time + h, span=span - h).direction.detach()
 
-    h = 1e-4 if kind == "transformer" else 1e-2
-    change = (u(h) - u(-h)) / (2 * h)
+    change = (u(0.01) - u(-0.01)) / 0.02
     loss = objective.loss(network, batch, NOBODY)
+    # Fresh networks change with time no faster than points do; targets would drown in it.
+    assert loss.parts["slope"] < v.square().sum(1).mean()
     assert loss.parts["slope"].item() == pytest.approx(change.square().sum(1).mean().item(), rel=0.02)
     error = (u(0) - v - span[:, None] * change).square().sum(1).mean()
     assert loss.total.item() == pytest.approx(error.item(), rel=0.02)
