@@ -287,12 +287,60 @@ def test_options_are_checked(options, said):
         FitConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"objective": "flow_matching", "coupling": "independent"}, {"preset": "paper"}])
-@pytest.mark.parametrize("search", ["ann", "exact"])
-def test_every_objective_trains_and_samples(indexed, tmp_path, options, search):
-    fit(indexed, FitConfig(size="tiny", images=320, batch_size=32, search=search, **options), tmp_path / "run")
-    samples = Coalescer.from_pretrained(tmp_path / "run")("a small red circle above a large blue square", num=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "flow_matching", "coupling": "independent"},
+        {"preset": "paper"},
+        {"preset": "paper", "search": "exact"},
+        {"objective": "endpoint", "search": "exact"},
+        {"objective": "mean_flow"},
+        {"objective": "mean_flow", "network": "transformer", "tokens": 6},
+        {"objective": "shortcut", "coupling": "independent"},
+        {"objective": "consistency", "coupling": "independent"},
+        {"objective": "imle", "dials": {"pool": 3.0}},
+    ],
+)
+def test_every_objective_trains_and_samples(indexed, tmp_path, options):
+    fit(indexed, FitConfig(size="tiny", images=320, batch_size=32, **options), tmp_path / "run")
+    samples = Coalescer.from_pretrained(tmp_path / "run")(CAPTIONS, num=2, steps=2, guidance=2.0)
     assert np.isfinite(samples.latents).all()
+    assert np.isnan(samples.confidence).all() == (options.get("objective", "coalescer") != "coalescer")
+
+
+def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run, tmp_path, monkeypatch):
+    flow = FitConfig(objective="flow_matching", size="tiny", images=320, batch_size=32, coupling="independent")
+    fit(indexed, flow, tmp_path / "flow")
+    dials = {"flow": str(tmp_path / "flow"), "solver_steps": 3.0}
+    config = replace(flow, objective="rectified_flow", dials=dials)
+    fit(indexed, config, tmp_path / "whole")
+    fit_until(4, monkeypatch, indexed, config, tmp_path / "run")
+    fit(indexed, config, tmp_path / "run", resume=True)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    shutil.rmtree(tmp_path / "flow")
+    assert np.isfinite(Coalescer.from_pretrained(tmp_path / "run")(CAPTIONS).latents).all()
+    with pytest.raises(RunError, match="flow is no training run"):
+        FitConfig(objective="rectified_flow", dials=dials)
+
+
+def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, shapes, encode_shapes, tmp_path):
+    raw = build_index(encode_shapes(shapes, tmp_path / "raw.lance").table, BuildConfig(geometry="raw")).table
+    flow = FitConfig(objective="flow_matching", size="tiny", images=64, batch_size=32, search="exact")
+    fit(raw, flow, tmp_path / "flow")
+    config = replace(flow, objective="rectified_flow", dials={"flow": str(tmp_path / "flow")})
+    with pytest.raises(RunError, match="was trained with other geometry and latents: first train a flow on this table"):
+        fit(indexed, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path, monkeypatch):
+    config = replace(SHORT, objective="shortcut", dials={"share": 0.5})
+    fit(indexed, config, tmp_path / "whole")
+    fit_until(25, monkeypatch, indexed, config, tmp_path / "run")
+    fit(indexed, config, tmp_path / "run", resume=True)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 CAPTIONS = ["a small red circle above a large blue square", "a large black square left of a small green circle"]

@@ -73,6 +73,18 @@ def test_launched_processes_train_as_one_does(undisturbed, indexed, tmp_path, la
     assert two[5]["loss"] == pytest.approx(one[5]["loss"], rel=1e-2)
 
 
+def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
+    """Its derivative passes by the wrapper that sums gradients; what is learned does not."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29512"]
+    for name, before in (("one", []), ("two", [*launcher, "--no-python"])):
+        options = ["--objective", "mean_flow", "--images", "640"]
+        subprocess.run([*before, *command(indexed, tmp_path / name, *options)], check=True, capture_output=True)
+    one, two = (curve(tmp_path / name) for name in ("one", "two"))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    weights, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(weights[name], shared[name], atol=1e-4) for name in weights)
+
+
 def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
     subprocess.run(command(indexed, tmp_path / "run", "--precision", "bf16"), check=True, capture_output=True)
     whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))

@@ -248,7 +248,7 @@ def test_flow_matching_regresses_the_velocity_and_integrates_it():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(OptionError, match=r"--objective 'diffusion'.*coalescer, flow_matching"):
+    with pytest.raises(OptionError, match=r"--objective 'diffusion'.*coalescer, endpoint, flow_matching"):
         make_objective("diffusion", "default")
     with pytest.raises(OptionError, match=r"--preset 'best'.*default, paper"):
         make_objective("coalescer", "best")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from index.console import write_json
 from index.errors import RunError
 from index.table import first_line
+from trainer.networks import Network, NetworkConfig, make_network
 from trainer.optimise import Optimiser
 
 FORMAT = "coalescer-run-1"
@@ -25,6 +26,13 @@ FORMAT = "coalescer-run-1"
 def save_model(folder: Path, network: nn.Module) -> None:
     """Write the weights to sample with: model.safetensors."""
     _save(folder / "model.safetensors", dict(network.state_dict()))
+
+
+def load_network(folder: Path) -> Network:
+    """The network of a run with the weights to sample with; RunError where they are missing or do not fit."""
+    network = make_network(NetworkConfig(**read_config(folder)["network"]))
+    load_model(folder, network)
+    return network
 
 
 def load_model(folder: Path, network: nn.Module) -> None:

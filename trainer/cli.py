@@ -75,7 +75,12 @@ def fit_autoencoder(
 def fit(
     table: Annotated[str, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
-    objective: Annotated[str, typer.Option(help="coalescer or flow_matching.")] = "coalescer",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="coalescer, endpoint, flow_matching, rectified_flow, mean_flow, shortcut, consistency or imle."
+        ),
+    ] = "coalescer",
     preset: Annotated[str, typer.Option(help="coalescer: default or paper.")] = "default",
     coupling: Annotated[str, typer.Option(help="nearest or independent pairs.")] = "nearest",
     network: Annotated[str, typer.Option(help="mlp, transformer (of patches), or auto.")] = "auto",

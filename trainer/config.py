@@ -5,7 +5,7 @@ from typing import Any
 
 from index.errors import OptionError
 from trainer.networks import KINDS, SIZES
-from trainer.objectives import make_objective
+from trainer.objectives import RestsOnRun, make_objective
 from trainer.stream import CONDITIONS, COUPLINGS
 
 PRECISIONS = ("no", "bf16")
@@ -50,7 +50,9 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
-        make_objective(self.objective, self.preset, **self.dials)
+        objective = make_objective(self.objective, self.preset, **self.dials)
+        if isinstance(objective, RestsOnRun):
+            objective.check()
         allowed = {
             "network": KINDS,
             "size": SIZES,

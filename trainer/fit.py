@@ -23,7 +23,7 @@ from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config
 from trainer.config import FitConfig, Machine
 from trainer.folder import begin_folder, check_encoder, check_settings, encoder_of
 from trainer.networks import Network, NetworkConfig, count_flops, make_network
-from trainer.objectives import Loss, Objective, Training, make_objective
+from trainer.objectives import Loss, Objective, RestsOnRun, Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.reuse import measure_reuse, plan_reuse
 from trainer.stream import Batch, Describe, NeighborStream
@@ -60,6 +60,8 @@ def fit(
     objective = make_objective(config.objective, config.preset, **config.dials)
     torch.manual_seed(config.seed)
     shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
+    if isinstance(objective, RestsOnRun):
+        objective.check(meta, shape.tokens)
     network = make_network(shape).to(accelerator.device)
     open_stream = partial(
         NeighborStream,

@@ -15,9 +15,9 @@ from index.geometry import Geometry
 from index.schema import TableMeta
 from index.table import first_line
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
-from trainer.checkpoint import load_model, read_config
+from trainer.checkpoint import load_network, read_config
 from trainer.folder import encoder_of
-from trainer.networks import Network, NetworkConfig, make_network
+from trainer.networks import Network
 from trainer.objectives import Objective, make_objective
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Coalescer:
         folder = _fetch(str(name))
         config = read_config(folder)
         device = pick_device(device)
-        network = make_network(NetworkConfig(**config["network"]))
-        load_model(folder, network)
+        network = load_network(folder)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
         return cls.around(network.to(device).eval().requires_grad_(False), objective, meta, folder, device)

@@ -54,6 +54,11 @@ class Batch:
     dice: Float[Tensor, "B 8"]
     """Numbers uniform in [0, 1) for whatever else an objective decides by chance; the last is the stream's own."""
 
+    def normal(self, column: int) -> Float[Tensor, "B"]:
+        """One column of the dice as standard normal numbers, by the inverse of their distribution function."""
+        normal: Tensor = torch.special.ndtri(self.dice[:, column].clamp(2**-25, 1 - 2**-24))
+        return normal
+
     def to(self, device: str | torch.device) -> "Batch":
         """The same batch on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in self.__slots__})

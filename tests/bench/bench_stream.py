@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,17 +45,19 @@ class Trial:
         self.objective = make_objective("coalescer", "default")
         self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
 
-    def rate(self, batches: Iterator[Batch], seconds: float) -> float:
-        """Steps per second, after a few to warm up."""
-        for batch in itertools.islice(batches, 5):
+    def rate(self, source: Iterable[tuple[int, Batch]], seconds: float) -> tuple[float, float]:
+        """Steps per second, after a few to warm up, and the share of the time that they waited for targets."""
+        batches = iter(source)
+        for _, batch in itertools.islice(batches, 5):
             self.step(batch)
-        began, steps = time.perf_counter(), 0
+        before, began, steps = getattr(source, "waited", 0.0), time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            self.step(next(batches))
+            self.step(next(batches)[1])
             steps += 1
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return steps / (time.perf_counter() - began)
+        took = time.perf_counter() - began
+        return steps / took, (getattr(source, "waited", 0.0) - before) / took
 
     def step(self, batch: Batch) -> None:
         """As `trainer fit` does it."""
@@ -75,14 +77,12 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
 
     found = [batch.to(given.device) for _, batch in itertools.islice(stream("exact", 0), 8)]
     rates: dict[str, list[float]] = {search: [] for search in SEARCHES}
-    waiting: dict[str, list[float]] = {search: [] for search in SEARCHES[1:]}
+    waiting: dict[str, list[float]] = {search: [] for search in SEARCHES}
     for seed, search in itertools.product(range(given.rounds), SEARCHES):
-        if search == "memory":
-            rates[search].append(trial.rate(itertools.cycle(found), given.seconds))
-            continue
-        source, began = stream(search, seed), time.perf_counter()
-        rates[search].append(trial.rate((batch for _, batch in source), given.seconds))
-        waiting[search].append(source.waited / (time.perf_counter() - began))
+        source = enumerate(itertools.cycle(found)) if search == "memory" else stream(search, seed)
+        rate, waited = trial.rate(source, given.seconds)
+        rates[search].append(rate)
+        waiting[search].append(waited)
     median = {search: statistics.median(each) for search, each in rates.items()}
     return {
         "table": table.uri.rpartition("/")[2],
@@ -95,7 +95,7 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
         "reuse": planned,
         "steps_per_second": median,
         "of_memory": {search: median[search] / median["memory"] for search in SEARCHES[1:]},
-        "waiting": {search: statistics.median(each) for search, each in waiting.items()},
+        "waiting": {search: statistics.median(waiting[search]) for search in SEARCHES[1:]},
     }
 
 

@@ -1,7 +1,8 @@
 """A transformer over the patches of a latent, with cross attention to the description's token states.
 
 It is diffusers' PixArt transformer (Chen et al., arXiv 2310.00426): adaptive layer norm by time, one set of modulations
-for all blocks. Distance and confidence are the means over the picture of two further output channels.
+for all blocks. Distance and confidence are the means over the picture of two further output channels. Time is told from
+0 to 1 as SiT, MeanFlow and shortcut models do, not in a thousand steps as PixArt: derivatives by it stay moderate.
 """
 
 from typing import Any
@@ -17,8 +18,6 @@ SHAPES = {"tiny": (192, 6), "small": (384, 12), "base": (768, 12), "large": (102
 HEAD_WIDTH = 64
 PATCHED = 8
 """Latents of at least so many rows are read in patches of 2 x 2."""
-TIMES = 1000
-"""PixArt counts time in steps of diffusion."""
 
 
 class Transformer(Network):
@@ -62,7 +61,7 @@ class Transformer(Network):
             x.reshape(-1, self.config.channels, self.config.height, self.config.width),
             encoder_hidden_states=words,
             encoder_attention_mask=(words != 0).any(-1),
-            timestep=(none if time is None else time) * TIMES,
+            timestep=none if time is None else time,
             return_dict=False,
         )[0]  # B C+2 h w
         direction, heads = out[:, :-2].flatten(1), out[:, -2:].mean((2, 3))

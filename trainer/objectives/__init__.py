@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import OptionError
+from index.schema import TableMeta
 from trainer.networks import Prediction
+from trainer.objectives.dials import read_dial
 from trainer.stream import Batch
 
 
@@ -63,22 +65,44 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class RestsOnRun(Protocol):
+    """An objective that is trained with the help of another run, and sampled without."""
+
+    def check(self, meta: TableMeta | None = None, tokens: int = 0) -> None:
+        """OptionError or RunError where that run is missing, or does not fit the table and a network's tokens."""
+        ...
+
+
 def make_objective(name: str, preset: str, **dials: Any) -> Objective:
     """An objective by its name and preset, with single dials changed; OptionError where there is none."""
-    from trainer.objectives import coalescer, flow_matching
+    from trainer.objectives import (
+        coalescer,
+        consistency,
+        endpoint,
+        flow_matching,
+        imle,
+        mean_flow,
+        rectified_flow,
+        shortcut,
+    )
 
     presets: dict[str, Mapping[str, Callable[..., Objective]]] = {
         "coalescer": coalescer.PRESETS,
+        "endpoint": endpoint.PRESETS,
         "flow_matching": flow_matching.PRESETS,
+        "rectified_flow": rectified_flow.PRESETS,
+        "mean_flow": mean_flow.PRESETS,
+        "shortcut": shortcut.PRESETS,
+        "consistency": consistency.PRESETS,
+        "imle": imle.PRESETS,
     }
     if name not in presets:
         raise OptionError(f"--objective {name!r} is unknown: choose one of {', '.join(presets)}")
     if preset not in presets[name]:
         raise OptionError(f"--preset {preset!r} is unknown for {name}: choose one of {', '.join(presets[name])}")
-    known = {dial.name: dial for dial in fields(presets[name][preset]())}  # type: ignore[arg-type]
-    for dial, value in dials.items():
+    known = {dial.name: dial.default for dial in fields(presets[name][preset]())}  # type: ignore[arg-type]
+    for dial in dials:
         if dial not in known:
             raise OptionError(f"--dial {dial} is unknown for {name}: choose one of {', '.join(known)}")
-        if isinstance(value, str) and not isinstance(known[dial].default, str):
-            raise OptionError(f"--dial {dial}={value} is no number: give for instance {dial}=0.5")
-    return presets[name][preset](**dials)
+    return presets[name][preset](**{dial: read_dial(dial, value, known[dial]) for dial, value in dials.items()})

@@ -18,6 +18,8 @@ from torch.nn.functional import normalize
 from index.errors import OptionError
 from trainer.networks import Prediction
 from trainer.objectives import Loss, Step, Training
+from trainer.objectives.dials import check_shares
+from trainer.objectives.steps import guided
 from trainer.stream import Batch
 
 RULES = ("even", "confident", "paper")
@@ -50,9 +52,7 @@ class Coalescer:
         """Refuse dials that mean nothing."""
         if self.rule not in RULES:
             raise OptionError(f"rule {self.rule!r} is unknown: choose one of {', '.join(RULES)}")
-        for name in ("segment", "own", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name} {getattr(self, name)!r} is no share: give a number from 0 to 1")
+        check_shares(self, "segment", "own", "dropout")
         if self.segment + self.own > 1:
             raise OptionError(f"segment {self.segment!r} and own {self.own!r} are more than 1 together: lower one")
         for name in ("confidence_weight", "consistency"):
@@ -105,11 +105,8 @@ class Coalescer:
     ) -> Step:
         """Move towards the pair; with guidance w to x_u + w (x_c - x_u), c told the description and u not."""
         guess = network(x, text)
-        move = self._move(guess, i, n)
-        if guidance != 1:
-            blind = network(x, text, keep=torch.zeros(len(x), dtype=torch.bool, device=x.device))
-            away = self._move(blind, i, n)
-            move = away + guidance * (move - away)
+        told = self._move(guess, i, n)
+        move = guided(told, lambda nobody: self._move(network(x, text, keep=nobody), i, n), guidance)
         return Step(x + move, self.confidence(guess))
 
     def confidence(self, guess: Prediction) -> Float[Tensor, "B"]:

@@ -7,46 +7,32 @@ steps of equal length. With `--coupling nearest` the pairs come from the search,
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.objectives import Loss, Step, Training
+from trainer.objectives import Loss, Training
+from trainer.objectives.dials import check_shares
+from trainer.objectives.steps import Euler
 from trainer.stream import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlowMatching:
+class FlowMatching(Euler):
     """Equation 23 of the paper with sigma_min = 0; t is uniform."""
 
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
+    def __post_init__(self) -> None:
+        """Refuse dials that mean nothing."""
+        check_shares(self, "dropout")
+
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the velocity, per dimension."""
         told, t = batch.dice[:, 0], batch.dice[:, 1]
-        x = batch.r + t[:, None] * (batch.y - batch.r)
-        guess = network(x, batch.text, keep=told >= self.dropout, time=t)
-        error = (guess.direction - (batch.y - batch.r)).square().mean()
+        velocity = batch.y - batch.r
+        guess = network(batch.r + t[:, None] * velocity, batch.text, keep=told >= self.dropout, time=t)
+        error = (guess.direction - velocity).square().mean()
         return Loss(error, {"velocity": error})
-
-    def step(
-        self,
-        network: nn.Module,
-        x: Float[Tensor, "B L"],
-        text: Float[Tensor, "B K T"],
-        i: int,
-        n: int,
-        guidance: float,
-        noise: Callable[[], Float[Tensor, "B L"]],
-    ) -> Step:
-        """One Euler step of length 1/n from time i/n, classifier-free guidance on the velocity; no confidence."""
-        t = torch.full((len(x),), i / n, device=x.device)
-        velocity = network(x, text, time=t).direction
-        if guidance != 1:
-            blind = network(x, text, keep=torch.zeros(len(x), dtype=torch.bool, device=x.device), time=t).direction
-            velocity = blind + guidance * (velocity - blind)
-        return Step(x + velocity / n, torch.full((len(x),), torch.nan, device=x.device))
 
 
 PRESETS: dict[str, Callable[..., FlowMatching]] = {"default": FlowMatching}

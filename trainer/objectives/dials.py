@@ -1,0 +1,34 @@
+"""Dials of an objective: read in the type of their default, and refused where they mean nothing."""
+
+from typing import Any
+
+from index.errors import OptionError
+
+
+def read_dial(name: str, value: Any, default: Any) -> Any:
+    """A dial as its objective takes it: a command line knows only numbers and words."""
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise OptionError(f"--dial {name}={value:g} is a number: give a name, for a folder {name}=./{value:g}")
+        return value
+    if isinstance(value, str):
+        raise OptionError(f"--dial {name}={value} is no number: give for instance {name}={default or 0.5}")
+    if not isinstance(default, int):
+        return None if value is None else float(value)
+    if not float(value).is_integer():
+        raise OptionError(f"--dial {name}={value} is no whole number: give for instance {name}={default}")
+    return int(value)
+
+
+def check_shares(objective: object, *names: str) -> None:
+    """OptionError where one of these dials is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(objective, name) <= 1:
+            raise OptionError(f"{name} {getattr(objective, name)!r} is no share: give a number from 0 to 1")
+
+
+def check_positive(objective: object, *names: str) -> None:
+    """OptionError where one of these dials is not above 0."""
+    for name in names:
+        if not getattr(objective, name) > 0:
+            raise OptionError(f"{name} {getattr(objective, name)!r} is not allowed: give a number above 0")
