@@ -16,18 +16,18 @@ from index.errors import OptionError, RunError, TableError
 from index.schema import HELDOUT, TRAIN
 from index.table import open_table, reports_of
 from pipeline.images import decode_image
-from trainer import referee as referee_module
-from trainer.adherence import Classifier
-from trainer.answers import FAN, Told, make_questions, retrieve, sample
 from trainer.checkpoint import read_config
 from trainer.config import FitConfig
-from trainer.evaluate import evaluate, lines_of
+from trainer.evaluation import referee as referee_module
+from trainer.evaluation.adherence import Classifier
+from trainer.evaluation.answers import FAN, Told, make_questions, retrieve, sample
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.floors import like_captions
+from trainer.evaluation.metrics import frechet
+from trainer.evaluation.pretrained import Clip, Inception
+from trainer.evaluation.referee import labels_of, open_referee
+from trainer.evaluation.report import columns_of, lines_of
 from trainer.fit import fit
-from trainer.floors import like_captions
-from trainer.metrics import frechet
-from trainer.pretrained import Clip, Inception
-from trainer.referee import labels_of, open_referee
-from trainer.report import columns_of
 from trainer.sampler import Coalescer
 
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.adherence import retrieval_ranks
-from trainer.metrics import (
+from trainer.evaluation.adherence import retrieval_ranks
+from trainer.evaluation.metrics import (
     diversity,
     energy_distance,
     frechet,
@@ -15,9 +15,9 @@ from trainer.metrics import (
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.neighbourhoods import COPIED, manifold, nearest_ratio
-from trainer.reliability import rank_correlation, reliability
-from trainer.viewers import feature_distances
+from trainer.evaluation.neighbourhoods import COPIED, manifold, nearest_ratio
+from trainer.evaluation.reliability import rank_correlation, reliability
+from trainer.evaluation.viewers import feature_distances
 
 
 def apart(a, b):

@@ -214,8 +214,8 @@ def evaluate(
 
     trainer evaluate runs/shapes --steps 2 --samples 5000 --out reports/shapes
     """
-    from trainer.evaluate import evaluate as run_evaluate
-    from trainer.evaluate import lines_of
+    from trainer.evaluation.evaluate import evaluate as run_evaluate
+    from trainer.evaluation.report import lines_of
 
     place = out or run / "report"
     report = run_evaluate(
@@ -246,8 +246,8 @@ def compare(
 
     trainer compare runs/a runs/b --out reports/ab --steps 1,2
     """
-    from trainer.compare import compare as run_compare
-    from trainer.evaluate import lines_of
+    from trainer.evaluation.compare import compare as run_compare
+    from trainer.evaluation.report import lines_of
 
     result = run_compare(runs, steps=_numbers(steps), captions=caption or [], out=out, seed=seed)
     for name, report in result["runs"].items():

@@ -17,8 +17,8 @@ from index.search import ExactNeighbours, LanceNeighbours
 from index.table import open_table
 from pipeline.images import decode_caption
 from pipeline.sources import list_shards, read_samples
-from trainer.metrics import frechet
-from trainer.neighbourhoods import manifold
+from trainer.evaluation.metrics import frechet
+from trainer.evaluation.neighbourhoods import manifold
 
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))

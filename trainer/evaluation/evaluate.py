@@ -17,18 +17,16 @@ from index.console import Progress, write_json, write_text
 from index.errors import OptionError, RunError, TableError
 from index.schema import HELDOUT, TRAIN
 from index.table import Table, open_table
-from trainer.answers import BATCH, Answers, Questions, Sampled, Told, make_questions, retrieve, sample
 from trainer.checkpoint import read_config
-from trainer.floors import keeps_pictures, measure_floors, rows_answers, rows_pictures
+from trainer.evaluation.answers import BATCH, Answers, Questions, Sampled, Told, make_questions, retrieve, sample
+from trainer.evaluation.floors import keeps_pictures, measure_floors, rows_answers, rows_pictures
+from trainer.evaluation.measure import Measures
+from trainer.evaluation.pretrained import open_pretrained
+from trainer.evaluation.referee import Decode, open_referee
+from trainer.evaluation.reliability import measure_confidence
+from trainer.evaluation.report import evaluation_page, steps_said
 from trainer.grid import draw_grid
-from trainer.measure import Measures
-from trainer.pretrained import open_pretrained
-from trainer.referee import Decode, open_referee
-from trainer.reliability import measure_confidence
-from trainer.report import evaluation_page, lines_of, steps_said
 from trainer.sampler import Coalescer
-
-__all__ = ["evaluate", "lines_of"]
 
 if TYPE_CHECKING:
     from PIL.Image import Image

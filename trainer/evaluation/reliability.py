@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch.nn.functional import cosine_similarity
 
-from trainer.answers import BATCH, Questions, Told
+from trainer.evaluation.answers import BATCH, Questions, Told
 from trainer.objectives.coalescer import Coalescer as CoalescerObjective
 from trainer.sampler import Coalescer
 

@@ -12,7 +12,7 @@ from jaxtyping import Float32, UInt8
 from index.errors import OptionError
 from index.table import first_line
 from pipeline.encoders import quiet_libraries
-from trainer.viewers import Viewer, feature_distances
+from trainer.evaluation.viewers import Viewer, feature_distances
 
 
 class Inception:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from index.console import write_json
-from trainer.evaluate import evaluate
+from trainer.evaluation.evaluate import evaluate
 from trainer.sampler import Coalescer
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Coalescer: runs compared</title>

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from trainer.metrics import BLOCK, distances
+from trainer.evaluation.metrics import BLOCK, distances
 
 COPIED = 1 / 3
 """A sample so much nearer to one training row than to any other counts as a copy of it."""

@@ -24,9 +24,9 @@ from index.errors import RunError
 from index.schema import TRAIN
 from index.storage import is_local
 from index.table import Table, column_array, reports_of
-from trainer.adherence import Classifier, Describe, Matcher, referee_network, shrunk
 from trainer.checkpoint import load_model, save_model
-from trainer.viewers import feature_distances
+from trainer.evaluation.adherence import Classifier, Describe, Matcher, referee_network, shrunk
+from trainer.evaluation.viewers import feature_distances
 
 MOST_LABELS = 100
 """Captions that are taken for classes, where a class has ten rows on average."""

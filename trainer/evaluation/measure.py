@@ -9,8 +9,8 @@ from jaxtyping import Float16, Float32, UInt8
 
 from index.schema import TRAIN
 from index.table import Table
-from trainer.answers import Answers
-from trainer.metrics import (
+from trainer.evaluation.answers import Answers
+from trainer.evaluation.metrics import (
     diversity,
     energy_distance,
     frechet,
@@ -18,9 +18,9 @@ from trainer.metrics import (
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.neighbourhoods import COPIED, manifold, nearest_ratio
-from trainer.referee import DECODED, Decode, Referee
-from trainer.viewers import Viewer
+from trainer.evaluation.neighbourhoods import COPIED, manifold, nearest_ratio
+from trainer.evaluation.referee import DECODED, Decode, Referee
+from trainer.evaluation.viewers import Viewer
 
 MEMORY_BYTES = 2**30
 """Latents of training rows that samples are compared with; of larger tables every k-th row."""

@@ -15,9 +15,9 @@ from index.schema import TRAIN
 from index.table import Table
 from pipeline.encoders import DiffusersAutoencoder
 from pipeline.images import decode_image
-from trainer.answers import Answers, Questions
-from trainer.measure import Measures, Pictures
-from trainer.referee import DECODED, Decode
+from trainer.evaluation.answers import Answers, Questions
+from trainer.evaluation.measure import Measures, Pictures
+from trainer.evaluation.referee import DECODED, Decode
 
 POOL = 20
 """Training rows that are looked through for captions, for each that is wanted."""
