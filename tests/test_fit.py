@@ -311,6 +311,8 @@ def test_every_objective_trains_and_samples(indexed, tmp_path, options):
 def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run, tmp_path, monkeypatch):
     flow = FitConfig(objective="flow_matching", size="tiny", images=320, batch_size=32, coupling="independent")
     fit(indexed, flow, tmp_path / "flow")
+    # Where nothing is searched there is nothing to wait for.
+    assert read_config(tmp_path / "flow")["fit"]["reuse"] == 1 < read_config(run)["fit"]["reuse"]
     dials = {"flow": str(tmp_path / "flow"), "solver_steps": 3.0}
     config = replace(flow, objective="rectified_flow", dials=dials)
     fit(indexed, config, tmp_path / "whole")

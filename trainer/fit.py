@@ -78,13 +78,16 @@ def fit(
         jitter=config.jitter,
         describe=_describe(out, meta, shape.tokens, str(accelerator.device)),
     )
-    if config.reuse is None and resume:
-        config = replace(config, reuse=int(read_config(out)["fit"]["reuse"]))
-    elif config.reuse is None and device == "cpu":
-        config = replace(config, reuse=plan_reuse(table, count_flops(network), exact=config.search == "exact"))
-    elif config.reuse is None:
-        config = replace(config, reuse=_measured_reuse(open_stream(), network, objective, accelerator))
-    assert config.reuse is not None
+    reuse = config.reuse
+    if reuse is None and resume:
+        reuse = int(read_config(out)["fit"]["reuse"])
+    elif reuse is None and config.coupling == "independent":
+        reuse = 1
+    elif reuse is None and device == "cpu":
+        reuse = plan_reuse(table, count_flops(network), exact=config.search == "exact")
+    elif reuse is None:
+        reuse = _measured_reuse(open_stream(), network, objective, accelerator)
+    config = replace(config, reuse=reuse)
     rate = network.learning_rate if config.learning_rate is None else config.learning_rate
     optimiser = Optimiser(network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
     settings = {
@@ -99,7 +102,7 @@ def fit(
     start = load_checkpoint(out, network, optimiser) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
-    stream = open_stream(start=start, reuse=config.reuse)
+    stream = open_stream(start=start, reuse=reuse)
     if accelerator.is_main_process and not resume:
         begin_folder(out, meta, settings)
     accelerator.wait_for_everyone()
