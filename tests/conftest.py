@@ -5,8 +5,10 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from index.build import BuildConfig, build_index
@@ -19,6 +21,7 @@ from pipeline.encode import encode, plan_encode
 torch.set_num_threads(1)
 
 SAMPLES, SIDE = 360, 32
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="session")
@@ -156,3 +159,18 @@ def write_tar():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory, write_tar, encode_shapes):
+    """A table of plain pictures in three colours, which are their captions; pictures are kept."""
+    folder, rng, members = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0), []
+    for number in range(240):
+        name, colour = list(COLOURS.items())[number % 3]
+        noise = rng.integers(-20, 21, size=(8, 8, 3)).repeat(4, 0).repeat(4, 1)
+        data = io.BytesIO()
+        Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(data, "png")
+        members += [(f"{number:03}.png", data.getvalue()), (f"{number:03}.txt", name.encode())]
+    source = write_tar(folder / "00000.tar", members)
+    table = encode_shapes(source, folder / "coloured.lance", keep_images=True, heldout_share=0.25).table
+    return build_index(open_table(table.uri), BuildConfig(index_type="none")).table

@@ -113,10 +113,9 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
         assert sheet.width == 3 * 136 + 8
         assert sheet.height > 2 * 136
     page = (tmp_path / "both" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 8
+    # A sheet of held-out captions and one of those that were asked for.
+    assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
-    assert page.count("<p>a small red circle<br>") == 2
-    assert sorted(path.name for path in (tmp_path / "both" / "runs").iterdir()) == ["1-a", "2-b"]
     shown = json.loads(call("pipeline", "inspect", "db/t.lance", "--json", cwd=tmp_path).stdout)
     assert (shown["rows"], shown["index_kind"], shown["indexed"]) == (360, "ivf_flat", True)
     again = call(

@@ -1,6 +1,5 @@
 """Evaluation end to end: what a run and its floors come to, on pictures whose truth is known."""
 
-import io
 import json
 import shutil
 import warnings
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from index.build import BuildConfig, build_index
 from index.errors import OptionError, RunError, TableError
@@ -22,6 +20,7 @@ from trainer.evaluation import referee as referee_module
 from trainer.evaluation.adherence import Classifier
 from trainer.evaluation.answers import FAN, Told, make_questions, retrieve, sample
 from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.exam import ExamConfig
 from trainer.evaluation.floors import like_captions
 from trainer.evaluation.metrics import frechet
 from trainer.evaluation.pretrained import Clip, Inception
@@ -46,22 +45,7 @@ def run(indexed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(run, tmp_path_factory):
     """Its evaluation."""
-    return evaluate(run, steps=[1, 2], out=tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory, write_tar, encode_shapes):
-    """A table of plain pictures in three colours, which are their captions; pictures are kept."""
-    folder, rng, members = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0), []
-    for number in range(240):
-        name, colour = list(COLOURS.items())[number % 3]
-        noise = rng.integers(-20, 21, size=(8, 8, 3)).repeat(4, 0).repeat(4, 1)
-        data = io.BytesIO()
-        Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(data, "png")
-        members += [(f"{number:03}.png", data.getvalue()), (f"{number:03}.txt", name.encode())]
-    source = write_tar(folder / "00000.tar", members)
-    table = encode_shapes(source, folder / "coloured.lance", keep_images=True, heldout_share=0.25).table
-    return build_index(open_table(table.uri), BuildConfig(index_type="none")).table
+    return evaluate(run, ExamConfig(steps=[1, 2]), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +93,7 @@ def inception(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def coloured_report(flow, clip, inception, tmp_path_factory):
     """Its evaluation with all there is."""
-    return evaluate(flow, steps=[2], out=tmp_path_factory.mktemp("report"), clip=clip, inception=inception)
+    return evaluate(flow, ExamConfig(steps=[2], clip=clip, inception=inception), tmp_path_factory.mktemp("report"))
 
 
 def test_a_run_stands_beside_floors_of_the_same_figures(report):
@@ -230,7 +214,7 @@ def test_the_same_seed_gives_the_same_report_but_for_times(run, report, tmp_path
         raise AssertionError("the referee is there")
 
     monkeypatch.setattr(referee_module, "_train", trained_again)
-    again = evaluate(run, steps=[1, 2], out=tmp_path)
+    again = evaluate(run, ExamConfig(steps=[1, 2]), tmp_path)
     assert timeless(again) == timeless(report)
     assert again == json.loads((tmp_path / "report.json").read_text())
 
@@ -244,7 +228,7 @@ def timeless(report):
 
 
 def test_the_page_stands_on_its_own(flow, coloured_report, run, tmp_path):
-    evaluate(run, steps=[1], out=tmp_path, samples=16)
+    evaluate(run, ExamConfig(steps=[1], samples=16), tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 15 + 2
     assert page.count("data:image/png;base64,") == 1
@@ -346,7 +330,7 @@ def test_evaluations_are_counted_and_every_picture_is_timed(run, indexed):
 
 def refuse(kind, said, run, out, **options):
     with pytest.raises(kind, match=said):
-        evaluate(run, **{"steps": [1], "out": out} | options)
+        evaluate(run, ExamConfig(**{"steps": [1]} | options), out)
     assert not out.exists()
 
 

@@ -24,6 +24,14 @@ SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, or for sampling a hub id.", show_default=False)]
 StepsOption = Annotated[str, typer.Option(help="Step counts to measure, with commas.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Pictures for each step count.", show_default="2000, at most 4 for a held-out row")
+]
+ClipOption = Annotated[Path | None, typer.Option(help="Folder of a CLIPModel: adds its score.", show_default=False)]
+InceptionOption = Annotated[
+    Path | None,
+    typer.Option(help="TorchScript file of an Inception network that you trust: adds FID and KID.", show_default=False),
+]
 
 
 def main() -> None:
@@ -192,19 +200,9 @@ def evaluate(
     run: RunArgument,
     steps: StepsOption = "1,2,4,8",
     out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="RUN/report")] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Pictures for each step count.", show_default="2000, at most 4 for a held-out row"),
-    ] = None,
-    clip: Annotated[
-        Path | None, typer.Option(help="Folder of a CLIPModel: adds its score.", show_default=False)
-    ] = None,
-    inception: Annotated[
-        Path | None,
-        typer.Option(
-            help="TorchScript file of an Inception network that you trust: adds FID and KID.", show_default=False
-        ),
-    ] = None,
+    samples: SamplesOption = None,
+    clip: ClipOption = None,
+    inception: InceptionOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -215,19 +213,14 @@ def evaluate(
     trainer evaluate runs/shapes --steps 2 --samples 5000 --out reports/shapes
     """
     from trainer.evaluation.evaluate import evaluate as run_evaluate
+    from trainer.evaluation.exam import ExamConfig
     from trainer.evaluation.report import lines_of
 
     place = out or run / "report"
-    report = run_evaluate(
-        run,
-        steps=_numbers(steps),
-        out=place,
-        samples=samples,
-        seed=seed,
-        clip=clip,
-        inception=inception,
-        device=device,
+    config = ExamConfig(
+        steps=_numbers(steps), samples=samples, seed=seed, clip=clip, inception=inception, device=device
     )
+    report = run_evaluate(run, config, place)
     print_columns(str(run), lines_of(report))
     print(f"page: {place / 'index.html'}")
 
@@ -236,22 +229,30 @@ def evaluate(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the page.", show_default=False)],
-    steps: StepsOption = "1,2,4,8",
+    steps: StepsOption = "1,2,4,8,32",
     caption: Annotated[list[str] | None, typer.Option(help="A caption to show from every run; repeat it.")] = None,
+    samples: SamplesOption = None,
+    clip: ClipOption = None,
+    inception: InceptionOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Put several runs into one table and one page.
+    """Put several runs on one table into one table and one page; runs that differ by their seed are one line.
 
     trainer compare runs/coalescer runs/flow --out reports/both --caption "a small red circle above a large blue square"
 
-    trainer compare runs/a runs/b --out reports/ab --steps 1,2
+    trainer compare runs/a-seed0 runs/a-seed1 runs/b-seed0 runs/b-seed1 --out reports/ab --steps 1,2
     """
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.report import lines_of
+    from trainer.evaluation.comparison_page import columns_of
+    from trainer.evaluation.exam import ExamConfig
 
-    result = run_compare(runs, steps=_numbers(steps), captions=caption or [], out=out, seed=seed)
-    for name, report in result["runs"].items():
-        print_columns(name, lines_of(report))
+    config = ExamConfig(
+        steps=_numbers(steps), samples=samples, seed=seed, clip=clip, inception=inception, device=device
+    )
+    report = run_compare(runs, config, out, captions=caption or [])
+    for name, lines in columns_of(report).items():
+        print_columns(name, lines)
     print(f"page: {out / 'index.html'}")
 
 

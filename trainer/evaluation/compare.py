@@ -1,52 +1,120 @@
-"""Several runs side by side: the same captions and seeds, one table and one self-contained page."""
+"""Several runs on one table side by side: the same exam, captions and seeds for all of them, one table and one page.
 
-import base64
-import html
-import io
-from pathlib import Path
-from typing import Any
-
-from index.console import write_json
-from trainer.evaluation.evaluate import evaluate
-from trainer.sampler import Coalescer
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>Coalescer: runs compared</title>
-<style>body{{font:15px/1.5 system-ui;margin:2em auto;max-width:70em}}td,th{{padding:.2em .8em;text-align:right}}
-th:first-child,td:first-child{{text-align:left}}img{{width:72px;margin:2px}}</style>
-<h1>Runs compared</h1><p>Distances to held-out rows in coordinates; lower is better. Floors: {floors}.</p>{tables}
+Runs that differ in nothing but their seed are one line, with mean and standard deviation.
 """
 
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-def compare(runs: list[Path], *, steps: list[int], captions: list[str], out: Path, seed: int = 0) -> dict[str, Any]:
-    """Evaluate every run, sample the same captions from each; writes OUT/report.json and OUT/index.html."""
-    reports = {
-        str(run): evaluate(run, steps=steps, out=out / "runs" / f"{number}-{run.name}", seed=seed)
-        for number, run in enumerate(runs, 1)
+from index.console import write_json, write_text
+from index.errors import RunError
+from trainer.checkpoint import read_config
+from trainer.evaluation.comparison_page import comparison_page
+from trainer.evaluation.exam import ExamConfig, set_exam
+from trainer.grid import draw_grid
+from trainer.sampler import Coalescer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHOWN_STEPS = 2
+COST = ("parameters", "images", "seconds")
+"""Of training, in every run's result."""
+
+
+def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure all runs; writes OUT/report.json and OUT/index.html, and returns the report."""
+    configs = [read_config(run) for run in runs]
+    _check_tables(runs, configs)
+    began = time.perf_counter()
+    opened = Coalescer.from_pretrained(runs[0], device=config.device)
+    exam = set_exam(runs[0], opened, config, out)
+    labels = name_runs(configs)
+    shown = min(config.steps, key=lambda n: abs(n - SHOWN_STEPS))
+    each: list[dict[str, Any]] = []
+    answers, drawn = {}, {}
+    for run, label in zip(runs, labels, strict=True):
+        coalescer = Coalescer.from_pretrained(run, device=config.device)
+        result = exam.take(coalescer, config.steps, out / "log.jsonl")
+        each.append({"run": str(run), "label": label, "steps": result.figures, "training": _training(run)})
+        if label not in answers:
+            answers[label] = result.found[shown].x
+            if captions:
+                drawn[label] = coalescer(captions, steps=shown, seed=config.seed).images
+    report = {
+        **exam.report(),
+        "steps": config.steps,
+        "shown_steps": shown,
+        "runs": each,
+        "lines": {label: summarise([one for one in each if one["label"] == label]) for label in dict.fromkeys(labels)},
+        "captions": list(captions),
+        "seconds": round(time.perf_counter() - began, 1),
     }
-    tables = []
-    for metric in ("frechet", "sliced_wasserstein"):
-        head = "".join(f"<th>{n} steps</th>" for n in steps)
-        body = "".join(
-            f"<tr><td>{html.escape(run)}</td>"
-            + "".join(f"<td>{report['steps'][str(n)][metric]:.3f}</td>" for n in steps)
-            for run, report in reports.items()
-        )
-        tables.append(f"<h2>{metric.replace('_', ' ')}</h2><table><tr><th>run</th>{head}</tr>{body}</table>")
-    for run in runs if captions else []:
-        coalescer = Coalescer.from_pretrained(run)
-        tables.append(f"<h2>{html.escape(str(run))}, {steps[-1]} steps</h2>")
-        for caption in captions:
-            images = coalescer(caption, steps=steps[-1], num=4, seed=seed).images
-            tables.append(f"<p>{html.escape(caption)}<br>{''.join(_inline(image) for image in images)}</p>")
-    first = next(iter(reports.values()))
-    floors = ", ".join(f"{name} {figures['frechet']:.3f}" for name, figures in first["floors"].items())
-    result = {"runs": reports, "captions": captions, "seed": seed}
-    write_json(out / "report.json", result)
-    (out / "index.html").write_text(PAGE.format(floors=f"Frechet distance of {floors}", tables="".join(tables)))
-    return result
+    write_json(out / "report.json", report)
+    write_text(out / "index.html", comparison_page(report, [exam.sheet(answers), *_asked(captions, drawn)]))
+    return report
 
 
-def _inline(image: Any) -> str:
-    data = io.BytesIO()
-    image.save(data, "png")
-    return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+def name_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each run: its objective, and whatever else it does not share with all others, but for the seed."""
+    settings = [_settings(config) for config in configs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
+    own = [
+        [f"{name}={each[name]}" for name in differing if name not in ("objective", "preset") and name in each]
+        for each in settings
+    ]
+    kinds = [each["objective"] + ("" if each["preset"] == "default" else f" {each['preset']}") for each in settings]
+    return [", ".join([kind, *rest]) for kind, rest in zip(kinds, own, strict=True)]
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    fitted = {name: value for name, value in config["fit"].items() if name not in ("seed", "dials")}
+    return {**fitted, **config["fit"]["dials"]}
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs that differ by seed alone as one: [mean, standard deviation] of each figure, 0 of a single run."""
+    steps = {
+        n: {name: _spread([run["steps"][n][name] for run in runs]) for name in figures}
+        for n, figures in runs[0]["steps"].items()
+    }
+    training = {name: _spread([run["training"][name] for run in runs]) for name in runs[0]["training"]}
+    return {"runs": len(runs), "steps": steps, "training": training}
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def _training(run: Path) -> dict[str, float]:
+    """What training cost."""
+    result = json.loads((run / "result.json").read_text())
+    return {name: float(result[name]) for name in COST}
+
+
+def _asked(captions: Sequence[str], drawn: "dict[str, list[Image]]") -> "list[Image]":
+    """A sheet of the captions that the user gave: a line for each, a column for each kind of run."""
+    if not captions:
+        return []
+    images = [images[line] for line in range(len(captions)) for images in drawn.values()]
+    words = [f"{label}: {caption}" for caption in captions for label in drawn]
+    return [draw_grid(images, words, columns=len(drawn))]
+
+
+def _check_tables(runs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> None:
+    if not runs:
+        raise RunError("there is no run to compare: give at least one folder that `trainer fit` has made")
+    tables = [(config["table"]["uri"], config["table"]["version"]) for config in configs]
+    for run, (uri, version) in zip(runs, tables, strict=True):
+        if (uri, version) != tables[0]:
+            raise RunError(
+                f"{run} was trained on version {version} of {uri}, {runs[0]} on version {tables[0][1]} of "
+                f"{tables[0][0]}: compare runs of one table and version"
+            )
+        if not (run / "result.json").is_file():
+            raise RunError(f"{run} is not trained to its end: go on with `trainer fit ... --resume`")

@@ -6,19 +6,11 @@ import html
 import io
 from typing import TYPE_CHECKING, Any
 
+from trainer.evaluation.plots import COLOURS, HALF, HIGHER, LOWER, NEITHER, Curve, diagram, over_steps, svg
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-COLOURS = {
-    "run": "#1f4e8c",
-    "train rows": "#2e8b57",
-    "retrieved pairs": "#d08020",
-    "reconstructions": "#8a5aa8",
-    "gaussian": "#b03030",
-    "held-out rows": "#777777",
-}
-LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is perfect", "best as real rows"
 MEANING = {
     "frechet": ("of Gaussians fitted to both, in coordinates", LOWER),
     "sliced_wasserstein": ("root mean square over directions", LOWER),
@@ -45,11 +37,12 @@ MEANING = {
     "ms_per_decoding": ("milliseconds to decode a latent", ""),
 }
 """What each figure is, and which way it is good; in the order of the page."""
+STYLE = """body{font:15px/1.5 system-ui;margin:2em auto;max-width:76em;padding:0 1em}svg{max-width:24.5%;height:auto}
+td,th{padding:.15em .6em;text-align:right}th:first-child{text-align:left}img{max-width:100%}td.meaning{text-align:left}
+table{border-collapse:collapse;font-size:13px}tr:nth-child(even){background:#f4f4f4}td.run{font-weight:600}
+.note{color:#555;font-size:13px}p b{white-space:nowrap}"""
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui;margin:2em auto;max-width:76em;padding:0 1em}}svg{{max-width:24.5%;height:auto}}
-td,th{{padding:.15em .6em;text-align:right}}th:first-child,td:last-child{{text-align:left}}img{{max-width:100%}}
-table{{border-collapse:collapse;font-size:13px}}tr:nth-child(even){{background:#f4f4f4}}td.run{{font-weight:600}}
-.note{{color:#555;font-size:13px}}p b{{white-space:nowrap}}</style>
+<style>{style}</style>
 <h1>{title}</h1><p>{told}</p><h2>Over steps, beside the floors</h2><p>{plots}</p>
 <h2>Can its confidence be believed?</h2><p>{reliability}</p>
 <h2>Pictures</h2><img alt="samples, retrieved pairs and held-out rows" src="data:image/png;base64,{pictures}">
@@ -84,73 +77,31 @@ def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
     key = " ".join(
         f'<b style="color:{colour};white-space:nowrap">&#9644; {name}</b>' for name, colour in COLOURS.items()
     )
-    drawn = [_over_steps(report, name, good) for name, (_, good) in MEANING.items() if good]
-    diagrams = [_diagram(name, content) for name, content in report["reliability"].items()]
+    levels = report["floors"] | {"held-out rows": report["heldout"]}
+    drawn = [
+        over_steps(name, good, [curve], levels)
+        for name, (_, good) in MEANING.items()
+        if good and (curve := _curve(report, name)).points
+    ]
+    diagrams = [diagram(name, content) for name, content in report["reliability"].items()]
     sheet = io.BytesIO()
     pictures.save(sheet, "png")
     return PAGE.format(
+        style=STYLE,
         title=html.escape(f"Evaluation of {report['run']}"),
         told=f"{report['samples']:,} samples for each step count, beside {report['heldout_rows']:,} held-out rows "
         f"(pictures: {report['heldout_pictures']}). {key}",
-        plots="".join(_svg(figure) for figure in drawn if figure is not None),
-        reliability="".join(_svg(figure) for figure in diagrams) or html.escape(report["left_out"]["reliability"]),
+        plots="".join(svg(figure) for figure in drawn),
+        reliability="".join(svg(figure) for figure in diagrams) or html.escape(report["left_out"]["reliability"]),
         pictures=base64.b64encode(sheet.getvalue()).decode(),
         figures=_table(report),
         notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(report)),
     )
 
 
-def _over_steps(report: dict[str, Any], name: str, good: str) -> "Figure | None":
-    """One figure over steps, floors as horizontal lines; none where the run has it not."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    points = {int(n): figures[name] for n, figures in report["steps"].items() if name in figures}
-    if not points:
-        return None
-    levels = report["floors"] | {"held-out rows": report["heldout"]}
-    known = {floor: figures[name] for floor, figures in levels.items() if name in figures}
-    figure = Figure(figsize=(3.4, 2.6), layout="constrained")
-    axes = figure.subplots()
-    for floor, value in known.items():
-        axes.axhline(value, color=COLOURS[floor], linewidth=1, linestyle="--")
-    axes.plot(list(points), list(points.values()), color=COLOURS["run"], marker="o", markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(points), [str(n) for n in points])
-    values = [*points.values(), *known.values()]
-    if good == LOWER and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.minorticks_off()
-    axes.set_title(name.replace("_", " "), fontsize=10)
-    axes.set_xlabel(f"steps ({good})", fontsize=8)
-    axes.tick_params(labelsize=8)
-    return figure
-
-
-def _diagram(name: str, content: dict[str, Any]) -> "Figure":
-    """What was said against what came of it; on the diagonal it can be believed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-    said, came = ([bin[side] for bin in content["bins"]] for side in ("said", "came"))
-    axes.plot(said, came, color=COLOURS["run"], marker="o", markersize=4)
-    axes.set_aspect("equal")
-    error, rank = content["calibration_error"], content["rank_correlation"]
-    axes.set_title(f"{name.replace('_', ' ')}\ncalibration error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)
-    axes.set_xlabel("said", fontsize=8)
-    axes.set_ylabel("cosine to the searched pair", fontsize=8)
-    axes.tick_params(labelsize=8)
-    return figure
-
-
-def _svg(figure: "Figure") -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+def _curve(report: dict[str, Any], name: str) -> Curve:
+    steps = report["steps"].items()
+    return Curve(COLOURS["run"], {int(n): (figures[name], 0.0) for n, figures in steps if name in figures})
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -162,7 +113,7 @@ def _table(report: dict[str, Any]) -> str:
         cells = (f"{line[column]:.4g}" if column in line else "" for column in columns)
         shown = "".join(f'<td class="{"run" if i < runs else ""}">{cell}</td>' for i, cell in enumerate(cells))
         meaning = "; ".join(part for part in MEANING[name] if part)
-        body.append(f"<tr><th>{name.replace('_', ' ')}</th>{shown}<td>{html.escape(meaning)}</td></tr>")
+        body.append(f"<tr><th>{name.replace('_', ' ')}</th>{shown}<td class='meaning'>{html.escape(meaning)}</td></tr>")
     return f"<tr><th></th>{head}<td></td></tr>{''.join(body)}"
 
 
