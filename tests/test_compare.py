@@ -72,6 +72,7 @@ def test_the_page_stands_alone_and_shows_the_captions_asked_for(compared):
     assert "flow_matching" in page
     assert report["shown_steps"] == 1
     assert said(0.123456, 0.0) == "0.1235"
+    assert said(618146.0, 0.0) == "618,146"
     assert said(0.123456, 0.0123) == "0.1235 &plusmn; 0.012"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.evaluation.plots import COLOURS, Curve, over_steps, svg
-from trainer.evaluation.report import MEANING, STYLE
+from trainer.evaluation.report import MEANING, STYLE, steps_said
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,7 @@ def comparison_page(report: dict[str, Any], sheets: "Sequence[Image]") -> str:
             svg(over_steps(name, MEANING[name][1], _curves(report, name, colours), report["floors"])) for name in names
         ),
         shown=report["shown_steps"],
-        pictures="".join(f'<img alt="samples" src="data:image/png;base64,{_png(sheet)}">' for sheet in sheets),
+        pictures="".join(f'<p><img alt="samples" src="data:image/png;base64,{_png(sheet)}"></p>' for sheet in sheets),
         tables=_cost(report) + "".join(_table(report, name) for name in MEANING if _known(report, name)),
     )
 
@@ -50,7 +50,7 @@ def columns_of(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]
     """The main figures: for each a line for each kind of run, and means by steps."""
     return {
         name: {
-            label: {f"{n} steps": figures[name][0] for n, figures in line["steps"].items() if name in figures}
+            label: {steps_said(int(n)): figures[name][0] for n, figures in line["steps"].items() if name in figures}
             for label, line in report["lines"].items()
         }
         for name in MAIN
@@ -103,7 +103,8 @@ def _line(label: str, cells: Sequence[list[float] | None]) -> str:
 
 def said(mean: float, spread: float) -> str:
     """A mean, with its standard deviation where there is one."""
-    return f"{mean:.4g}" + (f" &plusmn; {spread:.2g}" if spread else "")
+    short = f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{mean:.4g}"
+    return short + (f" &plusmn; {spread:.2g}" if spread else "")
 
 
 def _png(image: "Image") -> str:
