@@ -71,9 +71,9 @@ def test_default_losses_use_segment_points_and_squares():
     network = Fixed(lambda x: (torch.ones(B), torch.zeros(B, L)))
     loss = coalescer().loss(network, batch, ALONE)
     x = network.seen[0][0]
-    t = torch.where(batch.dice[:, 0] < 0.7, batch.dice[:, 1], 0.0)[:, None]
+    t = torch.where(batch.dice[:, 0] < 0.9, batch.dice[:, 1], 0.0)[:, None]
     assert torch.allclose(x, (1 - t) * batch.r + t * batch.y, atol=1e-6)
-    assert 0.4 < (t > 0).float().mean() < 0.95
+    assert 0.7 < (t > 0).float().mean() < 1
     assert torch.equal(network.seen[0][2], batch.dice[:, 2] >= 0.1)
     far = (batch.y - x).norm(dim=1)
     assert loss.total.item() == pytest.approx(((1 - far).square().mean() / L + 1).item(), rel=1e-5)
@@ -155,7 +155,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
 
 def test_own_inputs_lie_where_the_network_itself_would_go():
     batch, network = some_batch(), Sure(0.3)
-    coalescer(segment=0.3, own=0.4).loss(network, batch, ALONE)
+    coalescer(segment=0.3, own=0.4, rule="even").loss(network, batch, ALONE)
     (r, _, keep, _), (x, _, same, _) = network.seen
     assert torch.equal(r, batch.r)
     assert torch.equal(keep, same)
@@ -166,18 +166,19 @@ def test_own_inputs_lie_where_the_network_itself_would_go():
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
-def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p):
+@pytest.mark.parametrize("rule", ["mean", "even"])
+def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p, rule):
     batch = some_batch()
     stray = torch.tensor(0.7, requires_grad=True)
     network = Sure(0.3, stray)
-    objective = coalescer(consistency=2.0, p=p)
+    objective = coalescer(consistency=2.0, gap=0.4, p=p, rule=rule)
     loss = objective.loss(network, batch, ALONE)
-    plain = coalescer(p=p).loss(network, batch, ALONE)
+    plain = coalescer(p=p, rule=rule).loss(network, batch, ALONE)
     x, ahead = network.seen[0][0], network.seen[1][0]
-    assert torch.allclose(ahead, x + batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
+    assert torch.allclose(ahead, x + 0.4 * batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
 
     def end(x, stray):
-        return x + stray * torch.roll(x, 1, dims=1)
+        return x + stray * torch.roll(x, 1, dims=1) * (0.2 if rule == "mean" else 1.0)
 
     apart = (end(x, stray) - end(ahead, 0.7)).square().mean(1).pow(p / 2).mean()
     assert loss.total.item() == pytest.approx((plain.total + 2 * apart).item(), rel=1e-4)
@@ -193,12 +194,22 @@ def test_a_network_that_always_ends_at_the_pair_is_consistent():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-def test_even_steps_of_a_perfect_network_divide_the_way_evenly(n):
+@pytest.mark.parametrize("rule", ["mean", "even"])
+def test_steps_of_a_perfect_network_divide_the_way_evenly(n, rule):
     batch = some_batch()
-    network, objective, x = knows(batch.y), make_objective("coalescer", "default"), batch.r
+    network, objective, x = knows(batch.y), make_objective("coalescer", "default", rule=rule), batch.r
     for i in range(n):
         x = objective.step(network, x, batch.text, i, n, 1.0, still).x
         assert torch.allclose(x, batch.r + (i + 1) / n * (batch.y - batch.r), atol=1e-4)
+
+
+def test_a_mean_step_is_as_short_as_the_direction_and_an_even_one_is_not():
+    """`Sure` has directions of length 0.2, and distances of 0.7 |x|."""
+    batch = some_batch()
+    for rule, share in (("mean", 0.2), ("even", 1.0)):
+        objective = make_objective("coalescer", "default", rule=rule)
+        moved = objective.step(Sure(0.3), batch.r, batch.text, 1, 3, 1.0, still).x - batch.r
+        assert torch.allclose(moved, share / 2 * 0.7 * torch.roll(batch.r, 1, dims=1), atol=1e-5)
 
 
 def test_confident_steps_are_shorter_where_the_network_is_unsure():

@@ -175,20 +175,23 @@ def test_dials_come_as_their_defaults_are():
     assert (dials.pool, type(dials.pool), type(dials.eps)) == (7, int, float)
 
 
-def test_an_endpoint_is_learned_at_the_points_of_the_coalescer():
+def test_an_endpoint_is_learned_at_the_points_of_the_coalescer_and_is_as_consistent():
     batch, network = pairs(256), Known(lambda x, time, span: torch.zeros_like(x))
     loss = make_objective("endpoint", "default").loss(network, batch, NOBODY)
     other = Known(lambda x, time, span: torch.zeros_like(x))
-    make_objective("coalescer", "default").loss(other, batch, NOBODY)
-    x = network.asked[0]["x"]
-    assert torch.equal(x, other.asked[0]["x"])
-    assert torch.equal(network.asked[0]["keep"], other.asked[0]["keep"])
-    assert loss.total.item() == pytest.approx((batch.y - x).square().mean().item(), rel=1e-6)
+    alike = make_objective("coalescer", "default").loss(other, batch, NOBODY)
+    for asked, same in zip(network.asked, other.asked, strict=True):
+        assert torch.equal(asked["x"], same["x"])
+        assert torch.equal(asked["keep"], same["keep"])
+    assert torch.allclose(loss.parts["consistency"], alike.parts["consistency"])
+    x, ahead = (asked["x"] for asked in network.asked)
+    missed, apart = (batch.y - x).square().mean().item(), (ahead - x).square().mean().item()
+    assert loss.total.item() == pytest.approx(missed + 10 * apart, rel=1e-5)
 
 
 def test_the_endpoint_of_a_random_point_is_the_mean_of_its_pairs():
     """With R independent of y the loss at R is least, and flat, at the mean of y."""
-    batch, objective = pairs(20_000), make_objective("endpoint", "default", segment=0.0)
+    batch, objective = pairs(20_000), make_objective("endpoint", "default", segment=0.0, consistency=0.0)
     slopes = []
     for away in (0.0, 0.1):
         gain = torch.tensor(away, requires_grad=True)

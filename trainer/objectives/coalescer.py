@@ -4,6 +4,9 @@ Distance and direction are learned apart, so that |direction| can shrink where t
 probability `segment` the input lies on the segment from R to its pair y and the target stays y: a second step starts
 near the data, and without having seen such points it diverges. With probability `own` it lies on the segment from R to
 where the network itself would go, which is where its second step starts.
+
+Under the squared loss distance * direction is about E[y - x], the way to the mean of the pairs that x may have, and its
+end is that mean. A step that is as long as the distance alone overshoots wherever the network is unsure.
 """
 
 from collections.abc import Callable
@@ -18,11 +21,12 @@ from torch.nn.functional import normalize
 from index.errors import OptionError
 from trainer.networks import Prediction
 from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_shares
+from trainer.objectives.dials import check_shares, check_weights
+from trainer.objectives.segment import inconsistency, points_on
 from trainer.objectives.steps import guided
 from trainer.stream import Batch
 
-RULES = ("even", "confident", "paper")
+RULES = ("mean", "even", "confident", "paper")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,20 +35,23 @@ class Coalescer:
 
     p: float = 2.0
     """2: |direction| is the mean resultant length, a calibrated confidence. 0.5: as first proposed, seeks a mode."""
-    segment: float = 0.7
+    segment: float = 0.9
     """Share of inputs on the segment from R to y."""
     own: float = 0.0
     """Share of inputs on the segment from R to the network's own first guess of y; costs an evaluation more."""
-    rule: str = "even"
-    """Step i of n moves distance / (n - i), that times the confidence (`confident`), or always the whole distance."""
+    rule: str = "mean"
+    """Step i of n moves distance * direction / (n - i). Along the direction alone: distance / (n - i) (`even`), that
+    times the confidence (`confident`), or always the whole distance (`paper`)."""
     distance_weight: float | None = None
     """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
     confidence_weight: float = 1.0
     """Weight of (confidence - cosine of direction and y - x)^2; 0: |direction| is the confidence."""
-    consistency: float = 1.0
-    """Weight of |e(x) - e(x')|^p / L^(p/2), e where a step leads that goes the whole distance, x' nearer to y on the
-    same segment and not learned from; costs an evaluation more. As in consistency training (arXiv 2303.01469). At 3, or
-    with p below 2, ends drift and more steps make pictures worse."""
+    consistency: float = 10.0
+    """Weight of |e(x) - e(x')|^p / L^(p/2), e where a step leads that goes the whole way, x' nearer to y on the same
+    segment and not learned from; costs an evaluation more."""
+    gap: float = 0.1
+    """How far ahead x' is at most, as a share of the rest of the way. What x' leads to is then about what the flow from
+    x leads to; from far ahead it is y itself again, and ends are drawn to the mean of the pairs."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
@@ -52,26 +59,27 @@ class Coalescer:
         """Refuse dials that mean nothing."""
         if self.rule not in RULES:
             raise OptionError(f"rule {self.rule!r} is unknown: choose one of {', '.join(RULES)}")
-        check_shares(self, "segment", "own", "dropout")
+        check_shares(self, "segment", "own", "gap", "dropout")
         if self.segment + self.own > 1:
             raise OptionError(f"segment {self.segment!r} and own {self.own!r} are more than 1 together: lower one")
-        for name in ("confidence_weight", "consistency"):
-            if getattr(self, name) < 0:
-                raise OptionError(f"{name} {getattr(self, name)!r} is no weight: give 0 or more")
+        check_weights(self, "confidence_weight", "consistency")
         if self.p <= 0:
             raise OptionError(f"p {self.p!r} is no power: give a number above 0, such as 2 or 0.5")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """All losses, averaged over the batch."""
-        kind, place, told, nearer = (die[:, None] for die in batch.dice[:, :4].unbind(1))
-        keep, size = told[:, 0] >= self.dropout, batch.y.shape[1]
-        t = torch.where(kind < self.segment, place, 0.0)
-        x = batch.r + t * (batch.y - batch.r)
+        kind, place, told = batch.dice[:, :3].unbind(1)
+        keep, size = told >= self.dropout, batch.y.shape[1]
+
+        def end_of(x: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+            return x + self.way(network(x, batch.text, keep=keep))
+
+        x = points_on(batch, self.segment)
         if self.own:
             with torch.no_grad():
-                goal = end(batch.r, network(batch.r, batch.text, keep=keep))
+                goal = end_of(batch.r)
             own = (self.segment <= kind) & (kind < self.segment + self.own)
-            x = torch.where(own, batch.r + place * (goal - batch.r), x)
+            x = torch.where(own[:, None], batch.r + place[:, None] * (goal - batch.r), x)
         guess: Prediction = network(x, batch.text, keep=keep)
         way = batch.y - x
         unit = normalize(way, dim=1)
@@ -85,10 +93,8 @@ class Coalescer:
             parts["confidence"] = (guess.confidence - cosine).square().mean()
             total = total + self.confidence_weight * parts["confidence"]
         if self.consistency:
-            with torch.no_grad():
-                ahead = x + nearer * way
-                goal = end(ahead, network(ahead, batch.text, keep=keep))
-            parts["consistency"] = _power((end(x, guess) - goal).square().mean(1), self.p).mean()
+            apart = inconsistency(x, x + self.way(guess), batch, self.gap, end_of)
+            parts["consistency"] = _power(apart, self.p).mean()
             total = total + self.consistency * parts["consistency"]
         parts["direction_length"] = guess.direction.detach().norm(dim=1).mean()
         return Loss(total, parts)
@@ -113,17 +119,15 @@ class Coalescer:
         """The third head where it is trained, else |direction|."""
         return guess.confidence if self.confidence_weight else guess.direction.norm(dim=1)
 
+    def way(self, guess: Prediction) -> Float[Tensor, "B L"]:
+        """The whole way to where the network would go."""
+        direction = guess.direction if self.rule == "mean" else normalize(guess.direction, dim=1)
+        return guess.distance[:, None] * direction
+
     def _move(self, guess: Prediction, i: int, n: int) -> Float[Tensor, "B L"]:
         share = 1.0 if self.rule == "paper" else 1 / (n - i)
-        length = share * guess.distance
-        if self.rule == "confident":
-            length = length * self.confidence(guess)
-        return length[:, None] * normalize(guess.direction, dim=1)
-
-
-def end(x: Float[Tensor, "B L"], guess: Prediction) -> Float[Tensor, "B L"]:
-    """Where a step leads that goes the whole distance."""
-    return x + guess.distance[:, None] * normalize(guess.direction, dim=1)
+        move = share * self.way(guess)
+        return move * self.confidence(guess)[:, None] if self.rule == "confident" else move
 
 
 def _power(square: Float[Tensor, "B"], p: float) -> Float[Tensor, "B"]:

@@ -32,3 +32,10 @@ def check_positive(objective: object, *names: str) -> None:
     for name in names:
         if not getattr(objective, name) > 0:
             raise OptionError(f"{name} {getattr(objective, name)!r} is not allowed: give a number above 0")
+
+
+def check_weights(objective: object, *names: str) -> None:
+    """OptionError where one of these dials is below 0."""
+    for name in names:
+        if not getattr(objective, name) >= 0:
+            raise OptionError(f"{name} {getattr(objective, name)!r} is no weight: give 0 or more")

@@ -1,19 +1,20 @@
 """Endpoint regression: one head says where the pair is. What is left of the coalescer without distance and confidence.
 
 The direction head is the whole way y - x, learned by its squared error; inputs lie where the coalescer's do, at R or,
-with probability `segment`, on the segment from R to y. Step i of n goes 1/(n - i) of the way. With R alone as input it
-is x-prediction at the noise end of a path, so one step gives the mean of all pairs that R may have.
+with probability `segment`, on the segment from R to y, and two points of a segment should lead to the same end. Step i
+of n goes 1/(n - i) of the way. With R alone as input and no consistency it is x-prediction at the noise end of a path,
+so one step gives the mean of all pairs that R may have.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_shares
+from trainer.objectives.dials import check_shares, check_weights
+from trainer.objectives.segment import inconsistency, points_on
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
 
@@ -22,23 +23,34 @@ from trainer.stream import Batch
 class Endpoint:
     """The ablation of separate distance and direction; its dials are the coalescer's."""
 
-    segment: float = 0.5
+    segment: float = 0.9
     """Share of inputs on the segment from R to y."""
+    consistency: float = 10.0
+    """Weight of |e(x) - e(x')|^2 / L, e the end point, x' nearer to y on the same segment and not learned from."""
+    gap: float = 0.1
+    """How far ahead x' is at most, as a share of the rest of the way."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
         """Refuse dials that mean nothing."""
-        check_shares(self, "segment", "dropout")
+        check_shares(self, "segment", "gap", "dropout")
+        check_weights(self, "consistency")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
-        """Mean squared error of the end point x + direction, per dimension."""
-        kind, place, told = batch.dice[:, :3].unbind(1)
-        t = torch.where(kind < self.segment, place, 0.0)[:, None]
-        x = batch.r + t * (batch.y - batch.r)
-        way = network(x, batch.text, keep=told >= self.dropout).direction
-        error = (way - (batch.y - x)).square().mean()
-        return Loss(error, {"endpoint": error})
+        """Mean squared error of the end point x + direction, per dimension, and the inconsistency of end points."""
+        keep = batch.dice[:, 2] >= self.dropout
+
+        def end_of(x: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+            end: Float[Tensor, "B L"] = x + network(x, batch.text, keep=keep).direction
+            return end
+
+        x = points_on(batch, self.segment)
+        end = end_of(x)
+        parts = {"endpoint": (end - batch.y).square().mean()}
+        if self.consistency:
+            parts["consistency"] = inconsistency(x, end, batch, self.gap, end_of).mean()
+        return Loss(parts["endpoint"] + self.consistency * parts.get("consistency", 0.0), parts)
 
     def step(
         self,
