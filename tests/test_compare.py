@@ -83,6 +83,11 @@ def test_runs_are_named_by_what_they_do_not_share():
     assert name_runs([config(), config(seed=1)]) == ["coalescer", "coalescer"]
     named = name_runs([config(), config(size="small"), config(preset="paper", dials={"p": 1.0})])
     assert named == ["coalescer, size=tiny", "coalescer, size=small", "coalescer paper, size=tiny, p=1.0"]
+    assert name_runs([config(images=64), config(images=32, size="small")]) == [
+        "coalescer, size=tiny",
+        "coalescer, size=small",
+    ]
+    assert name_runs([config(images=64), config(images=32)]) == ["coalescer, images=64", "coalescer, images=32"]
 
 
 def test_spread_is_the_standard_deviation_of_runs():

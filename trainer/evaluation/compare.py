@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHOWN_STEPS = 2
 COST = ("parameters", "images", "seconds")
 """Of training, in every run's result."""
+QUIET = ("images", "reuse", "flow")
+"""Settings that a run is named by only where nothing else tells it from another; what it cost stands in a table."""
 
 
 def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,7 +64,12 @@ def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequen
 def name_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each run: its objective, and whatever else it does not share with all others, but for the seed."""
     settings = [_settings(config) for config in configs]
-    names = dict.fromkeys(name for each in settings for name in each)
+    short, long = _names(settings, without=QUIET), _names(settings)
+    return short if len(set(short)) == len(set(long)) else long
+
+
+def _names(settings: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> list[str]:
+    names = [name for name in dict.fromkeys(name for each in settings for name in each) if name not in without]
     differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
     own = [
         [f"{name}={each[name]}" for name in differing if name not in ("objective", "preset") and name in each]
