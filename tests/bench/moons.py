@@ -30,7 +30,7 @@ from trainer.networks import Network
 UNIT = 3.5
 CONDITIONS = ("none", "label", "place")
 ASSIGNED, BANK, TARGETS, TESTED = 1024, 16_384, 2_000, 2_000
-ASCENT, EVEN = 3_000, 0.01
+ASCENT, EVEN = 6_000, 0.01
 """Steps and chi^2 of the search's balance: R lies in eight heaps, far from some targets, so it takes longer than
 elsewhere, and with more targets longer still."""
 DECISIVE, MOST = 30.0, 1e4
