@@ -45,6 +45,7 @@ def main() -> None:
     }
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     found: dict[str, object] = {"machine": machine, "seeds": given.seeds}
+    found |= {"moons_steps": given.moons_steps, "dial_steps": given.dial_steps}
     for part in given.parts.split(","):
         began = time.monotonic()
         found[part] = measure[part]()
