@@ -26,7 +26,7 @@ import torch
 from index.search import open_neighbours
 from index.table import Table, open_table
 from trainer.networks import NetworkConfig, count_flops, make_network
-from trainer.objectives import Training, make_objective
+from trainer.objectives import Objective, Training, make_objective
 from trainer.optimise import Optimiser
 from trainer.reuse import plan_reuse
 from trainer.stream import Batch, NeighborStream
@@ -37,12 +37,12 @@ SEARCHES = ("memory", "ann", "exact", "reused")
 class Trial:
     """One network in training."""
 
-    def __init__(self, table: Table, size: str, device: str) -> None:
-        """Fresh weights."""
+    def __init__(self, table: Table, size: str, device: str, objective: Objective | None = None) -> None:
+        """Fresh weights; of the default coalescer unless told otherwise."""
         torch.manual_seed(0)
         self.network, self.device = make_network(NetworkConfig.of(table.meta, size=size)).to(device), device
         self.alone = Training(0.0, self.network)
-        self.objective = make_objective("coalescer", "default")
+        self.objective = objective or make_objective("coalescer", "default")
         self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
 
     def rate(self, source: Iterable[tuple[int, Batch]], seconds: float) -> tuple[float, float]:

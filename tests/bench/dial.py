@@ -38,9 +38,11 @@ WIDTH = 96
 STEPS = (1, 2, 8)
 ROWS = (
     ("coalescer", "default", "nearest"),
+    ("coalescer", "clock", "nearest"),
     ("coalescer", "paper", "nearest"),
     ("flow_matching", "default", "nearest"),
     ("flow_matching", "default", "independent"),
+    ("mean_flow", "default", "nearest"),
     ("mean_flow", "default", "independent"),
     ("consistency", "default", "independent"),
 )

@@ -5,9 +5,11 @@ from typing import Any
 
 NAMES = {
     ("coalescer", "default", "nearest"): ("coalescer, default", "#1f4e8c", "o"),
+    ("coalescer", "clock", "nearest"): ("coalescer, told the time", "#3d85c6", "x"),
     ("coalescer", "paper", "nearest"): ("coalescer, paper", "#6fa8dc", "s"),
     ("flow_matching", "default", "nearest"): ("flow matching, nearest pairs", "#d08020", "^"),
     ("flow_matching", "default", "independent"): ("flow matching, independent pairs", "#b03030", "v"),
+    ("mean_flow", "default", "nearest"): ("MeanFlow, nearest pairs", "#c39bd3", "d"),
     ("mean_flow", "default", "independent"): ("MeanFlow, independent pairs", "#8a5aa8", "D"),
     ("consistency", "default", "independent"): ("consistency, independent pairs", "#2e8b57", "P"),
     ("retrieved pairs", "", "nearest"): ("retrieved pairs (a perfect network)", "#777777", None),

@@ -44,6 +44,7 @@ ROWS = (
     ("flow_matching", "default", "assigned with condition"),
     ("flow_matching", "default", "nearest"),
     ("coalescer", "default", "nearest"),
+    ("coalescer", "clock", "nearest"),
     ("coalescer", "paper", "nearest"),
 )
 PUBLISHED = {

@@ -22,7 +22,7 @@ from index.errors import OptionError
 from trainer.networks import Prediction
 from trainer.objectives import Loss, Step, Training
 from trainer.objectives.dials import check_shares, check_weights
-from trainer.objectives.segment import inconsistency, points_on
+from trainer.objectives.segment import Place, inconsistency, places_on
 from trainer.objectives.steps import guided
 from trainer.stream import Batch
 
@@ -52,6 +52,9 @@ class Coalescer:
     gap: float = 0.1
     """How far ahead x' is at most, as a share of the rest of the way. What x' leads to is then about what the flow from
     x leads to; from far ahead it is y itself again, and ends are drawn to the mean of the pairs."""
+    clock: bool = False
+    """Tell the network how far along its segment a point is. In few dimensions a point cannot tell by itself whether it
+    is an end or on the way to another one; in many it can."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
@@ -68,19 +71,24 @@ class Coalescer:
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """All losses, averaged over the batch."""
-        kind, place, told = batch.dice[:, :3].unbind(1)
+        kind, along, told = batch.dice[:, :3].unbind(1)
         keep, size = told >= self.dropout, batch.y.shape[1]
 
-        def end_of(x: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-            return x + self.way(network(x, batch.text, keep=keep))
+        def ask(place: Place) -> Prediction:
+            answer: Prediction = network(place.x, batch.text, keep=keep, time=place.t if self.clock else None)
+            return answer
 
-        x = points_on(batch, self.segment)
+        def end_of(place: Place) -> Float[Tensor, "B L"]:
+            return place.x + self.way(ask(place))
+
+        x, t = places_on(batch, self.segment)
         if self.own:
             with torch.no_grad():
-                goal = end_of(batch.r)
+                goal = end_of(Place(batch.r, torch.zeros_like(t)))
             own = (self.segment <= kind) & (kind < self.segment + self.own)
-            x = torch.where(own[:, None], batch.r + place[:, None] * (goal - batch.r), x)
-        guess: Prediction = network(x, batch.text, keep=keep)
+            x = torch.where(own[:, None], batch.r + along[:, None] * (goal - batch.r), x)
+            t = torch.where(own, along, t)
+        guess = ask(Place(x, t))
         way = batch.y - x
         unit = normalize(way, dim=1)
         distance = (guess.distance - way.norm(dim=1)).square().mean()
@@ -93,7 +101,7 @@ class Coalescer:
             parts["confidence"] = (guess.confidence - cosine).square().mean()
             total = total + self.confidence_weight * parts["confidence"]
         if self.consistency:
-            apart = inconsistency(x, x + self.way(guess), batch, self.gap, end_of)
+            apart = inconsistency(Place(x, t), x + self.way(guess), batch, self.gap, end_of)
             parts["consistency"] = _power(apart, self.p).mean()
             total = total + self.consistency * parts["consistency"]
         parts["direction_length"] = guess.direction.detach().norm(dim=1).mean()
@@ -110,9 +118,10 @@ class Coalescer:
         noise: Callable[[], Float[Tensor, "B L"]],
     ) -> Step:
         """Move towards the pair; with guidance w to x_u + w (x_c - x_u), c told the description and u not."""
-        guess = network(x, text)
+        time = torch.full((len(x),), i / n, device=x.device) if self.clock else None
+        guess = network(x, text, time=time)
         told = self._move(guess, i, n)
-        move = guided(told, lambda nobody: self._move(network(x, text, keep=nobody), i, n), guidance)
+        move = guided(told, lambda nobody: self._move(network(x, text, keep=nobody, time=time), i, n), guidance)
         return Step(x + move, self.confidence(guess))
 
     def confidence(self, guess: Prediction) -> Float[Tensor, "B"]:

@@ -13,6 +13,10 @@ def read_dial(name: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(value, str):
         raise OptionError(f"--dial {name}={value} is no number: give for instance {name}={default or 0.5}")
+    if isinstance(default, bool):
+        if value not in (0, 1):
+            raise OptionError(f"--dial {name}={value:g} is neither no nor yes: give {name}=0 or {name}=1")
+        return bool(value)
     if not isinstance(default, int):
         return None if value is None else float(value)
     if not float(value).is_integer():

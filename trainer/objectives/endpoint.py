@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.objectives import Loss, Step, Training
 from trainer.objectives.dials import check_shares, check_weights
-from trainer.objectives.segment import inconsistency, points_on
+from trainer.objectives.segment import Place, inconsistency, places_on
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
 
@@ -41,15 +41,15 @@ class Endpoint:
         """Mean squared error of the end point x + direction, per dimension, and the inconsistency of end points."""
         keep = batch.dice[:, 2] >= self.dropout
 
-        def end_of(x: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-            end: Float[Tensor, "B L"] = x + network(x, batch.text, keep=keep).direction
+        def end_of(place: Place) -> Float[Tensor, "B L"]:
+            end: Float[Tensor, "B L"] = place.x + network(place.x, batch.text, keep=keep).direction
             return end
 
-        x = points_on(batch, self.segment)
-        end = end_of(x)
+        place = places_on(batch, self.segment)
+        end = end_of(place)
         parts = {"endpoint": (end - batch.y).square().mean()}
         if self.consistency:
-            parts["consistency"] = inconsistency(x, end, batch, self.gap, end_of).mean()
+            parts["consistency"] = inconsistency(place, end, batch, self.gap, end_of).mean()
         return Loss(parts["endpoint"] + self.consistency * parts.get("consistency", 0.0), parts)
 
     def step(

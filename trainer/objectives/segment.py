@@ -4,6 +4,7 @@ A second step starts near the data, where a network that was trained on R alone 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,27 +12,35 @@ from torch import Tensor
 
 from trainer.stream import Batch
 
-Points = Float[Tensor, "B L"]
+
+class Place(NamedTuple):
+    """Points, and how far along their segments they are: 0 at R, 1 at y."""
+
+    x: Float[Tensor, "B L"]
+    t: Float[Tensor, "B"]
 
 
-def points_on(batch: Batch, share: float) -> Float[Tensor, "B L"]:
+def places_on(batch: Batch, share: float) -> Place:
     """A point anywhere on the segment with probability `share`, else R."""
-    kind, place = batch.dice[:, :1], batch.dice[:, 1:2]
-    return batch.r + torch.where(kind < share, place, 0.0) * (batch.y - batch.r)
+    kind, place = batch.dice[:, :2].unbind(1)
+    t = torch.where(kind < share, place, 0.0)
+    return Place(batch.r + t[:, None] * (batch.y - batch.r), t)
 
 
 def inconsistency(
-    x: Float[Tensor, "B L"],
+    place: Place,
     end: Float[Tensor, "B L"],
     batch: Batch,
     gap: float,
-    end_of: Callable[[Points], Points],
+    end_of: Callable[[Place], Float[Tensor, "B L"]],
 ) -> Float[Tensor, "B"]:
     """Mean squared difference, per dimension, of where x leads and where a point does that is nearer to y.
 
     That point is up to a share `gap` of the rest of the way ahead, and is not learned from, as in consistency training
     (Song et al., arXiv 2303.01469).
     """
+    ahead = gap * batch.dice[:, 3]
     with torch.no_grad():
-        goal = end_of(x + gap * batch.dice[:, 3:4] * (batch.y - x))
+        x, t = place.x + ahead[:, None] * (batch.y - place.x), place.t + ahead * (1 - place.t)
+        goal = end_of(Place(x, t))
     return (end - goal).square().mean(1)
