@@ -220,6 +220,20 @@ def test_confident_steps_are_shorter_where_the_network_is_unsure():
     assert torch.allclose(step.confidence, torch.full((B,), 0.3))
 
 
+def test_a_clock_tells_how_far_along_the_segment_a_point_is():
+    batch, network = some_batch(), Sure(0.3)
+    coalescer(consistency=1.0, gap=0.5, clock=True).loss(network, batch, ALONE)
+    (x, _, _, t), (ahead, _, _, later) = network.seen
+    assert torch.allclose(x, batch.r + t[:, None] * (batch.y - batch.r), atol=1e-6)
+    assert torch.allclose(ahead, batch.r + later[:, None] * (batch.y - batch.r), atol=1e-5)
+    assert (later > t).all()
+    objective = make_objective("coalescer", "default", clock=True)
+    objective.step(network, batch.r, batch.text, 3, 4, 2.0, still)
+    assert all(torch.equal(asked[3], torch.full((B,), 0.75)) for asked in network.seen[-2:])
+    make_objective("coalescer", "default").step(network, batch.r, batch.text, 3, 4, 1.0, still)
+    assert network.seen[-1][3] is None
+
+
 def test_paper_steps_move_the_whole_distance_each_time():
     batch = some_batch()
     network = Fixed(lambda x: (torch.full((B,), 2.0), torch.eye(L)[:1].expand(B, L) * 0.3))

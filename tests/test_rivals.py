@@ -162,6 +162,8 @@ def test_descriptions_are_dropped_by_dice_and_guidance_extrapolates_the_end(name
         ("consistency", {"stages": float("inf")}, "--dial stages=inf is no whole number"),
         ("rectified_flow", {"flow": 7.0}, "--dial flow=7 is a number: give a name, for a folder flow=./7"),
         ("flow_matching", {"dropout": 2.0}, "dropout 2.0 is no share"),
+        ("endpoint", {"consistency": -1.0}, "consistency -1.0 is no weight: give 0 or more"),
+        ("coalescer", {"clock": 2.0}, "--dial clock=2 is neither no nor yes: give clock=0 or clock=1"),
     ],
 )
 def test_dials_that_mean_nothing_are_refused(name, dials, said):
@@ -173,6 +175,7 @@ def test_dials_come_as_their_defaults_are():
     """From a command line every number is a float."""
     dials = make_objective("imle", "default", pool=7.0, eps=0)
     assert (dials.pool, type(dials.pool), type(dials.eps)) == (7, int, float)
+    assert make_objective("coalescer", "default", clock=1.0).clock is True
 
 
 def test_an_endpoint_is_learned_at_the_points_of_the_coalescer_and_is_as_consistent():

@@ -1,5 +1,8 @@
 """The coalescer against its rivals on one table: the same latents, network, batches, captions and time to train.
 
+  rivals  every objective, on its authors' pairs, and both flows also on the search's
+  parts   the default coalescer with one thing changed at a time
+
 Every objective first takes steps in turns on pairs that are in memory, medians over the rounds; that says how many
 images each may see in the time that the default coalescer takes for `--images`. Then each is trained by `trainer fit`
 for each seed, one run after the other, and all of them sit one exam, `trainer compare`, whose page and report are in
@@ -8,7 +11,7 @@ seed 0, which is not counted as its time.
 
 Each objective has its authors' settings as they stand in trainer/objectives; none was tuned here. Prints JSON.
 
-    python tests/bench/bench_rivals.py TABLE.lance --work WORK [--size tiny --images 400000 --seeds 3]
+    python tests/bench/bench_rivals.py TABLE.lance --work WORK [--set rivals --size tiny --images 400000 --seeds 3]
 """
 
 import argparse
@@ -19,9 +22,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench_stream import Trial
@@ -33,52 +35,70 @@ from trainer.evaluation.exam import ExamConfig
 from trainer.objectives import make_objective
 from trainer.stream import NeighborStream
 
-FLOW = "flow_matching-independent"
-RUNS = {
-    "coalescer": ("coalescer", "default", "nearest"),
-    "coalescer-paper": ("coalescer", "paper", "nearest"),
-    "endpoint": ("endpoint", "default", "nearest"),
-    FLOW: ("flow_matching", "default", "independent"),
-    "flow_matching-nearest": ("flow_matching", "default", "nearest"),
-    "rectified_flow": ("rectified_flow", "default", "independent"),
-    "mean_flow-independent": ("mean_flow", "default", "independent"),
-    "mean_flow-nearest": ("mean_flow", "default", "nearest"),
-    "shortcut": ("shortcut", "default", "independent"),
-    "consistency": ("consistency", "default", "independent"),
-    "imle": ("imle", "default", "independent"),
+
+class Kind(NamedTuple):
+    """What a run is asked for."""
+
+    objective: str
+    coupling: str = "nearest"
+    preset: str = "default"
+    dials: dict[str, Any] = {}  # noqa: RUF012
+
+
+DEFAULT, FLOW = "coalescer", "flow_matching-independent"
+OVERSHOOTING = {"rule": "even", "consistency": 1, "gap": 1, "segment": 0.7}
+SETS = {
+    "rivals": {
+        DEFAULT: Kind("coalescer"),
+        "coalescer-paper": Kind("coalescer", preset="paper"),
+        "endpoint": Kind("endpoint"),
+        FLOW: Kind("flow_matching", "independent"),
+        "flow_matching-nearest": Kind("flow_matching"),
+        "rectified_flow": Kind("rectified_flow", "independent"),
+        "mean_flow-independent": Kind("mean_flow", "independent"),
+        "mean_flow-nearest": Kind("mean_flow"),
+        "shortcut": Kind("shortcut", "independent"),
+        "consistency": Kind("consistency", "independent"),
+        "imle": Kind("imle", "independent"),
+    },
+    "parts": {
+        DEFAULT: Kind("coalescer"),
+        "no-consistency": Kind("coalescer", dials={"consistency": 0}),
+        "far-consistency": Kind("coalescer", dials={"consistency": 1, "gap": 1}),
+        "no-confidence": Kind("coalescer", dials={"confidence_weight": 0}),
+        "clock": Kind("coalescer", dials={"clock": 1}),
+        "even": Kind("coalescer", dials={"rule": "even"}),
+        "overshooting": Kind("coalescer", dials=OVERSHOOTING),
+        "own": Kind("coalescer", dials={"segment": 0.7, "own": 0.2}),
+        "no-search": Kind("coalescer", "independent"),
+    },
 }
-"""Objective, preset and pairs of each; those of the authors, and of the two flows also the search's."""
 BATCH = 256
 REPORTED = ("frechet", "feature_frechet", "two_sample_accuracy", "precision", "recall", "coverage", "diversity")
 ADHERENCE = ("class_accuracy", "caption_first")
 
 
-def rates(table: Table, size: str, names: Sequence[str], flow: Path, rounds: int, seconds: float) -> dict[str, float]:
+def rates(table: Table, kinds: dict[str, Kind], size: str, rounds: int, seconds: float) -> dict[str, float]:
     """Steps per second of each objective alone, targets in memory, taking turns."""
     stream = NeighborStream(table, open_neighbours(table), batch_size=BATCH, seed=0)
     found = [batch for _, batch in itertools.islice(stream, 8)]
-    trials = {name: Trial(table, size, "cpu", make_objective(*RUNS[name][:2], **dials(name, flow))) for name in names}
-    each: dict[str, list[float]] = {name: [] for name in names}
+    objectives = {name: make_objective(kind.objective, kind.preset, **kind.dials) for name, kind in kinds.items()}
+    trials = {name: Trial(table, size, "cpu", objective) for name, objective in objectives.items()}
+    each: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, trial in trials.items():
             each[name].append(trial.rate(enumerate(itertools.cycle(found)), seconds)[0])
-    return {name: statistics.median(each[name]) for name in names}
+    return {name: statistics.median(each[name]) for name in kinds}
 
 
-def dials(name: str, flow: Path) -> dict[str, Any]:
-    """What an objective cannot do without."""
-    return {"flow": str(flow)} if RUNS[name][0] == "rectified_flow" else {}
-
-
-def train(table: str, name: str, out: Path, flow: Path, given: argparse.Namespace, images: int, seed: int) -> None:
+def train(table: str, kind: Kind, out: Path, size: str, images: int, seed: int) -> None:
     """One run, as a user starts it."""
     if (out / "result.json").exists():
         return
-    objective, preset, coupling = RUNS[name]
     call = [sys.executable, "-c", "from trainer.cli import main; main()", "fit", table, "--out", str(out)]
-    call += ["--objective", objective, "--preset", preset, "--coupling", coupling, "--size", given.size]
+    call += ["--objective", kind.objective, "--preset", kind.preset, "--coupling", kind.coupling, "--size", size]
     call += ["--images", str(images), "--batch-size", str(BATCH), "--seed", str(seed), "--device", "cpu"]
-    call += [part for dial, value in dials(name, flow).items() for part in ("--dial", f"{dial}={value}")]
+    call += [part for dial, value in kind.dials.items() for part in ("--dial", f"{dial}={value}")]
     subprocess.run(call, check=True, stdout=sys.stderr)
 
 
@@ -103,7 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--work", type=Path, required=True, help="for the runs and the report")
-    parser.add_argument("--only", default=",".join(RUNS), help="which of them")
+    parser.add_argument("--set", default="rivals", choices=SETS)
+    parser.add_argument("--only", help="some of its runs, with commas")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--images", type=int, default=400_000, help="of the default coalescer")
     parser.add_argument("--seeds", type=int, default=3)
@@ -114,22 +135,23 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
     table = open_table(given.table, indexed=True)
-    flow = given.work / f"{FLOW}-0"
-    names = [name for name in given.only.split(",") if name != "rectified_flow"]
-    speed = rates(table, given.size, dict.fromkeys(["coalescer", *names]), flow, given.rounds, given.seconds)
+    kinds = {name: SETS[given.set][name] for name in (given.only or ",".join(SETS[given.set])).split(",")}
+    ready = {DEFAULT: Kind("coalescer")} | {name: kind for name, kind in kinds.items() if name != "rectified_flow"}
+    speed = rates(table, ready, given.size, given.rounds, given.seconds)
     runs = []
     for seed in range(given.seeds):
-        for name in given.only.split(","):
+        for name, kind in kinds.items():
+            if kind.objective == "rectified_flow":
+                kind = kind._replace(dials={"flow": str(given.work / f"{FLOW}-0")})
             if name not in speed:  # the flow that it rests on is there by now
-                speed |= rates(table, given.size, [name], flow, given.rounds, given.seconds)
-            images = int(given.images * speed[name] / speed["coalescer"]) // BATCH * BATCH
+                speed |= rates(table, {name: kind}, given.size, given.rounds, given.seconds)
+            images = int(given.images * speed[name] / speed[DEFAULT]) // BATCH * BATCH
             runs.append(given.work / f"{name}-{seed}")
-            train(given.table, name, runs[-1], flow, given, images, seed)
+            train(given.table, kind, runs[-1], given.size, images, seed)
     torch.set_num_threads(os.cpu_count() or 1)
     config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], samples=given.samples, device="cpu")
-    report = compare(
-        sorted(runs, key=lambda run: list(RUNS).index(run.name.rpartition("-")[0])), config, given.work / "report"
-    )
+    in_order = sorted(runs, key=lambda run: list(kinds).index(run.name.rpartition("-")[0]))
+    report = compare(in_order, config, given.work / "report")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(json.dumps({"machine": machine, "steps_per_second": speed, "lines": summary(report)}, indent=2))
 
