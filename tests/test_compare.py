@@ -88,6 +88,8 @@ def test_runs_are_named_by_what_they_do_not_share():
         "coalescer, size=small",
     ]
     assert name_runs([config(images=64), config(images=32)]) == ["coalescer, images=64", "coalescer, images=32"]
+    both = name_runs([config(images=64, reuse=1), config(images=32, reuse=5)])
+    assert both == ["coalescer, reuse=1", "coalescer, reuse=5"]
 
 
 def test_spread_is_the_standard_deviation_of_runs():

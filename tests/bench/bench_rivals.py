@@ -43,6 +43,7 @@ class Kind(NamedTuple):
     coupling: str = "nearest"
     preset: str = "default"
     dials: dict[str, Any] = {}  # noqa: RUF012
+    reuse: int | None = None
 
 
 DEFAULT, FLOW = "coalescer", "flow_matching-independent"
@@ -66,10 +67,12 @@ SETS = {
         "no-consistency": Kind("coalescer", dials={"consistency": 0}),
         "far-consistency": Kind("coalescer", dials={"consistency": 1, "gap": 1}),
         "no-confidence": Kind("coalescer", dials={"confidence_weight": 0}),
+        "no-segment": Kind("coalescer", dials={"segment": 0, "consistency": 0}),
         "clock": Kind("coalescer", dials={"clock": 1}),
         "even": Kind("coalescer", dials={"rule": "even"}),
         "overshooting": Kind("coalescer", dials=OVERSHOOTING),
         "own": Kind("coalescer", dials={"segment": 0.7, "own": 0.2}),
+        "no-reuse": Kind("coalescer", reuse=1),
         "no-search": Kind("coalescer", "independent"),
     },
 }
@@ -99,6 +102,7 @@ def train(table: str, kind: Kind, out: Path, size: str, images: int, seed: int) 
     call += ["--objective", kind.objective, "--preset", kind.preset, "--coupling", kind.coupling, "--size", size]
     call += ["--images", str(images), "--batch-size", str(BATCH), "--seed", str(seed), "--device", "cpu"]
     call += [part for dial, value in kind.dials.items() for part in ("--dial", f"{dial}={value}")]
+    call += [] if kind.reuse is None else ["--reuse", str(kind.reuse)]
     subprocess.run(call, check=True, stdout=sys.stderr)
 
 

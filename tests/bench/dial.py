@@ -93,9 +93,12 @@ class World(NamedTuple):
     g: Float32[np.ndarray, "N"]
     chi_square: float
 
-    def retrieved(self, label: Int[np.ndarray, "B"], r: Float32[np.ndarray, "B D"]) -> Float32[np.ndarray, "B D"]:
-        """The coordinates of the balanced neighbours."""
-        return self.x[self.blocks.winners(self.geometry.queries(described(label), r), self.g, AT_ONCE)]
+    def retrieved(
+        self, label: Int[np.ndarray, "B"], r: Float32[np.ndarray, "B D"], *, balanced: bool = True
+    ) -> Float32[np.ndarray, "B D"]:
+        """The coordinates of the neighbours."""
+        g = self.g if balanced else np.zeros_like(self.g)
+        return self.x[self.blocks.winners(self.geometry.queries(described(label), r), g, AT_ONCE)]
 
     def banks(self, seed: int) -> dict[str, Bank]:
         """Pairs of both couplings: the same random points and descriptions."""
@@ -160,6 +163,7 @@ def measure(k: int, seed: int, steps: int) -> dict[tuple[Any, ...], dict[str, fl
         # Rows stand by clusters in turn, so the first of them have the labels of the samples.
         ("training rows", "", "", 0): quality(here.x[:TESTED], real),
         ("retrieved pairs", "", "nearest", 0): quality(here.retrieved(label, r), real),
+        ("retrieved pairs", "unbalanced", "nearest", 0): quality(here.retrieved(label, r, balanced=False), real),
     }
     for name, preset, pairs in ROWS:
         objective = objective_of(name, preset)

@@ -3,6 +3,7 @@
 Runs that differ in nothing but their seed are one line, with mean and standard deviation.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -64,8 +65,12 @@ def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequen
 def name_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each run: its objective, and whatever else it does not share with all others, but for the seed."""
     settings = [_settings(config) for config in configs]
-    short, long = _names(settings, without=QUIET), _names(settings)
-    return short if len(set(short)) == len(set(long)) else long
+    whole = _names(settings)
+    for left_out in (QUIET, *itertools.combinations(QUIET, len(QUIET) - 1)):
+        names = _names(settings, without=left_out)
+        if len(set(names)) == len(set(whole)):
+            return names
+    return whole
 
 
 def _names(settings: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> list[str]:
