@@ -40,8 +40,8 @@ def test_a_run_learns_and_says_what_it_did(run, indexed):
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["images"]) == (300, 19_200)
     assert 0 <= result["waiting_share"] < 1
-    # Knowing nothing of the direction costs 1.
-    assert result["direction"] < 0.7
+    # Knowing nothing of the direction costs 1. Nine in ten inputs lie on the way, where it is harder to tell than at R.
+    assert result["direction"] < 0.85
     assert lines(run / "log.jsonl")[-1]["done"] == 19_200
     assert list((run / "tensorboard").iterdir())
     config = read_config(run)
@@ -79,7 +79,8 @@ def attentive(indexed, tmp_path_factory):
     """A short run of a transformer that reads six token states."""
     out = tmp_path_factory.mktemp("attentive") / "run"
     config = FitConfig(network="transformer", tokens=6, size="tiny", images=40 * 32, batch_size=32, learning_rate=3e-3)
-    fit(indexed, config, out)
+    # Forty steps are too few to learn anything of the way near its end, where most inputs of the default lie.
+    fit(indexed, replace(config, dials={"segment": 0.5, "consistency": 1.0}), out)
     return out
 
 

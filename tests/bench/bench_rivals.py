@@ -65,6 +65,7 @@ SETS = {
     "parts": {
         DEFAULT: Kind("coalescer"),
         "no-consistency": Kind("coalescer", dials={"consistency": 0}),
+        "softer": Kind("coalescer", dials={"consistency": 3, "gap": 0.3, "segment": 0.7}),
         "far-consistency": Kind("coalescer", dials={"consistency": 1, "gap": 1}),
         "no-confidence": Kind("coalescer", dials={"confidence_weight": 0}),
         "no-segment": Kind("coalescer", dials={"segment": 0, "consistency": 0}),
@@ -152,7 +153,6 @@ def main() -> None:
             images = int(given.images * speed[name] / speed[DEFAULT]) // BATCH * BATCH
             runs.append(given.work / f"{name}-{seed}")
             train(given.table, kind, runs[-1], given.size, images, seed)
-    torch.set_num_threads(os.cpu_count() or 1)
     config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], samples=given.samples, device="cpu")
     in_order = sorted(runs, key=lambda run: list(kinds).index(run.name.rpartition("-")[0]))
     report = compare(in_order, config, given.work / "report")
