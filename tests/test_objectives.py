@@ -31,6 +31,11 @@ def coalescer(**dials):
     return make_objective("coalescer", "default", **({"consistency": 0.0} | dials))
 
 
+def said(distance, direction, sure):
+    """What a coalescer's network says: the direction in units of 1/sqrt(L)."""
+    return Prediction(distance, direction * L**0.5, sure)
+
+
 class Fixed(Network):
     """A network that answers by a function of the point and remembers what it was asked."""
 
@@ -40,7 +45,7 @@ class Fixed(Network):
 
     def __call__(self, x, text, *, keep=None, time=None):
         self.seen.append((x, text, keep, time))
-        return Prediction(*self.answer(x), torch.full((B,), self.sure))
+        return said(*self.answer(x), torch.full((B,), self.sure))
 
 
 def knows(y):
@@ -110,7 +115,7 @@ class Sure(Fixed):
     def __call__(self, x, text, *, keep=None, time=None):
         self.seen.append((x, text, keep, time))
         way = torch.roll(x, 1, dims=1) * self.stray
-        return Prediction(way.norm(dim=1), normalize(way, dim=1) * 0.2, torch.full((len(x),), self.sure))
+        return said(way.norm(dim=1), normalize(way, dim=1) * 0.2, torch.full((len(x),), self.sure))
 
 
 def test_confidence_is_learned_as_the_cosine_of_the_way():
@@ -137,7 +142,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
 
     class Free(Fixed):
         def __call__(self, x, text, *, keep=None, time=None):
-            return Prediction(torch.ones(len(x)), way.expand(len(x), L), sure.expand(len(x)))
+            return said(torch.ones(len(x)), way.expand(len(x), L), sure.expand(len(x)))
 
     objective = coalescer(p=0.5, segment=0.0)
     adam = torch.optim.Adam([way, sure], 0.02)
@@ -250,19 +255,20 @@ def test_guidance_extrapolates_from_the_blind_step(name):
     class Two(Fixed):
         def __call__(self, x, text, *, keep=None, time=None):
             blind = keep is not None and not keep.any()
-            return Prediction(torch.ones(B), torch.eye(L)[1 if blind else 0].expand(B, L), torch.zeros(B))
+            return said(torch.ones(B), torch.eye(L)[1 if blind else 0].expand(B, L), torch.zeros(B))
 
     objective, network = make_objective(name, "default"), Two(None)
     told = objective.step(network, batch.r, batch.text, 0, 1, 1.0, still).x
     strong = objective.step(network, batch.r, batch.text, 0, 1, 3.0, still).x
-    blind = batch.r + torch.eye(L)[1]
+    blind = objective.step(network, batch.r, batch.text, 0, 1, 0.0, still).x
+    assert torch.equal((blind - batch.r).argmax(1), torch.ones(B, dtype=torch.long))
     assert torch.allclose(strong, blind + 3 * (told - blind), atol=1e-5)
 
 
 def test_flow_matching_regresses_the_velocity_and_integrates_it():
     batch = some_batch()
     objective = make_objective("flow_matching", "default")
-    right = Fixed(lambda x: (torch.zeros(B), batch.y - batch.r))
+    right = Fixed(lambda x: (torch.zeros(B), (batch.y - batch.r) / L**0.5))
     assert objective.loss(right, batch, ALONE).total.item() == pytest.approx(0, abs=1e-10)
     x = batch.r
     for i in range(5):

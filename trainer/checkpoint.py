@@ -20,7 +20,7 @@ from index.table import first_line
 from trainer.networks import Network, NetworkConfig, make_network
 from trainer.optimise import Optimiser
 
-FORMAT = "coalescer-run-1"
+FORMAT = "coalescer-run-2"
 
 
 def save_model(folder: Path, network: nn.Module) -> None:
@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{path} is not JSON ({error}): train again with `trainer fit TABLE --out {folder}`") from error
     if config.get("format") != FORMAT:
-        raise RunError(f"{path} was written by other software: give a folder that `trainer fit` has made")
+        raise RunError(f"{path} was written by other software or an earlier version: give a folder that `trainer fit` has made")
     return config
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from trainer.evaluation.answers import BATCH, Questions, Told
 from trainer.objectives.coalescer import Coalescer as CoalescerObjective
+from trainer.objectives.coalescer import ask
 from trainer.sampler import Coalescer
 
 BINS = 10
@@ -32,7 +33,7 @@ def measure_confidence(
             batch = slice(start, min(start + BATCH, questions.count))
             given = (questions.r[batch], pairs[batch], told(questions.captions[batch]))
             r, y, text = (torch.from_numpy(part).to(coalescer.device) for part in given)
-            guess = coalescer.network(r, text)
+            guess = ask(coalescer.network, r, text)
             came.append(cosine_similarity(guess.direction, y - r).cpu().numpy())
             said["confidence"].append(guess.confidence.cpu().numpy())
             said["direction_length"].append(guess.direction.norm(dim=1).cpu().numpy())

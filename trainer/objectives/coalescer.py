@@ -9,12 +9,13 @@ Under the squared loss distance * direction is about E[y - x], the way to the me
 end is that mean. A step that is as long as the distance alone overshoots wherever the network is unsure.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -74,12 +75,11 @@ class Coalescer:
         kind, along, told = batch.dice[:, :3].unbind(1)
         keep, size = told >= self.dropout, batch.y.shape[1]
 
-        def ask(place: Place) -> Prediction:
-            answer: Prediction = network(place.x, batch.text, keep=keep, time=place.t if self.clock else None)
-            return answer
+        def said_at(place: Place) -> Prediction:
+            return ask(network, place.x, batch.text, keep=keep, time=place.t if self.clock else None)
 
         def end_of(place: Place) -> Float[Tensor, "B L"]:
-            return place.x + self.way(ask(place))
+            return place.x + self.way(said_at(place))
 
         x, t = places_on(batch, self.segment)
         if self.own:
@@ -88,7 +88,7 @@ class Coalescer:
             own = (self.segment <= kind) & (kind < self.segment + self.own)
             x = torch.where(own[:, None], batch.r + along[:, None] * (goal - batch.r), x)
             t = torch.where(own, along, t)
-        guess = ask(Place(x, t))
+        guess = said_at(Place(x, t))
         way = batch.y - x
         unit = normalize(way, dim=1)
         distance = (guess.distance - way.norm(dim=1)).square().mean()
@@ -119,9 +119,9 @@ class Coalescer:
     ) -> Step:
         """Move towards the pair; with guidance w to x_u + w (x_c - x_u), c told the description and u not."""
         time = torch.full((len(x),), i / n, device=x.device) if self.clock else None
-        guess = network(x, text, time=time)
+        guess = ask(network, x, text, time=time)
         told = self._move(guess, i, n)
-        move = guided(told, lambda nobody: self._move(network(x, text, keep=nobody, time=time), i, n), guidance)
+        move = guided(told, lambda nobody: self._move(ask(network, x, text, keep=nobody, time=time), i, n), guidance)
         return Step(x + move, self.confidence(guess))
 
     def confidence(self, guess: Prediction) -> Float[Tensor, "B"]:
@@ -137,6 +137,23 @@ class Coalescer:
         share = 1.0 if self.rule == "paper" else 1 / (n - i)
         move = share * self.way(guess)
         return move * self.confidence(guess)[:, None] if self.rule == "confident" else move
+
+
+def ask(
+    network: nn.Module,
+    x: Float[Tensor, "B L"],
+    text: Float[Tensor, "B K T"],
+    *,
+    keep: Bool[Tensor, "B"] | None = None,
+    time: Float[Tensor, "B"] | None = None,
+) -> Prediction:
+    """What the network says of points, its direction head read in units of 1/sqrt(L).
+
+    The numbers of a unit vector are about that large; a head that had to give them as they are would start sqrt(L)
+    times too long, and steps of the optimiser that suit the rest of the network would be as coarse for it.
+    """
+    guess: Prediction = network(x, text, keep=keep, time=time)
+    return guess._replace(direction=guess.direction / math.sqrt(x.shape[1]))
 
 
 def _power(square: Float[Tensor, "B"], p: float) -> Float[Tensor, "B"]:
