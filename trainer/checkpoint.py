@@ -52,7 +52,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{path} is not JSON ({error}): train again with `trainer fit TABLE --out {folder}`") from error
     if config.get("format") != FORMAT:
-        raise RunError(f"{path} was written by other software or an earlier version: give a folder that `trainer fit` has made")
+        raise RunError(
+            f"{path} was written by other software or an earlier version: give a folder that `trainer fit` has made"
+        )
     return config
 
 
