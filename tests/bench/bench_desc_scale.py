@@ -1,0 +1,73 @@
+"""How much descriptions should weigh in the search: one table laid out at several desc_scale, a coalescer for each.
+
+Every layout is balanced, trained on by `trainer fit` and measured by `trainer evaluate`. A line says what the search
+does at that weight (`Rung`), what its pairs come to, which a perfect network would answer, and what the run does. A run
+that is there already is not trained again. Prints JSON.
+
+    python tests/bench/bench_desc_scale.py TABLE.lance --work WORK [--scales 0.5,1,2,4 --images 200000 --seeds 1]
+"""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import real_tables
+import torch
+from bench_rivals import SETS, train
+
+from index.build import BuildConfig, build_index
+from index.table import Table, open_table
+from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.exam import ExamConfig
+
+SEARCH = ("perplexity", "own_pair_rate", "description_distance", "prior_skew", "balance_chi_square")
+FIGURES = ("frechet", "feature_frechet", "coverage", "recall", "diversity", "class_accuracy", "caption_first")
+
+
+def laid_out(table: Table, scale: float, uri: Path) -> Table:
+    """The table at one desc_scale, balanced."""
+    if uri.exists():
+        return open_table(str(uri), indexed=True)
+    config = BuildConfig(desc_scale=scale, allow_small_desc_scale=True, balance=True)
+    return build_index(real_tables.copy(table, uri), config).table
+
+
+def chosen(figures: dict[str, float]) -> dict[str, float]:
+    """The main figures of a report's row."""
+    return {name: figures[name] for name in FIGURES if name in figures}
+
+
+def main() -> None:
+    """Lay out, train, evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table")
+    parser.add_argument("--work", type=Path, required=True, help="for layouts, their runs and reports")
+    parser.add_argument("--scales", default="0.5,0.7,1,1.4,2,4")
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", default="1,2,4")
+    given = parser.parse_args()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
+    given.work.mkdir(parents=True, exist_ok=True)
+    config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], device="cpu")
+    lines: list[dict[str, Any]] = []
+    for scale in given.scales.split(","):
+        table = laid_out(open_table(given.table), float(scale), given.work / f"at-{scale}.lance")
+        search = table.report("index") or {}
+        for seed in range(given.seeds):
+            run = given.work / f"at-{scale}-{seed}"
+            train(table.uri, SETS["rivals"]["coalescer"], run, given.size, given.images, seed)
+            report = evaluate(run, config, run / "report")
+            line = {"desc_scale": float(scale), "seed": seed} | {name: search[name] for name in SEARCH}
+            line |= {"retrieved": chosen(report["floors"]["retrieved pairs"])}
+            lines.append(line | {"steps": {n: chosen(figures) for n, figures in report["steps"].items()}})
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(json.dumps({"machine": machine, "table": given.table, "images": given.images, "lines": lines}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
