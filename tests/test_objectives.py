@@ -176,7 +176,7 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p,
     batch = some_batch()
     stray = torch.tensor(0.7, requires_grad=True)
     network = Sure(0.3, stray)
-    objective = coalescer(consistency=2.0, gap=0.4, p=p, rule=rule)
+    objective = coalescer(consistency=2.0, ramp=0.0, gap=0.4, p=p, rule=rule)
     loss = objective.loss(network, batch, ALONE)
     plain = coalescer(p=p, rule=rule).loss(network, batch, ALONE)
     x, ahead = network.seen[0][0], network.seen[1][0]
@@ -190,6 +190,14 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p,
     (wanted,) = torch.autograd.grad(plain.total + 2 * apart, stray, retain_graph=True)
     (given,) = torch.autograd.grad(loss.total, stray)
     assert given.item() == pytest.approx(wanted.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("ramp", "share"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.125)])
+def test_consistency_grows_over_training(ramp, share):
+    batch, halfway = some_batch(), ALONE._replace(progress=0.5)
+    loss = coalescer(consistency=2.0, ramp=ramp).loss(Sure(0.3), batch, halfway)
+    plain = coalescer().loss(Sure(0.3), batch, halfway)
+    assert loss.total.item() == pytest.approx((plain.total + share * 2 * loss.parts["consistency"]).item(), rel=1e-5)
 
 
 def test_a_network_that_always_ends_at_the_pair_is_consistent():

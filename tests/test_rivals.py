@@ -21,6 +21,7 @@ from trainer.stream import Batch
 T = 3
 CENTRE, SPREAD = torch.tensor([0.8, -0.5]), 0.5
 NOBODY = Training(0.0, lambda *_, **__: pytest.fail("no teacher is needed"))
+HALFWAY = NOBODY._replace(progress=0.5)
 
 
 def pairs(count, seed=0, y=None, size=2):
@@ -180,16 +181,16 @@ def test_dials_come_as_their_defaults_are():
 
 def test_an_endpoint_is_learned_at_the_points_of_the_coalescer_and_is_as_consistent():
     batch, network = pairs(256), Known(lambda x, time, span: torch.zeros_like(x))
-    loss = make_objective("endpoint", "default").loss(network, batch, NOBODY)
+    loss = make_objective("endpoint", "default").loss(network, batch, HALFWAY)
     other = Known(lambda x, time, span: torch.zeros_like(x))
-    alike = make_objective("coalescer", "default").loss(other, batch, NOBODY)
+    alike = make_objective("coalescer", "default").loss(other, batch, HALFWAY)
     for asked, same in zip(network.asked, other.asked, strict=True):
         assert torch.equal(asked["x"], same["x"])
         assert torch.equal(asked["keep"], same["keep"])
     assert torch.allclose(loss.parts["consistency"], alike.parts["consistency"])
     x, ahead = (asked["x"] for asked in network.asked)
     missed, apart = (batch.y - x).square().mean().item(), (ahead - x).square().mean().item()
-    assert loss.total.item() == pytest.approx(missed + 10 * apart, rel=1e-5)
+    assert loss.total.item() == pytest.approx(missed + 30 * 0.5**8 * apart, rel=1e-5)
 
 
 def test_the_endpoint_of_a_random_point_is_the_mean_of_its_pairs():

@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
 
 DEFAULT, FLOW = "coalescer", "flow_matching-independent"
-OVERSHOOTING = {"rule": "even", "consistency": 1, "gap": 1, "segment": 0.7}
+OVERSHOOTING = {"rule": "even", "consistency": 1, "ramp": 0, "gap": 1, "segment": 0.7}
 SETS = {
     "rivals": {
         DEFAULT: Kind("coalescer"),
@@ -65,8 +65,9 @@ SETS = {
     "parts": {
         DEFAULT: Kind("coalescer"),
         "no-consistency": Kind("coalescer", dials={"consistency": 0}),
-        "softer": Kind("coalescer", dials={"consistency": 3, "gap": 0.3, "segment": 0.7}),
-        "far-consistency": Kind("coalescer", dials={"consistency": 1, "gap": 1}),
+        "early-consistency": Kind("coalescer", dials={"consistency": 10, "ramp": 0}),
+        "softer": Kind("coalescer", dials={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
+        "far-consistency": Kind("coalescer", dials={"consistency": 1, "ramp": 0, "gap": 1}),
         "no-confidence": Kind("coalescer", dials={"confidence_weight": 0}),
         "no-segment": Kind("coalescer", dials={"segment": 0, "consistency": 0}),
         "clock": Kind("coalescer", dials={"clock": 1}),

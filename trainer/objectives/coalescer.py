@@ -23,7 +23,7 @@ from index.errors import OptionError
 from trainer.networks import Prediction
 from trainer.objectives import Loss, Step, Training
 from trainer.objectives.dials import check_shares, check_weights
-from trainer.objectives.segment import Place, inconsistency, places_on
+from trainer.objectives.segment import Place, inconsistency, places_on, ramped
 from trainer.objectives.steps import guided
 from trainer.stream import Batch
 
@@ -47,12 +47,14 @@ class Coalescer:
     """Weight of the distance loss; None is 1/L, which makes both losses of order one."""
     confidence_weight: float = 1.0
     """Weight of (confidence - cosine of direction and y - x)^2; 0: |direction| is the confidence."""
-    consistency: float = 10.0
+    consistency: float = 30.0
     """Weight of |e(x) - e(x')|^p / L^(p/2), e where a step leads that goes the whole way, x' nearer to y on the same
     segment and not learned from; costs an evaluation more."""
     gap: float = 0.1
     """How far ahead x' is at most, as a share of the rest of the way. What x' leads to is then about what the flow from
     x leads to; from far ahead it is y itself again, and ends are drawn to the mean of the pairs."""
+    ramp: float = 8.0
+    """The weight of consistency grows as (share of the steps that are done)^ramp; 0: it is there from the start."""
     clock: bool = False
     """Tell the network how far along its segment a point is. In few dimensions a point cannot tell by itself whether it
     is an end or on the way to another one; in many it can."""
@@ -66,7 +68,7 @@ class Coalescer:
         check_shares(self, "segment", "own", "gap", "dropout")
         if self.segment + self.own > 1:
             raise OptionError(f"segment {self.segment!r} and own {self.own!r} are more than 1 together: lower one")
-        check_weights(self, "confidence_weight", "consistency")
+        check_weights(self, "confidence_weight", "consistency", "ramp")
         if self.p <= 0:
             raise OptionError(f"p {self.p!r} is no power: give a number above 0, such as 2 or 0.5")
 
@@ -103,7 +105,7 @@ class Coalescer:
         if self.consistency:
             apart = inconsistency(Place(x, t), x + self.way(guess), batch, self.gap, end_of)
             parts["consistency"] = _power(apart, self.p).mean()
-            total = total + self.consistency * parts["consistency"]
+            total = total + ramped(self.consistency, self.ramp, training) * parts["consistency"]
         parts["direction_length"] = guess.direction.detach().norm(dim=1).mean()
         return Loss(total, parts)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.objectives import Loss, Step, Training
 from trainer.objectives.dials import check_shares, check_weights
-from trainer.objectives.segment import Place, inconsistency, places_on
+from trainer.objectives.segment import Place, inconsistency, places_on, ramped
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
 
@@ -25,17 +25,19 @@ class Endpoint:
 
     segment: float = 0.9
     """Share of inputs on the segment from R to y."""
-    consistency: float = 10.0
+    consistency: float = 30.0
     """Weight of |e(x) - e(x')|^2 / L, e the end point, x' nearer to y on the same segment and not learned from."""
     gap: float = 0.1
     """How far ahead x' is at most, as a share of the rest of the way."""
+    ramp: float = 8.0
+    """The weight of consistency grows as (share of the steps that are done)^ramp."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
         """Refuse dials that mean nothing."""
         check_shares(self, "segment", "gap", "dropout")
-        check_weights(self, "consistency")
+        check_weights(self, "consistency", "ramp")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the end point x + direction, per dimension, and the inconsistency of end points."""
@@ -50,7 +52,8 @@ class Endpoint:
         parts = {"endpoint": (end - batch.y).square().mean()}
         if self.consistency:
             parts["consistency"] = inconsistency(place, end, batch, self.gap, end_of).mean()
-        return Loss(parts["endpoint"] + self.consistency * parts.get("consistency", 0.0), parts)
+        weight = ramped(self.consistency, self.ramp, training)
+        return Loss(parts["endpoint"] + weight * parts.get("consistency", 0.0), parts)
 
     def step(
         self,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainer.objectives import Training
 from trainer.stream import Batch
 
 
@@ -44,3 +45,12 @@ def inconsistency(
         x, t = place.x + ahead[:, None] * (batch.y - place.x), place.t + ahead * (1 - place.t)
         goal = end_of(Place(x, t))
     return (end - goal).square().mean(1)
+
+
+def ramped(weight: float, ramp: float, training: Training) -> float:
+    """A weight that grows over training, as consistency's does in temporal ensembling (Laine, Aila, arXiv 1610.02242).
+
+    What the network says elsewhere is no target before it has learned the pairs; captions are learned slowly then.
+    """
+    share: float = training.progress**ramp
+    return weight * share
