@@ -10,13 +10,13 @@ that is there already is not trained again. Prints JSON.
 import argparse
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import real_tables
 import torch
-from bench_rivals import SETS, train
+from bench_rivals import DEFAULT, SETS, main_figures, train
+from machine import machine
 
 from index.build import BuildConfig, build_index
 from index.table import Table, open_table
@@ -24,7 +24,6 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.exam import ExamConfig
 
 SEARCH = ("perplexity", "own_pair_rate", "description_distance", "prior_skew", "balance_chi_square")
-FIGURES = ("frechet", "feature_frechet", "coverage", "recall", "diversity", "class_accuracy", "caption_first")
 
 
 def laid_out(table: Table, scale: float, uri: Path) -> Table:
@@ -33,11 +32,6 @@ def laid_out(table: Table, scale: float, uri: Path) -> Table:
         return open_table(str(uri), indexed=True)
     config = BuildConfig(desc_scale=scale, allow_small_desc_scale=True, balance=True)
     return build_index(real_tables.copy(table, uri), config).table
-
-
-def chosen(figures: dict[str, float]) -> dict[str, float]:
-    """The main figures of a report's row."""
-    return {name: figures[name] for name in FIGURES if name in figures}
 
 
 def main() -> None:
@@ -60,13 +54,12 @@ def main() -> None:
         search = table.report("index") or {}
         for seed in range(given.seeds):
             run = given.work / f"at-{scale}-{seed}"
-            train(table.uri, SETS["rivals"]["coalescer"], run, given.size, given.images, seed)
+            train(table.uri, SETS["rivals"][DEFAULT], run, given.size, given.images, seed)
             report = evaluate(run, config, run / "report")
             line = {"desc_scale": float(scale), "seed": seed} | {name: search[name] for name in SEARCH}
-            line |= {"retrieved": chosen(report["floors"]["retrieved pairs"])}
-            lines.append(line | {"steps": {n: chosen(figures) for n, figures in report["steps"].items()}})
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(json.dumps({"machine": machine, "table": given.table, "images": given.images, "lines": lines}, indent=2))
+            line |= {"retrieved": main_figures(report["floors"]["retrieved pairs"])}
+            lines.append(line | {"steps": {n: main_figures(figures) for n, figures in report["steps"].items()}})
+    print(json.dumps({"machine": machine(), "table": given.table, "images": given.images, "lines": lines}, indent=2))
 
 
 if __name__ == "__main__":

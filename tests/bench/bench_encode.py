@@ -14,8 +14,6 @@ Prints JSON, medians over the rounds.
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import machine
 
 SIZE, SHARD, BATCH = 128, 125, 64
 
@@ -169,7 +168,7 @@ def main() -> None:
     midway = [statistics.median(run["midway"] for run in runs) for runs in (one, two)]
     peak = statistics.median(run["peak_mib"] for run in one)
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "pictures": given.pictures,
         "rounds": given.rounds,
         "images_per_second": {"a_bare": a, "b_one_worker": b, "c_two_workers": c},

@@ -16,8 +16,9 @@ What the parts share (autoencoders, tables) is made in WORK once. Prints JSON.
 import argparse
 import json
 import os
-import platform
 from pathlib import Path
+
+from machine import machine
 
 PARTS = ("floors", "emoji", "types", "faiss", "growth")
 # Lance leaves two cores to others, which are all that some machines have.
@@ -46,8 +47,7 @@ def main() -> None:
         "faiss": lambda: search_speed.against_faiss(given.data, given.work, given.rounds),
         "growth": lambda: search_speed.growth(given.work, [int(n) for n in given.rows.split(",")], given.rounds),
     }
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(json.dumps({"machine": machine} | {part: measure[part]() for part in given.parts.split(",")}, indent=2))
+    print(json.dumps({"machine": machine()} | {part: measure[part]() for part in given.parts.split(",")}, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_stream import Trial
+from machine import machine
 
 from index.search import open_neighbours
 from index.table import Table, open_table
@@ -108,19 +108,23 @@ def train(table: str, kind: Kind, out: Path, size: str, images: int, seed: int) 
     subprocess.run(call, check=True, stdout=sys.stderr)
 
 
+def main_figures(row: dict[str, Any]) -> dict[str, Any]:
+    """Those of a report's row that are printed."""
+    return {name: figure for name, figure in row.items() if name in (*REPORTED, *ADHERENCE)}
+
+
 def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The main figures of every kind of run, [mean, standard deviation] by steps, and of the floors."""
-    wanted = (*REPORTED, *ADHERENCE)
     lines = [
         {
             "run": label,
             "runs": line["runs"],
             "training": line["training"],
-            "steps": {n: {f: v for f, v in figures.items() if f in wanted} for n, figures in line["steps"].items()},
+            "steps": {n: main_figures(row) for n, row in line["steps"].items()},
         }
         for label, line in report["lines"].items()
     ]
-    floors = {name: {f: v for f, v in figures.items() if f in wanted} for name, figures in report["floors"].items()}
+    floors = {name: main_figures(row) for name, row in report["floors"].items()}
     return [*lines, {"floors": floors}]
 
 
@@ -157,8 +161,7 @@ def main() -> None:
     config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], samples=given.samples, device="cpu")
     in_order = sorted(runs, key=lambda run: list(kinds).index(run.name.rpartition("-")[0]))
     report = compare(in_order, config, given.work / "report")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(json.dumps({"machine": machine, "steps_per_second": speed, "lines": summary(report)}, indent=2))
+    print(json.dumps({"machine": machine(), "steps_per_second": speed, "lines": summary(report)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from machine import machine
 
 from index.search import open_neighbours
 from index.table import Table, open_table
@@ -116,8 +116,7 @@ def main() -> None:
         for size in given.sizes.split(",")
         for batch_size in given.batches.split(",")
     ]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, device {given.device}, Python {platform.python_version()}"
-    print(json.dumps({"machine": machine, "lines": lines}, indent=2))
+    print(json.dumps({"machine": machine(f"device {given.device}"), "lines": lines}, indent=2))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ Figures are means and standard deviations over the seeds. Prints JSON.
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
+
+from machine import machine
 
 PARTS = ("moons", "dial")
 # Networks so small lose time on threads.
@@ -43,8 +44,7 @@ def main() -> None:
         "moons": lambda: moons.table(given.seeds, given.moons_steps),
         "dial": lambda: dial.table(dims, given.seeds, given.dial_steps),
     }
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    found: dict[str, object] = {"machine": machine, "seeds": given.seeds}
+    found: dict[str, object] = {"machine": machine(), "seeds": given.seeds}
     found |= {"moons_steps": given.moons_steps, "dial_steps": given.dial_steps}
     for part in given.parts.split(","):
         began = time.monotonic()
