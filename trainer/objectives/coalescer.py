@@ -105,7 +105,7 @@ class Coalescer:
         if self.consistency:
             apart = inconsistency(Place(x, t), x + self.way(guess), batch, self.gap, end_of)
             parts["consistency"] = _power(apart, self.p).mean()
-            total = total + ramped(self.consistency, self.ramp, training) * parts["consistency"]
+            total = total + ramped(self.consistency, self.ramp, training.progress) * parts["consistency"]
         parts["direction_length"] = guess.direction.detach().norm(dim=1).mean()
         return Loss(total, parts)
 

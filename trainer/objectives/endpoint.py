@@ -52,7 +52,7 @@ class Endpoint:
         parts = {"endpoint": (end - batch.y).square().mean()}
         if self.consistency:
             parts["consistency"] = inconsistency(place, end, batch, self.gap, end_of).mean()
-        weight = ramped(self.consistency, self.ramp, training)
+        weight = ramped(self.consistency, self.ramp, training.progress)
         return Loss(parts["endpoint"] + weight * parts.get("consistency", 0.0), parts)
 
     def step(

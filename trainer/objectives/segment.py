@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.objectives import Training
 from trainer.stream import Batch
 
 
@@ -47,10 +46,9 @@ def inconsistency(
     return (end - goal).square().mean(1)
 
 
-def ramped(weight: float, ramp: float, training: Training) -> float:
+def ramped(weight: float, ramp: float, progress: float) -> float:
     """A weight that grows over training, as consistency's does in temporal ensembling (Laine, Aila, arXiv 1610.02242).
 
     What the network says elsewhere is no target before it has learned the pairs; captions are learned slowly then.
     """
-    share: float = training.progress**ramp
-    return weight * share
+    return weight * float(progress**ramp)
