@@ -33,3 +33,9 @@ class TableError(CoalescerError):
 
 class RunError(CoalescerError):
     """A training run is missing, is not ours, or does not fit."""
+
+
+def one_line(error: BaseException, *, typed: bool = False) -> str:
+    """Return an exception's text on one line of at most 300 characters, after its class name if `typed`."""
+    text, name = " ".join(str(error).split())[:300], type(error).__name__
+    return f"{name}: {text}" if typed and text else text or name

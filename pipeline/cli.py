@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from index.console import print_columns, print_table, run
+from index.terminal import print_columns, print_table, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +41,7 @@ def demo_data(
 
     pipeline demo-data data/shapes --samples 1000 --size 64
     """
-    from pipeline.demo import write_demo_data
+    from pipeline.demo.shapes import write_demo_data
 
     print_table(str(out), write_demo_data(out, samples=samples, size=size, seed=seed))
 
@@ -66,11 +66,11 @@ def encode(
     image_size: Annotated[int, typer.Option(help="Side of the square that is encoded, in pixels.")] = 256,
     image_key: Annotated[str | None, typer.Option(help="Column or tar ending of the picture, `a;b`: in order.")] = None,
     caption_key: Annotated[str | None, typer.Option(help="Column, tar ending or JSON key of the caption.")] = None,
-    min_side: Annotated[int | None, typer.Option(help="Filter: shorter side in pixels, at least.")] = None,
-    max_aspect: Annotated[float | None, typer.Option(help="Filter: longer over shorter side, at most.")] = None,
-    min_caption: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at least.")] = None,
-    max_caption: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at most.")] = None,
-    where: Annotated[
+    min_image_size: Annotated[int | None, typer.Option(help="Filter: shorter side in pixels, at least.")] = None,
+    max_aspect_ratio: Annotated[float | None, typer.Option(help="Filter: longer over shorter side, at most.")] = None,
+    min_caption_length: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at least.")] = None,
+    max_caption_length: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at most.")] = None,
+    filter: Annotated[
         str | None, typer.Option(help="Filter: over the JSON sidecar, as in 'aesthetic > 5 and pwatermark < 0.8'.")
     ] = None,
     dedup: Annotated[
@@ -80,10 +80,10 @@ def encode(
         float | None, typer.Option(help="Weight of the description in the search, above 1; 4 unless given.")
     ] = None,
     geometry: Annotated[str | None, typer.Option(help="sphere (unless given), standard or raw.")] = None,
-    heldout_share: Annotated[float, typer.Option(help="Share of rows kept from training.")] = 0.05,
+    val_fraction: Annotated[float, typer.Option(help="Share of rows kept from training.")] = 0.05,
     keep_images: Annotated[bool, typer.Option(help="Store the original bytes with each row.")] = False,
     limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
-    max_reject_share: Annotated[float, typer.Option(help="Stop before publishing if more is rejected.")] = 0.5,
+    max_reject_rate: Annotated[float, typer.Option(help="Stop before publishing if more is rejected.")] = 0.5,
     append: Annotated[bool, typer.Option(help="Add the shards that the table does not have.")] = False,
     workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
@@ -97,22 +97,22 @@ def encode(
     """Encode image-caption pairs into a Lance table, on Apache Beam.
 
     pipeline encode data/shapes --table db/shapes.lance --image-encoder models/image --text-encoder models/text
-    --image-size 32 --workers 2
+    --image-size 32 --num-workers 2
 
     pipeline encode 's3://laion/{00000..00099}.tar' --table s3://mine/db/laion.lance --image-encoder
-    stabilityai/sd-vae-ft-mse --text-encoder openai/clip-vit-large-patch14 --where 'aesthetic > 5' --min-side 256
+    stabilityai/sd-vae-ft-mse --text-encoder openai/clip-vit-large-patch14 --filter 'aesthetic > 5' --min-image-size 256
     """
-    from index.storage import Storage
-    from pipeline.config import RunConfig
-    from pipeline.encode import encode as run_encode
-    from pipeline.encode import plan_encode
+    from index.table.storage import Storage
+    from pipeline.config import RuntimeConfig
+    from pipeline.encode.run import encode as run_encode
+    from pipeline.encode.run import plan_encode
     from pipeline.encoders import pick_device
 
     device = pick_device(device)
     # What follows `--` reaches us among the sources.
     beam_options = [part for part in source if part.startswith("--")]
-    how = RunConfig(
-        workers=workers,
+    how = RuntimeConfig(
+        num_workers=workers,
         batch_size=batch_size,
         device=device,
         storage=Storage.of(storage_option or ()),
@@ -124,20 +124,20 @@ def encode(
         "image_size": image_size,
         "image_key": image_key,
         "caption_key": caption_key,
-        "min_side": min_side,
-        "max_aspect": max_aspect,
-        "min_caption": min_caption,
-        "max_caption": max_caption,
-        "where": where,
+        "min_image_size": min_image_size,
+        "max_aspect_ratio": max_aspect_ratio,
+        "min_caption_length": min_caption_length,
+        "max_caption_length": max_caption_length,
+        "filter": filter,
         "dedup": dedup,
         "dtype": ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype,
         "desc_scale": desc_scale,
         "allow_small_desc_scale": allow_small_desc_scale,
         "geometry": geometry,
-        "heldout_share": heldout_share,
+        "val_fraction": val_fraction,
         "keep_images": keep_images,
         "limit": limit,
-        "max_reject_share": max_reject_share,
+        "max_reject_rate": max_reject_rate,
         "append": append,
     }
     config = plan_encode([part for part in source if part not in beam_options], options, how)
@@ -159,21 +159,25 @@ def build_index(
         typer.Option(help="A number above 1, or `auto`; the table's own unless given."),
     ] = None,
     geometry: Annotated[str | None, typer.Option(help="sphere, standard or raw.")] = None,
-    centre: Annotated[
+    center: Annotated[
         bool | None,
-        typer.Option("--centre/--no-centre", help="Compare what descriptions do not tell of a latent."),
+        typer.Option("--center/--no-center", help="Compare what descriptions do not tell of a latent."),
     ] = None,
     balance: Annotated[
         bool | None,
         typer.Option("--balance/--no-balance", help="Fit dual potentials: every row drawn equally often."),
     ] = None,
-    balance_seconds: Annotated[float, typer.Option(help="Time for --balance; call again to go on.")] = 300.0,
-    memory: Annotated[float, typer.Option(help="GiB of vectors held at a time, and that an index may take.")] = 4.0,
+    balance_time_limit: Annotated[float, typer.Option(help="Time for --balance; call again to go on.")] = 300.0,
+    max_memory_gb: Annotated[
+        float, typer.Option(help="GiB of vectors held at a time, and that an index may take.")
+    ] = 4.0,
     index_type: Annotated[
         str, typer.Option(help="auto, ivf_rq, ivf_pq, ivf_sq, ivf_flat, ivf_hnsw_sq or none (exact search).")
     ] = "auto",
     target_recall: Annotated[float, typer.Option(help="recall@1 wanted on the real query law.")] = 0.95,
-    perplexity: Annotated[float, typer.Option(help="For auto: targets that a description chooses among.")] = 100.0,
+    target_perplexity: Annotated[
+        float, typer.Option(help="For auto: targets that a description chooses among.")
+    ] = 100.0,
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same index.")] = 0,
     workers: Annotated[int, typer.Option(help="Local processes that build parts of the index.")] = 1,
@@ -181,7 +185,7 @@ def build_index(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Settle the geometry, build the LanceDB index, and report recall, shares and learnability.
+    """Settle the geometry, build the LanceDB index, and report recall, shares and linear_probe_r2.
 
     pipeline build-index db/shapes.lance
 
@@ -189,38 +193,38 @@ def build_index(
 
     pipeline build-index s3://mine/db/laion.lance --runner DataflowRunner -- --project=P --region=R
     """
-    from index.build import BuildConfig
-    from index.build import build_index as run_build
-    from index.choose import Builder
+    from index.build.build_index import BuildConfig
+    from index.build.build_index import build_index as run_build
+    from index.build.select import Builder
     from index.errors import OptionError
-    from index.segments import build_whole
-    from index.storage import Storage
-    from index.table import open_table
-    from pipeline.page import index_page
+    from index.search.lance_index import build_whole
+    from index.table.storage import Storage
+    from index.table.table import open_table
+    from pipeline.index_page import index_page
 
     config = BuildConfig(
         desc_scale=_scale(desc_scale),
         geometry=geometry,
-        centre=centre,
+        center=center,
         balance=balance,
-        balance_seconds=balance_seconds,
-        memory=int(memory * 2**30),
+        balance_time_limit=balance_time_limit,
+        max_memory=int(max_memory_gb * 2**30),
         index_type=index_type,
         target_recall=target_recall,
-        perplexity=perplexity,
+        target_perplexity=target_perplexity,
         allow_small_desc_scale=allow_small_desc_scale,
         seed=seed,
     )
     storage = Storage.of(storage_option or ())
     build: Builder = build_whole
     if workers > 1 or runner is not None:
-        from pipeline.config import RunConfig
-        from pipeline.segments import on_beam
+        from pipeline.beam.index_segments import on_beam
+        from pipeline.config import RuntimeConfig
 
         options = (*([f"--runner={runner}"] if runner else []), *(beam_options or ()))
-        build = on_beam(RunConfig(workers=workers, storage=storage, beam_options=options), index_type)
+        build = on_beam(RuntimeConfig(num_workers=workers, storage=storage, beam_options=options), index_type)
     elif beam_options:
-        raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --workers N")
+        raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --num-workers N")
     built = run_build(open_table(table, storage=storage), config, build)
     page = built.table.write_page("index", index_page(built.table, built.report))
     _show(table, built.report, as_json)
@@ -236,9 +240,9 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
 
     pipeline inspect db/shapes.lance --json
     """
-    from index.report import describe
-    from index.storage import Storage
-    from index.table import open_table
+    from index.report.report import describe
+    from index.table.storage import Storage
+    from index.table.table import open_table
 
     _show(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
 

@@ -1,14 +1,14 @@
-"""What an encode run is asked for: `EncodeConfig` says what the table holds, `RunConfig` how the work is done."""
+"""What an encode run is asked for: `EncodeConfig` says what the table holds, `RuntimeConfig` how the work is done."""
 
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from index.errors import OptionError
-from index.geometry import KINDS, check_desc_scale
-from index.storage import Storage
+from index.space.geometry import KINDS, check_desc_scale
+from index.table.storage import Storage
 from pipeline.filters import Filters
-from pipeline.sources import Reading
+from pipeline.sources.read import ReadOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"
@@ -37,13 +37,13 @@ class EncodeConfig:
     allow_small_desc_scale: bool = False
     geometry: str | None = None
     """sphere unless given."""
-    heldout_share: float = 0.05
+    val_fraction: float = 0.05
     """Share of rows kept from training, for measuring."""
     keep_images: bool = False
     """Store the original bytes with each row."""
     limit: int | None = None
     """Samples to read in all; None reads everything."""
-    max_reject_share: float = 0.5
+    max_reject_rate: float = 0.5
     """A larger share of rejects stops the run before the table is published."""
     append: bool = False
     """Add the shards that an existing table does not have; its geometry stays."""
@@ -56,7 +56,7 @@ class EncodeConfig:
             raise OptionError(f"--geometry {self.geometry!r} is unknown: choose one of {', '.join(KINDS)}")
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-        for name in ("heldout_share", "max_reject_share"):
+        for name in ("val_fraction", "max_reject_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 flag = name.replace("_", "-")
                 raise OptionError(f"--{flag} {getattr(self, name):g} is not a share: give a number from 0 to 1")
@@ -74,10 +74,10 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RuntimeConfig:
     """How the work is done; none of it changes the table."""
 
-    workers: int = 1
+    num_workers: int = 1
     """Processes of the local runner, one torch thread each."""
     batch_size: int = 64
     device: str = "auto"
@@ -88,8 +88,8 @@ class RunConfig:
     @property
     def decode_threads(self) -> int:
         """Threads that decode pictures while the encoders work, in each process."""
-        return max(1, (os.cpu_count() or 1) // self.workers)
+        return max(1, (os.cpu_count() or 1) // self.num_workers)
 
-    def reading(self, config: EncodeConfig) -> Reading:
+    def reading(self, config: EncodeConfig) -> ReadOptions:
         """How samples are read."""
-        return Reading(config.image_key, config.caption_key, self.storage)
+        return ReadOptions(config.image_key, config.caption_key, self.storage)

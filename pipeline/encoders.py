@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from index.errors import EncoderError, OptionError
-from index.schema import EncoderRef
+from index.table.schema import EncoderRef
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class TextEncoder(Protocol):
     ref: EncoderRef
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
-        """Pooled embeddings, not normalised."""
+        """Pooled embeddings, not normalized."""
         ...
 
 
@@ -120,7 +120,7 @@ class TransformersTextEncoder:
         self.max_length = min(limit for limit in limits if limit)
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
-        """Pooled embeddings, not normalised; a caption that repeats is encoded once."""
+        """Pooled embeddings, not normalized; a caption that repeats is encoded once."""
         return self.describe(captions, tokens=0)[:, 0]
 
     def describe(self, captions: Sequence[str], *, tokens: int) -> Float32[np.ndarray, "B K T"]:
@@ -230,8 +230,8 @@ def _place(name: str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": name}
     if name.startswith((".", "/", "~")) or name.count("/") < 1:
         raise EncoderError(f"no folder {name}: give a folder with config.json and model weights, or a hub id ORG/NAME")
-    organisation, repository, *rest = name.split("/")
-    place = {"pretrained_model_name_or_path": f"{organisation}/{repository}"}
+    organization, repository, *rest = name.split("/")
+    place = {"pretrained_model_name_or_path": f"{organization}/{repository}"}
     return place | ({"subfolder": "/".join(rest)} if rest else {})
 
 

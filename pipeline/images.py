@@ -1,7 +1,7 @@
 """Bytes -> pixels, safely, and the closed list of reasons for which a sample is rejected.
 
 A picture is turned upright by its EXIF tag, laid on white where it is transparent, converted to 8-bit RGB, scaled so
-that its shorter side fits, and cropped at the centre. Its size is checked before anything is decompressed.
+that its shorter side fits, and cropped at the center. Its size is checked before anything is decompressed.
 """
 
 import io
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000
 
 
-class Reason(StrEnum):
+class RejectReason(StrEnum):
     """Why a sample is in the rejects table; nothing else stands there."""
 
     BROKEN_SHARD = "broken_shard"
@@ -44,7 +44,7 @@ class Reason(StrEnum):
 class Rejected(Exception):
     """This sample cannot be encoded."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: RejectReason, detail: str) -> None:
         """Say why, and what exactly was met."""
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
@@ -62,13 +62,13 @@ class Picture:
 def decode_caption(data: bytes | None) -> str:
     """The caption's text without surrounding blanks; Rejected where there is none."""
     if data is None:
-        raise Rejected(Reason.MISSING_CAPTION, "no .txt member or caption column")
+        raise Rejected(RejectReason.MISSING_CAPTION, "no .txt member or caption column")
     try:
         caption = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise Rejected(Reason.CAPTION_NOT_UTF8, str(error)) from error
+        raise Rejected(RejectReason.CAPTION_NOT_UTF8, str(error)) from error
     if not caption:
-        raise Rejected(Reason.EMPTY_CAPTION, f"{len(data)} bytes of blanks")
+        raise Rejected(RejectReason.EMPTY_CAPTION, f"{len(data)} bytes of blanks")
     return caption
 
 
@@ -77,9 +77,9 @@ def decode_meta(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise Rejected(Reason.BROKEN_METADATA, str(error)) from error
+        raise Rejected(RejectReason.BROKEN_METADATA, str(error)) from error
     if not isinstance(fields, dict):
-        raise Rejected(Reason.BROKEN_METADATA, f"a JSON {type(fields).__name__}, not an object")
+        raise Rejected(RejectReason.BROKEN_METADATA, f"a JSON {type(fields).__name__}, not an object")
     return fields
 
 
@@ -91,14 +91,14 @@ def decode_image(data: bytes | None, size: int, check_size: Callable[[int, int],
     from PIL import Image, ImageOps
 
     if data is None:
-        raise Rejected(Reason.MISSING_IMAGE, "no image member or column")
+        raise Rejected(RejectReason.MISSING_IMAGE, "no image member or column")
     if not data:
-        raise Rejected(Reason.EMPTY_IMAGE, "0 bytes")
+        raise Rejected(RejectReason.EMPTY_IMAGE, "0 bytes")
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
-                raise Rejected(Reason.IMAGE_TOO_LARGE, f"{width}x{height} is over {MAX_PIXELS:,} pixels")
+                raise Rejected(RejectReason.IMAGE_TOO_LARGE, f"{width}x{height} is over {MAX_PIXELS:,} pixels")
             if check_size is not None:
                 check_size(width, height)
             # A JPEG is decoded at a lower resolution where that is still twice what is wanted.
@@ -108,9 +108,9 @@ def decode_image(data: bytes | None, size: int, check_size: Callable[[int, int],
     except (Rejected, Filtered):
         raise
     except Image.DecompressionBombError as error:
-        raise Rejected(Reason.IMAGE_TOO_LARGE, str(error)) from error
+        raise Rejected(RejectReason.IMAGE_TOO_LARGE, str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever they meet; all of it is this sample's fault
-        raise Rejected(Reason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from error
+        raise Rejected(RejectReason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from error
     return Picture(np.asarray(square), width, height)
 
 
@@ -120,7 +120,7 @@ def quiet_pillow() -> None:
 
 
 def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """An 8-bit RGB image of any Pillow image: 16-bit greys scaled, transparency laid on white."""
+    """An 8-bit RGB image of any Pillow image: 16-bit grays scaled, transparency laid on white."""
     from PIL import Image
 
     if image.mode.startswith("I"):

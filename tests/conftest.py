@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from index.build import BuildConfig, build_index
-from index.storage import Storage
-from index.table import Table, open_table, rejects_uri
-from pipeline.config import RunConfig
-from pipeline.demo import write_demo_data
-from pipeline.encode import encode, plan_encode
+from index.build.build_index import BuildConfig, build_index
+from index.table.storage import Storage
+from index.table.table import Table, open_table, rejects_uri
+from pipeline.config import RuntimeConfig
+from pipeline.demo.shapes import write_demo_data
+from pipeline.encode.run import encode, plan_encode
 
 torch.set_num_threads(1)
 
 SAMPLES, SIDE = 360, 32
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +65,8 @@ def changed_encoder(image_encoder, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tokenizer():
     """A word-level tokenizer of the shapes' vocabulary."""
-    from pipeline.demo import all_scenes
-    from trainer.text_autoencoder import TextAutoencoderConfig, train_tokenizer
+    from pipeline.demo.shapes import all_scenes
+    from trainer.autoencoders.text import TextAutoencoderConfig, train_tokenizer
 
     captions = [scene.caption for _, scene in zip(range(2000), all_scenes(), strict=False)]
     return train_tokenizer(captions, TextAutoencoderConfig(vocabulary=200))
@@ -97,12 +97,12 @@ def encode_shapes(image_encoder, text_encoder):
     """A function that encodes a source into a table with the small encoders."""
 
     def run(source, table, *, workers: int = 1, dry_run: bool = False, storage=None, **options):
-        how = RunConfig(workers=workers, batch_size=32, device="cpu", storage=storage or Storage())
+        how = RuntimeConfig(num_workers=workers, batch_size=32, device="cpu", storage=storage or Storage())
         options = {
             "image_encoder": image_encoder,
             "text_encoder": text_encoder,
             "image_size": SIDE,
-            "heldout_share": 0.2,
+            "val_fraction": 0.2,
         } | options
         sources = [str(each) for each in (source if isinstance(source, list) else [source])]
         return encode(plan_encode(sources, options, how), how, str(table), dry_run=dry_run)
@@ -162,15 +162,15 @@ def write_tar():
 
 
 @pytest.fixture(scope="session")
-def coloured(tmp_path_factory, write_tar, encode_shapes):
-    """A table of plain pictures in three colours, which are their captions; pictures are kept."""
-    folder, rng, members = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0), []
+def colored(tmp_path_factory, write_tar, encode_shapes):
+    """A table of plain pictures in three colors, which are their captions; pictures are kept."""
+    folder, rng, members = tmp_path_factory.mktemp("colored"), np.random.default_rng(0), []
     for number in range(240):
-        name, colour = list(COLOURS.items())[number % 3]
+        name, color = list(COLORS.items())[number % 3]
         noise = rng.integers(-20, 21, size=(8, 8, 3)).repeat(4, 0).repeat(4, 1)
         data = io.BytesIO()
-        Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(data, "png")
+        Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8)).save(data, "png")
         members += [(f"{number:03}.png", data.getvalue()), (f"{number:03}.txt", name.encode())]
     source = write_tar(folder / "00000.tar", members)
-    table = encode_shapes(source, folder / "coloured.lance", keep_images=True, heldout_share=0.25).table
+    table = encode_shapes(source, folder / "colored.lance", keep_images=True, val_fraction=0.25).table
     return build_index(open_table(table.uri), BuildConfig(index_type="none")).table

@@ -8,15 +8,15 @@ import torch
 
 from index.errors import OptionError, SourceError
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from trainer import pictures
-from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder, psnr
-from trainer.pictures import load_captions, load_pictures
-from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder, train_tokenizer
+from trainer.autoencoders import data as pictures
+from trainer.autoencoders.data import load_captions, load_pictures
+from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder, psnr
+from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder, train_tokenizer
 
 
 def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tmp_path):
     report = fit_image_autoencoder([str(shapes)], ImageAutoencoderConfig(steps=60), tmp_path)
-    pictures = load_pictures([str(shapes)], 32, heldout_share=0.05, limit=10**6)
+    pictures = load_pictures([str(shapes)], 32, val_fraction=0.05, limit=10**6)
     assert report["heldout_pictures"] == len(pictures.heldout)
     assert report["train_pictures"] + report["heldout_pictures"] == 360
     encoder = DiffusersAutoencoder(str(tmp_path))
@@ -33,7 +33,7 @@ def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tm
 
 def test_psnr_is_its_formula():
     class Halves(torch.nn.Module):
-        """Returns what it was given, one grey level of 255 too bright."""
+        """Returns what it was given, one gray level of 255 too bright."""
 
         def encode(self, x):
             return type("E", (), {"latent_dist": type("D", (), {"mode": staticmethod(lambda: x)})})
@@ -52,7 +52,7 @@ def test_text_autoencoder_learns_and_is_an_ordinary_transformers_folder(shapes, 
     encoder = TransformersTextEncoder(str(tmp_path))
     assert encoder.ref.kind == "BertModel"
     rows = encoder.encode(["a small red circle above a large blue square", "a large blue square"])
-    assert rows.shape == (2, report["text_width"])
+    assert rows.shape == (2, report["text_dim"])
     assert not np.allclose(rows[0], rows[1], atol=1e-2)
 
 
@@ -73,7 +73,7 @@ def test_same_seed_same_weights(shapes, tmp_path):
 
 def test_pictures_are_read_up_to_a_limit_and_a_memory_bound(shapes, monkeypatch):
     def count(limit):
-        split = load_pictures([str(shapes)], 32, heldout_share=0.2, limit=limit)
+        split = load_pictures([str(shapes)], 32, val_fraction=0.2, limit=limit)
         return len(split.train) + len(split.heldout)
 
     assert count(50) == 50
@@ -82,14 +82,14 @@ def test_pictures_are_read_up_to_a_limit_and_a_memory_bound(shapes, monkeypatch)
 
 
 def test_heldout_captions_are_held_out_whole(shapes):
-    train, heldout = load_captions([str(shapes)], heldout_share=0.3, limit=10**6)
+    train, heldout = load_captions([str(shapes)], val_fraction=0.3, limit=10**6)
     assert not set(train) & set(heldout)
     assert len(train) == len(set(train))
     assert 0.15 < len(heldout) / (len(train) + len(heldout)) < 0.45
 
 
 def test_pictures_are_split_as_a_table_is(encoded, shapes):
-    pictures = load_pictures([str(shapes)], 32, heldout_share=0.2, limit=10**6)
+    pictures = load_pictures([str(shapes)], 32, val_fraction=0.2, limit=10**6)
     assert len(pictures.heldout) == encoded.dataset().count_rows("split = 'heldout'")
 
 
@@ -116,10 +116,10 @@ def test_a_source_without_pictures_is_refused(tmp_path):
 
     pq.write_table(pa.table({"caption": ["only words"] * 5}), tmp_path / "words.parquet")
     with pytest.raises(SourceError, match="no pictures"):
-        load_pictures([str(tmp_path / "words.parquet")], 32, heldout_share=0.1, limit=10)
-    train, heldout = load_captions([str(tmp_path / "words.parquet")], heldout_share=0.0, limit=10)
+        load_pictures([str(tmp_path / "words.parquet")], 32, val_fraction=0.1, limit=10)
+    train, heldout = load_captions([str(tmp_path / "words.parquet")], val_fraction=0.0, limit=10)
     assert (train, heldout) == (["only words"], [])
     report = fit_text_autoencoder(
-        [str(tmp_path / "words.parquet")], TextAutoencoderConfig(steps=1, heldout_share=0.0), tmp_path / "out"
+        [str(tmp_path / "words.parquet")], TextAutoencoderConfig(steps=1, val_fraction=0.0), tmp_path / "out"
     )
     assert (report["token_accuracy"], report["heldout_captions"]) == (None, 0)

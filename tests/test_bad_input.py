@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from index.errors import OptionError, SourceError, TableError
-from index.table import open_table
+from index.table.table import open_table
 from pipeline import images
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 
@@ -53,7 +53,7 @@ ENCODED = {
     "cmyk": saved(NOISE.convert("CMYK"), "jpeg"),
     "palette_with_transparency": saved(NOISE.convert("RGBA").quantize(8), transparency=0),
     "sixteen_bit": saved(Image.fromarray(np.full((40, 40), 25700, np.uint16))),
-    "grey": saved(NOISE.convert("L")),
+    "gray": saved(NOISE.convert("L")),
     "bilevel": saved(NOISE.convert("1")),
     "animated": frames(),
     "turned": turned(),
@@ -108,7 +108,7 @@ def bad(tmp_path_factory, write_tar, encode_shapes):
     )
     cut = folder / "source" / "00001.tar"
     cut.write_bytes(cut.read_bytes()[: 5 * (512 + 4 * 1024 + 1024) + 700])
-    return encode_shapes(folder / "source", folder / "t.lance", max_reject_share=0.9)
+    return encode_shapes(folder / "source", folder / "t.lance", max_reject_rate=0.9)
 
 
 @pytest.mark.parametrize("key", [*(set(ENCODED) - {"upper.case"}), "upper", "dotted", "twice"])
@@ -170,11 +170,11 @@ def test_too_many_rejects_stop_the_run_before_publishing(shapes, write_tar, enco
     good = [(f"{n}.{e}", d) for n in range(9) for e, d in (("png", PNG + bytes(n)), ("txt", b"x"))]
     write_tar(tmp_path / "source" / "a.tar", [*good, ("bad.png", b"?"), ("bad.txt", b"x")])
     with pytest.raises(SourceError, match=r"^1 of 10 samples were rejected \(unreadable_image 1\): nothing was pub"):
-        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.05)
+        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.05)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
     # Allowing more goes on from what was encoded.
-    assert encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.5).report["rejects"] == 1
+    assert encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.5).report["rejects"] == 1
 
 
 def test_a_bomb_is_not_opened(monkeypatch, write_tar, encode_shapes, rejects, tmp_path):
@@ -184,7 +184,7 @@ def test_a_bomb_is_not_opened(monkeypatch, write_tar, encode_shapes, rejects, tm
         images, "to_rgb", lambda image, whole=images.to_rgb: (asked.append(image.size), whole(image))[1]
     )
     members = [("a.png", PNG), ("a.txt", b"x"), ("b.png", png_that_claims(11_000, 11_000)), ("b.txt", b"x")]
-    table = encode_shapes(write_tar(tmp_path / "a.tar", members), tmp_path / "t.lance", heldout_share=0.0).table
+    table = encode_shapes(write_tar(tmp_path / "a.tar", members), tmp_path / "t.lance", val_fraction=0.0).table
     assert [row["detail"] for row in rejects(table)] == ["11000x11000 is over 100,000,000 pixels"]
     assert set(asked) == {(40, 40)}
 
@@ -217,19 +217,19 @@ def varied(tmp_path, write_tar):
     ("options", "kept", "counted"),
     [
         ({}, "abcdef", {}),
-        ({"min_side": 20}, "abdef", {"small_side": 1}),
-        ({"max_aspect": 1.5}, "acdef", {"wide_aspect": 1}),
-        ({"min_caption": 3}, "abcef", {"short_caption": 1}),
-        ({"max_caption": 14}, "abcde", {"long_caption": 1}),
+        ({"min_image_size": 20}, "abdef", {"small_side": 1}),
+        ({"max_aspect_ratio": 1.5}, "acdef", {"wide_aspect": 1}),
+        ({"min_caption_length": 3}, "abcef", {"short_caption": 1}),
+        ({"max_caption_length": 14}, "abcde", {"long_caption": 1}),
         ({"where": "aesthetic > 5"}, "acde", {"metadata": 1, "metadata_missing": 1}),
         ({"dedup": "image"}, "abc", {"duplicate": 4}),
         ({"dedup": "pair"}, "abcdf", {"duplicate": 2}),
-        ({"dedup": "image", "min_caption": 3}, "abc", {"duplicate": 3, "short_caption": 1}),
+        ({"dedup": "image", "min_caption_length": 3}, "abc", {"duplicate": 3, "short_caption": 1}),
         ({"dedup": "image", "where": "aesthetic > 8 or aesthetic < 5"}, "bd", {"metadata": 5, "metadata_missing": 1}),
     ],
 )
 def test_filters_count_by_reason_apart_from_rejects(varied, encode_shapes, content, tmp_path, options, kept, counted):
-    result = encode_shapes(varied, tmp_path / "t.lance", heldout_share=0.0, **options)
+    result = encode_shapes(varied, tmp_path / "t.lance", val_fraction=0.0, **options)
     assert "".join(row["key"] for row in sorted(content(result.table), key=lambda row: row["key"])) == kept
     assert result.report["filtered_by_reason"] == counted
     assert result.report["rejects_by_reason"].keys() <= {"unreadable_image"}
@@ -238,16 +238,16 @@ def test_filters_count_by_reason_apart_from_rejects(varied, encode_shapes, conte
 
 def test_appended_rejects_join_those_before(varied, encode_shapes, rejects, write_tar, tmp_path):
     write_tar(varied / "0.tar", [("z.png", b"?"), ("z.txt", b"x"), ("y.png", PNG), ("y.txt", b"x")])
-    first = encode_shapes(varied / "0.tar", tmp_path / "t.lance", heldout_share=0.0)
+    first = encode_shapes(varied / "0.tar", tmp_path / "t.lance", val_fraction=0.0)
     assert [row["key"] for row in rejects(first.table)] == ["z"]
-    added = encode_shapes(varied, tmp_path / "t.lance", heldout_share=0.0, append=True)
+    added = encode_shapes(varied, tmp_path / "t.lance", val_fraction=0.0, append=True)
     assert sorted(row["key"] for row in rejects(added.table)) == ["g", "h", "z"]
     assert (added.report["rows"], added.report["rejects"]) == (6, 2)
 
 
 def test_copies_are_found_by_any_number_of_workers(varied, encode_shapes, content, tmp_path):
     tables = [
-        encode_shapes(varied, tmp_path / f"{workers}.lance", heldout_share=0.0, dedup="image", workers=workers).table
+        encode_shapes(varied, tmp_path / f"{workers}.lance", val_fraction=0.0, dedup="image", num_workers=workers).table
         for workers in (1, 2)
     ]
     assert content(tables[0]) == content(tables[1])
@@ -259,5 +259,5 @@ def test_a_filter_that_leaves_nothing_says_so(varied, encode_shapes, tmp_path):
 
 
 def test_an_expression_that_cannot_be_used_is_one_line(varied, encode_shapes, tmp_path):
-    with pytest.raises(OptionError, match=r"^--where 'open\(1\)' cannot be used: Function 'open' not defined"):
+    with pytest.raises(OptionError, match=r"^--filter 'open\(1\)' cannot be used: Function 'open' not defined"):
         encode_shapes(varied, tmp_path / "t.lance", where="open(1)")

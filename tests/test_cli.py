@@ -10,9 +10,10 @@ from PIL import Image
 
 import pipeline.cli
 import trainer.cli
-from index import console
-from index.console import Progress, write_json
+from index import terminal as console
 from index.errors import TableError
+from index.table.storage import write_json
+from index.terminal import Progress
 
 BIN = Path(sys.executable).parent
 COMMANDS = {
@@ -95,7 +96,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
 def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder, text_encoder):
     encoders = ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--image-size", "32"]
     for argv in (
-        ["pipeline", "encode", shapes, "--table", "db/t.lance", *encoders, "--heldout-share", "0.2", "--",
+        ["pipeline", "encode", shapes, "--table", "db/t.lance", *encoders, "--val-fraction", "0.2", "--",
          "--job_name=shapes"],
         ["pipeline", "build-index", "db/t.lance", "--index-type", "ivf_flat"],
         ["trainer", "fit", "db/t.lance", "--out", "a", "--size", "tiny", "--images", "640", "--batch-size", "32"],
@@ -119,12 +120,12 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
     shown = json.loads(call("pipeline", "inspect", "db/t.lance", "--json", cwd=tmp_path).stdout)
     assert (shown["rows"], shown["index_kind"], shown["indexed"]) == (360, "ivf_flat", True)
     again = call(
-        "pipeline", "encode", shapes, "--table", "db/t.lance", *encoders, "--heldout-share", "0.2", cwd=tmp_path
+        "pipeline", "encode", shapes, "--table", "db/t.lance", *encoders, "--val-fraction", "0.2", cwd=tmp_path
     )
     assert (again.returncode, "nothing to do" in again.stdout) == (0, True)
     other = tmp_path / "other"
     other.mkdir()
-    assert "another heldout_share" in refused(
+    assert "another val_fraction" in refused(
         other, "pipeline", "encode", shapes, "--table", tmp_path / "db" / "t.lance", *encoders
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from index.errors import RunError
 from trainer.config import FitConfig
-from trainer.evaluation.compare import compare, name_runs, summarise
+from trainer.evaluation.compare import compare, name_runs, summarize
 from trainer.evaluation.comparison_page import said
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.exam import ExamConfig
@@ -20,7 +20,7 @@ TIMES = ("ms_per_latent", "ms_per_decoding")
 
 
 @pytest.fixture(scope="module")
-def runs(coloured, tmp_path_factory):
+def runs(colored, tmp_path_factory):
     """Two seeds of the coalescer, and a rival."""
     folder = tmp_path_factory.mktemp("runs")
     for name, config in {
@@ -28,7 +28,7 @@ def runs(coloured, tmp_path_factory):
         "two": replace(SHORT, seed=1),
         "flow": replace(SHORT, objective="flow_matching", coupling="independent"),
     }.items():
-        fit(coloured, config, folder / name)
+        fit(colored, config, folder / name)
     return [folder / name for name in ("one", "two", "flow")]
 
 
@@ -78,10 +78,13 @@ def test_the_page_stands_alone_and_shows_the_captions_asked_for(compared):
 
 def test_runs_are_named_by_what_they_do_not_share():
     def config(**fitted):
-        return {"fit": {"objective": "coalescer", "preset": "default", "seed": 0, "size": "tiny", "dials": {}} | fitted}
+        return {
+            "fit": {"objective": "coalescer", "preset": "default", "seed": 0, "size": "tiny", "hyperparameters": {}}
+            | fitted
+        }
 
     assert name_runs([config(), config(seed=1)]) == ["coalescer", "coalescer"]
-    named = name_runs([config(), config(size="small"), config(preset="paper", dials={"p": 1.0})])
+    named = name_runs([config(), config(size="small"), config(preset="paper", hyperparameters={"p": 1.0})])
     assert named == ["coalescer, size=tiny", "coalescer, size=small", "coalescer paper, size=tiny, p=1.0"]
     assert name_runs([config(images=64), config(images=32, size="small")]) == [
         "coalescer, size=tiny",
@@ -94,7 +97,7 @@ def test_runs_are_named_by_what_they_do_not_share():
 
 def test_spread_is_the_standard_deviation_of_runs():
     runs = [{"steps": {"2": {"frechet": value}}, "training": {"seconds": 2 * value}} for value in (1.0, 2.0, 6.0)]
-    line = summarise(runs)
+    line = summarize(runs)
     assert line["steps"]["2"]["frechet"] == pytest.approx([3.0, 7**0.5])
     assert line["training"]["seconds"] == pytest.approx([6.0, 2 * 7**0.5])
 

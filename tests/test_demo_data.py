@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.errors import OptionError
-from pipeline.demo import Scene, all_scenes, draw, is_heldout, write_demo_data
-from pipeline.judge import judge
+from pipeline.demo.checker import judge
+from pipeline.demo.shapes import Scene, all_scenes, draw, is_heldout, write_demo_data
 
 
 def scenes(count: int) -> list[Scene]:
@@ -27,7 +27,7 @@ def test_the_reader_confirms_true_pictures(side):
     chosen = scenes(300)
     pictures = np.stack([np.asarray(draw(s, side, np.random.default_rng(i))) for i, s in enumerate(chosen)])
     verdicts = judge(pictures, [s.caption for s in chosen])
-    assert np.mean([v.colours for v in verdicts]) > 0.99
+    assert np.mean([v.colors for v in verdicts]) > 0.99
     assert np.mean([v.relation for v in verdicts]) > 0.97
 
 
@@ -35,13 +35,13 @@ def test_the_reader_refuses_pictures_of_other_captions():
     chosen = scenes(300)
     pictures = np.stack([np.asarray(draw(s, 32, np.random.default_rng(i))) for i, s in enumerate(chosen)])
     others = [s.caption for s in chosen[1:] + chosen[:1]]
-    assert np.mean([v.colours for v in judge(pictures, others)]) < 0.15
+    assert np.mean([v.colors for v in judge(pictures, others)]) < 0.15
     turned = [Scene(s.second, s.relation, s.first).caption for s in chosen]
     verdicts = judge(pictures, turned)
-    assert np.mean([v.colours for v in verdicts]) > 0.99
+    assert np.mean([v.colors for v in verdicts]) > 0.99
     assert not any(v.relation for v in verdicts)
     blank = np.full((1, 32, 32, 3), 245, np.uint8)
-    assert not judge(blank, [chosen[0].caption])[0].colours
+    assert not judge(blank, [chosen[0].caption])[0].colors
 
 
 def test_shards_are_img2dataset_shards(shapes):
@@ -53,7 +53,7 @@ def test_shards_are_img2dataset_shards(shapes):
         truth = json.loads(tar.extractfile("00000000.json").read())["truth"]
     scene = Scene.parse(caption)
     assert truth["relation"] == scene.relation
-    assert truth["second"]["colour"] == scene.second.colour
+    assert truth["second"]["color"] == scene.second.color
     assert pq.read_table(shapes / "00000.parquet").num_rows == 120
     assert json.loads((shapes / "00000_stats.json").read_text())["successes"] == 120
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from index.errors import EncoderError, OptionError, SourceError
-from index.table import rejects_uri
-from pipeline.demo import write_demo_data
+from index.table.table import rejects_uri
+from pipeline.demo.shapes import write_demo_data
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from pipeline.images import decode_image
-from pipeline.sources import Sample, list_shards, read_samples
+from pipeline.sources.read import Sample, list_shards, read_samples
 
 
 def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_encoder):
@@ -57,7 +57,7 @@ def test_the_report_says_what_was_done(encoded):
 
 
 def test_two_worker_processes_give_the_same_table(content, encoded, shapes, encode_shapes, tmp_path):
-    table = encode_shapes(shapes, tmp_path / "two.lance", workers=2, keep_images=True).table
+    table = encode_shapes(shapes, tmp_path / "two.lance", num_workers=2, keep_images=True).table
     assert content(table) == content(encoded)
     assert table.meta.geometry.same_as(encoded.meta.geometry)
 
@@ -96,7 +96,7 @@ def test_an_empty_source_is_refused(tmp_path, encode_shapes):
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(shapes, encode_shapes, tmp_path):
     plan = encode_shapes(shapes, tmp_path / "t.lance", dry_run=True).report
     assert (plan["shards"], plan["samples"], plan["tried_rows"]) == (3, 360, 8)
-    assert (plan["latent_shape"], plan["text_width"], plan["device"]) == ([2, 4, 4], 16, "cpu")
+    assert (plan["latent_shape"], plan["text_dim"], plan["device"]) == ([2, 4, 4], 16, "cpu")
     assert plan["bytes_needed"] < plan["bytes_free"]
     assert not list(tmp_path.iterdir())
 
@@ -106,8 +106,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(shapes, encode_sha
     [
         ({"desc_scale": 1.0}, "--desc-scale 1 "),
         ({"geometry": "torus"}, "--geometry 'torus'"),
-        ({"heldout_share": 1.5}, "--heldout-share 1.5"),
-        ({"max_reject_share": -0.1}, "--max-reject-share -0.1"),
+        ({"val_fraction": 1.5}, "--val-fraction 1.5"),
+        ({"max_reject_rate": -0.1}, "--max-reject-rate -0.1"),
         ({"limit": 0}, "--limit 0"),
     ],
 )
@@ -156,7 +156,7 @@ def test_every_kind_of_source_encodes_to_the_same_rows(kind, shapes, encode_shap
             lines = [f'{number:04d}.png,"{sample.caption.decode()}"' for number, sample in enumerate(samples)]
             (source / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     given = f"hf:{source}" if kind == "hub" else source
-    made = content(encode_shapes(given, tmp_path / "t.lance", heldout_share=0.0, keep_images=True).table)
+    made = content(encode_shapes(given, tmp_path / "t.lance", val_fraction=0.0, keep_images=True).table)
     assert {(row["image"], row["caption"]) for row in made} == {(s.image, s.caption.decode()) for s in samples}
 
 
@@ -166,7 +166,7 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
     (sample,) = (s for s in read_samples(str(shapes / "00000.tar")) if s.key == "00000000")
     columns = {"photo_a": [sample.image], "photo_b": [b"?"], "alt": ["words"], "caption": ["other words"]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    options = {"image_key": "photo_a", "caption_key": "alt", "heldout_share": 0.0}
+    options = {"image_key": "photo_a", "caption_key": "alt", "val_fraction": 0.0}
     (row,) = content(encode_shapes(tmp_path / "a.parquet", tmp_path / "t.lance", **options).table)
     assert row["caption"] == "words"
     with pytest.raises(SourceError, match="--caption-key 'title': there is no such column; there are photo_a, photo_b"):
@@ -175,5 +175,5 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
 
 def test_demo_data_of_another_size_is_scaled(content, image_encoder, text_encoder, encode_shapes, tmp_path):
     write_demo_data(tmp_path / "large", samples=10, size=48, seed=1)
-    rows = content(encode_shapes(tmp_path / "large", tmp_path / "t.lance", heldout_share=0.0).table)
+    rows = content(encode_shapes(tmp_path / "large", tmp_path / "t.lance", val_fraction=0.0).table)
     assert {(row["width"], row["height"]) for row in rows} == {(48, 48)}

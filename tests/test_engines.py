@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from index.table import Table, open_table
-from pipeline.job import _open_encoders
+from index.table.table import Table, open_table
+from pipeline.encode.job import _open_encoders
 
 BIN = Path(sys.executable).parent
 # A job server's workers are started as `python`. One thread each: the same sums in the same order, and two cores do.
@@ -106,7 +106,7 @@ def encode_on(shapes, image_encoder, text_encoder, tmp_path):
     def run(runner: str, *beam_options: str) -> Table:
         argv = [BIN / "pipeline", "encode", shapes, "--table", "engine.lance", "--runner", runner]
         argv += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--image-size", 32]
-        argv += ["--heldout-share", 0.2, "--keep-images", "--batch-size", 32, "--", *beam_options]
+        argv += ["--val-fraction", 0.2, "--keep-images", "--batch-size", 32, "--", *beam_options]
         done = subprocess.run(
             list(map(str, argv)),
             capture_output=True,
@@ -117,7 +117,7 @@ def encode_on(shapes, image_encoder, text_encoder, tmp_path):
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        assert not list(tmp_path.glob("*.encode")), "marks are left"
+        assert not list(tmp_path.glob("*.encode")), "checkpoints are left"
         return open_table(tmp_path / "engine.lance")
 
     return run

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from index.build import BuildConfig, build_index
+from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, RunError, TableError
-from index.schema import HELDOUT, TRAIN
-from index.table import open_table, reports_of
+from index.table.schema import HELDOUT, TRAIN
+from index.table.table import open_table, reports_of
 from pipeline.images import decode_image
-from trainer.checkpoint import read_config
 from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
 from trainer.evaluation.adherence import Classifier
@@ -27,10 +26,11 @@ from trainer.evaluation.pretrained import Clip, Inception
 from trainer.evaluation.referee import labels_of, open_referee
 from trainer.evaluation.report import columns_of, lines_of
 from trainer.fit import fit
+from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
 
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 COST = {"confidence", "evaluations", "ms_per_latent", "ms_per_decoding"}
 
 
@@ -49,10 +49,10 @@ def report(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flow(coloured, tmp_path_factory):
-    """A short run of a rival on the colours."""
+def flow(colored, tmp_path_factory):
+    """A short run of a rival on the colors."""
     out = tmp_path_factory.mktemp("flow") / "run"
-    fit(coloured, FitConfig(objective="flow_matching", size="tiny", images=60 * 32, batch_size=32), out)
+    fit(colored, FitConfig(objective="flow_matching", size="tiny", images=60 * 32, batch_size=32), out)
     return out
 
 
@@ -72,7 +72,7 @@ def clip(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
-class MeanColour(torch.nn.Module):
+class MeanColor(torch.nn.Module):
     """What stands for Inception: three features that are easily computed otherwise."""
 
     def forward(self, pictures: torch.Tensor, return_features: bool = False) -> torch.Tensor:
@@ -86,12 +86,12 @@ def inception(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "model.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(MeanColour()).save(str(path))
+        torch.jit.script(MeanColor()).save(str(path))
     return path
 
 
 @pytest.fixture(scope="module")
-def coloured_report(flow, clip, inception, tmp_path_factory):
+def colored_report(flow, clip, inception, tmp_path_factory):
     """Its evaluation with all there is."""
     return evaluate(flow, ExamConfig(steps=[2], clip=clip, inception=inception), tmp_path_factory.mktemp("report"))
 
@@ -113,11 +113,11 @@ def test_a_run_stands_beside_floors_of_the_same_figures(report):
 
 
 def test_only_what_is_copied_is_called_copied(report):
-    assert report["floors"]["retrieved pairs"]["copied_share"] == 1
+    assert report["floors"]["retrieved pairs"]["copied_rate"] == 1
     assert report["floors"]["retrieved pairs"]["nearest_ratio"] < 1e-3
-    assert report["floors"]["train rows"]["copied_share"] == 1
-    assert report["heldout"]["copied_share"] < 0.05
-    assert report["floors"]["gaussian"]["copied_share"] == 0
+    assert report["floors"]["train rows"]["copied_rate"] == 1
+    assert report["heldout"]["copied_rate"] < 0.05
+    assert report["floors"]["gaussian"]["copied_rate"] == 0
 
 
 def test_the_true_caption_is_found_among_others_better_than_by_chance(report, indexed):
@@ -130,12 +130,12 @@ def test_the_true_caption_is_found_among_others_better_than_by_chance(report, in
     assert report["floors"]["train rows"]["caption_rank"] <= report["heldout"]["caption_rank"]
 
 
-def test_what_is_left_out_has_a_reason(report, coloured_report):
+def test_what_is_left_out_has_a_reason(report, colored_report):
     assert report["left_out"] == {"reconstructions": "the table keeps no pictures: encode it with --keep-images"}
     assert report["heldout_pictures"] == "decoded latents"
-    assert coloured_report["left_out"] == {"reliability": "flow_matching teaches no confidence"}
-    assert coloured_report["heldout_pictures"] == "originals"
-    assert "confidence" not in coloured_report["steps"]["2"]
+    assert colored_report["left_out"] == {"reliability": "flow_matching teaches no confidence"}
+    assert colored_report["heldout_pictures"] == "originals"
+    assert "confidence" not in colored_report["steps"]["2"]
 
 
 def test_both_confidences_are_held_against_what_came(report, run):
@@ -150,43 +150,43 @@ def test_both_confidences_are_held_against_what_came(report, run):
     assert came[0] == pytest.approx(came[1], abs=0.02)
 
 
-def test_classes_are_told_by_a_classifier_and_reconstructions_stand_beside(coloured_report):
-    assert coloured_report["referee"]["kind"] == "classifier"
-    assert coloured_report["referee"]["labels"] == ["blue", "green", "red"]
-    floors = coloured_report["floors"]
+def test_classes_are_told_by_a_classifier_and_reconstructions_stand_beside(colored_report):
+    assert colored_report["referee"]["kind"] == "classifier"
+    assert colored_report["referee"]["labels"] == ["blue", "green", "red"]
+    floors = colored_report["floors"]
     assert floors.keys() == {"train rows", "retrieved pairs", "gaussian", "reconstructions"}
     assert floors["reconstructions"].keys() == floors["train rows"].keys()
-    assert coloured_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_share"}
+    assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
     # The autoencoder has fresh weights: what it paints says what it was told, and nothing that looks like an original.
     assert floors["retrieved pairs"]["class_accuracy"] > 0.9
     assert floors["gaussian"]["class_accuracy"] < 0.7
     assert floors["train rows"]["feature_frechet"] < floors["reconstructions"]["feature_frechet"]
 
 
-def test_training_rows_have_the_captions_that_are_asked_for(flow, coloured, indexed, run):
-    for folder, table, few in ((flow, coloured, True), (run, indexed, False)):
+def test_training_rows_have_the_captions_that_are_asked_for(flow, colored, indexed, run):
+    for folder, table, few in ((flow, colored, True), (run, indexed, False)):
         questions = make_questions(Coalescer.from_pretrained(folder), table, 40, seed=0)
         rows = like_captions(table, questions)
         assert len(set(rows.tolist())) == len(rows) == 40
-        assert set(rows.tolist()) <= set(table.offsets(TRAIN).tolist())
+        assert set(rows.tolist()) <= set(table.positions(TRAIN).tolist())
         same = table.take(rows, "caption") == np.array(questions.captions[:40])
         assert same.all() if few else not same.all()
 
 
-def test_inception_and_clip_are_added_by_path(coloured_report, coloured, clip, inception):
-    floors, heldout = coloured_report["floors"], coloured.offsets(HELDOUT)
+def test_inception_and_clip_are_added_by_path(colored_report, colored, clip, inception):
+    floors, heldout = colored_report["floors"], colored.positions(HELDOUT)
     everyone = floors["train rows"].keys()
     assert {"inception_frechet", "inception_kernel", "clip_score"} <= everyone
 
-    def mean_colours(rows):
-        pictures = [decode_image(image, 32).pixels for image in coloured.take(rows, "image")]
+    def mean_colors(rows):
+        pictures = [decode_image(image, 32).pixels for image in colored.take(rows, "image")]
         return np.stack([picture.mean((0, 1)) for picture in pictures])
 
-    # Mean colours of originals need no network.
-    assert len(heldout) == coloured_report["heldout_rows"]
-    train = coloured.offsets(TRAIN)
-    expected = frechet(mean_colours(train), mean_colours(heldout))
-    if coloured_report["samples"] >= len(train):
+    # Mean colors of originals need no network.
+    assert len(heldout) == colored_report["heldout_rows"]
+    train = colored.positions(TRAIN)
+    expected = frechet(mean_colors(train), mean_colors(heldout))
+    if colored_report["samples"] >= len(train):
         assert floors["train rows"]["inception_frechet"] == pytest.approx(expected, rel=1e-2)
     assert floors["gaussian"]["inception_frechet"] > floors["train rows"]["inception_frechet"]
 
@@ -227,7 +227,7 @@ def timeless(report):
     return content
 
 
-def test_the_page_stands_on_its_own(flow, coloured_report, run, tmp_path):
+def test_the_page_stands_on_its_own(flow, colored_report, run, tmp_path):
     evaluate(run, ExamConfig(steps=[1], samples=16), tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 15 + 2
@@ -236,7 +236,7 @@ def test_the_page_stands_on_its_own(flow, coloured_report, run, tmp_path):
     assert "Left out: reconstructions, because the table keeps no pictures" in page
     for name in ("train rows", "retrieved pairs", "gaussian", "held-out rows"):
         assert f"<th>{name}</th>" in page
-    lines = lines_of(coloured_report)
+    lines = lines_of(colored_report)
     assert lines["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "gaussian", "reconstructions"}
     assert lines["evaluations"] == {"2 steps": 2.0}
 
@@ -248,14 +248,14 @@ def test_all_runs_of_a_table_share_a_referee(report, indexed, run):
     assert [path.name for path in folder.parent.glob("referee-*")] == [folder.name]
 
 
-def test_a_referee_stands_in_the_report_where_nothing_can_be_written_beside(flow, coloured, tmp_path, monkeypatch):
+def test_a_referee_stands_in_the_report_where_nothing_can_be_written_beside(flow, colored, tmp_path, monkeypatch):
     monkeypatch.setattr(referee_module.os, "access", lambda *_: False)
     monkeypatch.setitem(referee_module.BUDGET, "steps", 2)
     encoder = Coalescer.from_pretrained(flow).image_encoder
 
     def opened():
         decode = lambda latents: encoder.decode(latents.reshape(-1, 2, 4, 4))  # noqa: E731
-        return open_referee(coloured, decode, lambda _: None, among=3, out=tmp_path, device="cpu")[1]
+        return open_referee(colored, decode, lambda _: None, among=3, out=tmp_path, device="cpu")[1]
 
     place = Path(opened()["folder"])
     assert place.parent == tmp_path
@@ -278,15 +278,15 @@ def test_larger_pictures_are_seen_as_their_means():
         assert not torch.allclose(network.features(large), network.features(small.flip(0)))
 
 
-def test_captions_are_classes_where_they_are_few_and_come_often(coloured, indexed, monkeypatch):
-    assert labels_of(coloured) == ["blue", "green", "red"]
+def test_captions_are_classes_where_they_are_few_and_come_often(colored, indexed, monkeypatch):
+    assert labels_of(colored) == ["blue", "green", "red"]
     assert labels_of(indexed) is None
     monkeypatch.setattr(referee_module, "MOST_LABELS", 2)
-    assert labels_of(coloured) is None
+    assert labels_of(colored) is None
 
 
 def test_more_questions_than_held_out_rows_start_from_other_points(run, indexed):
-    coalescer, rows = Coalescer.from_pretrained(run), indexed.offsets(HELDOUT)
+    coalescer, rows = Coalescer.from_pretrained(run), indexed.positions(HELDOUT)
     questions = make_questions(coalescer, indexed, 2 * len(rows), seed=3)
     asked = questions.rows[: questions.count]
     assert (np.unique(asked, return_counts=True)[1] == 2).all()
@@ -368,7 +368,7 @@ def test_evaluating_without_the_table_is_refused(run, tmp_path):
 
 
 def test_a_table_with_next_to_nothing_held_out_is_refused(shapes, encode_shapes, tmp_path):
-    table = encode_shapes(shapes, tmp_path / "t.lance", heldout_share=0.0, limit=40).table
+    table = encode_shapes(shapes, tmp_path / "t.lance", val_fraction=0.0, limit=40).table
     table = build_index(open_table(table.uri), BuildConfig(index_type="none")).table
     fit(table, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")
     refuse(TableError, "holds 0 heldout rows: encode it with a larger", tmp_path / "run", tmp_path / "out")

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from index.build import BuildConfig, build_index
+from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
-from index.table import open_table
+from index.table.table import open_table
 from trainer import fit as fit_module
 from trainer import folder as folder_module
-from trainer.checkpoint import checkpoints, read_config
-from trainer.config import FitConfig, Machine
+from trainer.config import FitConfig, RuntimeConfig
 from trainer.fit import fit
+from trainer.run_folder import checkpoints, read_config
 from trainer.sampler import Coalescer
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
@@ -39,7 +39,7 @@ def lines(path) -> list[dict]:
 def test_a_run_learns_and_says_what_it_did(run, indexed):
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["images"]) == (300, 19_200)
-    assert 0 <= result["waiting_share"] < 1
+    assert 0 <= result["waiting_fraction"] < 1
     # Knowing nothing of the direction costs 1. Nine in ten inputs lie on the way, where it is harder to tell than at R.
     assert result["direction"] < 0.85
     assert lines(run / "log.jsonl")[-1]["done"] == 19_200
@@ -80,7 +80,7 @@ def attentive(indexed, tmp_path_factory):
     out = tmp_path_factory.mktemp("attentive") / "run"
     config = FitConfig(network="transformer", tokens=6, size="tiny", images=40 * 32, batch_size=32, learning_rate=3e-3)
     # Forty steps are too few to learn anything of the way near its end, where most inputs of the default lie.
-    fit(indexed, replace(config, dials={"segment": 0.5, "consistency": 1.0}), out)
+    fit(indexed, replace(config, hyperparameters={"segment": 0.5, "consistency": 1.0}), out)
     return out
 
 
@@ -132,7 +132,7 @@ def test_same_seed_same_weights_and_another_seed_others(short, indexed, tmp_path
     assert not all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-EVERY_STEP = Machine(checkpoint_seconds=-1.0)
+EVERY_STEP = RuntimeConfig(checkpoint_seconds=-1.0)
 
 
 def fit_until(step, monkeypatch, *given):
@@ -235,8 +235,8 @@ def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encod
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(indexed, tmp_path, monkeypatch):
     whole, calls = fit_module.make_objective, []
 
-    def poisoned(*given, **dials):
-        objective = whole(*given, **dials)
+    def poisoned(*given, **hyperparameters):
+        objective = whole(*given, **hyperparameters)
 
         class Poisoned(type(objective)):
             def loss(self, *given):
@@ -258,7 +258,7 @@ def test_a_batch_in_parts_trains_as_the_whole_does(indexed, tmp_path):
     gentle, trained = replace(SHORT, learning_rate=5e-4), []
     for accumulate in (1, 4):
         out = tmp_path / f"in-{accumulate}"
-        fit(indexed, gentle, out, machine=Machine(accumulate=accumulate))
+        fit(indexed, gentle, out, machine=RuntimeConfig(accumulate=accumulate))
         trained.append(load_file(out / "model.safetensors"))
     whole, parts = trained
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
@@ -273,15 +273,15 @@ def test_a_batch_in_parts_trains_as_the_whole_does(indexed, tmp_path):
         ({"search": "magic"}, "--search 'magic'"),
         ({"images": 10}, "--images 10"),
         ({"reuse": 0}, "--reuse 0"),
-        ({"neighbours": 0}, "--neighbours 0"),
+        ({"neighbors": 0}, "--neighbors 0"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"precision": "fp8"}, "--precision 'fp8'"),
-        ({"dials": {"q": 1.0}}, "--dial q is unknown for coalescer: choose one of p, segment"),
-        ({"dials": {"p": "x"}}, "--dial p=x is no number"),
-        ({"dials": {"p": 0.0}}, "p 0.0 is no power"),
-        ({"dials": {"segment": 2.0}}, "segment 2.0 is no share"),
-        ({"dials": {"segment": 0.7, "own": 0.5}}, "segment 0.7 and own 0.5 are more than 1"),
-        ({"dials": {"consistency": -1.0}}, "consistency -1.0 is no weight"),
+        ({"hyperparameters": {"q": 1.0}}, "--set q is unknown for coalescer: choose one of p, segment"),
+        ({"hyperparameters": {"p": "x"}}, "--set p=x is no number"),
+        ({"hyperparameters": {"p": 0.0}}, "p 0.0 is no power"),
+        ({"hyperparameters": {"segment": 2.0}}, "segment 2.0 is no share"),
+        ({"hyperparameters": {"segment": 0.7, "own": 0.5}}, "segment 0.7 and own 0.5 are more than 1"),
+        ({"hyperparameters": {"consistency": -1.0}}, "consistency -1.0 is no weight"),
         ({"condition": "both"}, "--condition 'both' is unknown: choose one of close, query"),
         ({"network": "unet"}, "--network 'unet' is unknown: choose one of auto, mlp, transformer"),
         ({"coupling": "best"}, "--coupling 'best'"),
@@ -304,7 +304,7 @@ def test_options_are_checked(options, said):
         {"objective": "mean_flow", "network": "transformer", "tokens": 6},
         {"objective": "shortcut", "coupling": "independent"},
         {"objective": "consistency", "coupling": "independent"},
-        {"objective": "imle", "dials": {"pool": 3.0}},
+        {"objective": "imle", "hyperparameters": {"pool": 3.0}},
     ],
 )
 def test_every_objective_trains_and_samples(indexed, tmp_path, options):
@@ -319,8 +319,8 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     fit(indexed, flow, tmp_path / "flow")
     # Where nothing is searched there is nothing to wait for.
     assert read_config(tmp_path / "flow")["fit"]["reuse"] == 1 < read_config(run)["fit"]["reuse"]
-    dials = {"flow": str(tmp_path / "flow"), "solver_steps": 3.0}
-    config = replace(flow, objective="rectified_flow", dials=dials)
+    hyperparameters = {"flow": str(tmp_path / "flow"), "solver_steps": 3.0}
+    config = replace(flow, objective="rectified_flow", hyperparameters=hyperparameters)
     fit(indexed, config, tmp_path / "whole")
     fit_until(4, monkeypatch, indexed, config, tmp_path / "run")
     fit(indexed, config, tmp_path / "run", resume=True)
@@ -329,21 +329,21 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     shutil.rmtree(tmp_path / "flow")
     assert np.isfinite(Coalescer.from_pretrained(tmp_path / "run")(CAPTIONS).latents).all()
     with pytest.raises(RunError, match="flow is no training run"):
-        FitConfig(objective="rectified_flow", dials=dials)
+        FitConfig(objective="rectified_flow", hyperparameters=hyperparameters)
 
 
 def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, shapes, encode_shapes, tmp_path):
     raw = build_index(encode_shapes(shapes, tmp_path / "raw.lance").table, BuildConfig(geometry="raw")).table
     flow = FitConfig(objective="flow_matching", size="tiny", images=64, batch_size=32, search="exact")
     fit(raw, flow, tmp_path / "flow")
-    config = replace(flow, objective="rectified_flow", dials={"flow": str(tmp_path / "flow")})
+    config = replace(flow, objective="rectified_flow", hyperparameters={"flow": str(tmp_path / "flow")})
     with pytest.raises(RunError, match="was trained with other geometry and latents: first train a flow on this table"):
         fit(indexed, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path, monkeypatch):
-    config = replace(SHORT, objective="shortcut", dials={"share": 0.5})
+    config = replace(SHORT, objective="shortcut", hyperparameters={"share": 0.5})
     fit(indexed, config, tmp_path / "whole")
     fit_until(25, monkeypatch, indexed, config, tmp_path / "run")
     fit(indexed, config, tmp_path / "run", resume=True)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.centring import fit_centring
 from index.errors import OptionError
-from index.geometry import KINDS, Geometry
-from index.moments import Moments, unit
+from index.space.centering import fit_centering
+from index.space.geometry import KINDS, Geometry
+from index.space.moments import Moments, unit
 
 
 def some_rows(seed: int, n: int = 40, t: int = 5, dim: int = 7):
@@ -21,30 +21,30 @@ def some_rows(seed: int, n: int = 40, t: int = 5, dim: int = 7):
     return text, latent
 
 
-def fit(seed: int, kind: str, scale: float = 3.0, *, centre: bool = False) -> Geometry:
+def fit(seed: int, kind: str, scale: float = 3.0, *, center: bool = False) -> Geometry:
     text, latent = some_rows(seed)
     plain = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=scale)
-    if not centre:
+    if not center:
         return plain
-    centring = fit_centring([(text, plain.to_coordinates(latent))])
-    return Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=scale, centring=centring)
+    centering = fit_centering([(text, plain.to_coordinates(latent))])
+    return Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=scale, centering=centering)
 
 
 seeds = st.integers(0, 10_000)
 
 
-@given(seed=seeds, kind=st.sampled_from(KINDS), scale=st.floats(1.01, 20), balanced=st.booleans(), centre=st.booleans())
+@given(seed=seeds, kind=st.sampled_from(KINDS), scale=st.floats(1.01, 20), balanced=st.booleans(), center=st.booleans())
 @settings(deadline=None, max_examples=80)
-def test_nearest_stored_vector_is_the_argmin_of_the_formula(seed, kind, scale, balanced, centre):
-    geometry = fit(seed, kind, scale, centre=centre)
+def test_nearest_stored_vector_is_the_argmin_of_the_formula(seed, kind, scale, balanced, center):
+    geometry = fit(seed, kind, scale, center=center)
     text, latent = some_rows(seed)
     rng = np.random.default_rng([seed, 1])
     g = rng.normal(size=len(text)) if balanced else np.zeros(len(text))
     description, r = rng.normal(size=(6, 5)), rng.normal(size=(6, 7))
     x = (latent - geometry.mean.astype(float)) / geometry.std.astype(float)
-    if centre:
-        told = unit(text) @ geometry.centring.weight.astype(float) + geometry.centring.bias
-        x = (x - told) / geometry.centring.std
+    if center:
+        told = unit(text) @ geometry.centering.weight.astype(float) + geometry.centering.bias
+        x = (x - told) / geometry.centering.std
     if kind == "sphere":
         x = unit(x) * np.sqrt(7)
         r = unit(r) * np.sqrt(7)
@@ -77,15 +77,15 @@ def test_coordinates_have_mean_zero_and_variance_one(kind):
     assert np.allclose(x.std(0), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_descriptions_lie_as_far_apart_as_image_parts(kind, centre):
+def test_descriptions_lie_as_far_apart_as_image_parts(kind, center):
     rng = np.random.default_rng(0)
     text, latent = rng.normal(size=(2000, 5)) + 1, rng.normal(size=(2000, 40)) * 3
     geometry = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=2.0)
-    if centre:
-        centring = fit_centring([(text, geometry.to_coordinates(latent))])
-        geometry = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=2.0, centring=centring)
+    if center:
+        centering = fit_centering([(text, geometry.to_coordinates(latent))])
+        geometry = Geometry.fit(Moments.of(text, latent), kind=kind, desc_scale=2.0, centering=centering)
     vectors = geometry.vectors(text, latent).astype(float)
     words, image = vectors[:, :5] / geometry.desc_scale, vectors[:, 5:45]
 
@@ -97,23 +97,23 @@ def test_descriptions_lie_as_far_apart_as_image_parts(kind, centre):
 
 def test_width_is_a_multiple_of_eight_with_room_for_balance():
     geometry = fit(0, "sphere")
-    assert geometry.width == 16
+    assert geometry.vector_dim == 16
     vectors = geometry.vectors(*some_rows(0), np.full(40, 2.0))
     assert (geometry.balance_of(vectors) == 2).all()
     assert (vectors[:, 13:] == 0).all()
     assert (geometry.queries(*some_rows(0))[:, 12:] == 0).all()
 
 
-@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_through_json_is_exact(kind, centre):
-    geometry = fit(1, kind, centre=centre)
+def test_round_trip_through_json_is_exact(kind, center):
+    geometry = fit(1, kind, center=center)
     again = Geometry.from_dict(json.loads(json.dumps(geometry.to_dict())))
     assert again.same_as(geometry)
     assert np.array_equal(again.mean, geometry.mean)
     assert again.mean.dtype == np.float32
-    assert not fit(1, kind, scale=3.5, centre=centre).same_as(geometry)
-    assert not fit(1, kind, centre=not centre).same_as(geometry)
+    assert not fit(1, kind, scale=3.5, center=center).same_as(geometry)
+    assert not fit(1, kind, center=not center).same_as(geometry)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, -2.0, float("nan"), float("inf")])

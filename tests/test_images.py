@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline import images
-from pipeline.images import Reason, Rejected, decode_caption, decode_image, quiet_pillow
+from pipeline.images import Rejected, RejectReason, decode_caption, decode_image, quiet_pillow
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_a_picture_of_the_right_size_is_untouched():
     assert np.array_equal(decode_image(saved(Image.fromarray(pixels)), 32).pixels, pixels)
 
 
-def test_a_wide_picture_is_cropped_at_the_centre():
+def test_a_wide_picture_is_cropped_at_the_center():
     image = Image.new("RGB", (90, 30), "red")
     image.paste("blue", (30, 0, 60, 30))
     picture = decode_image(saved(image), 30)
@@ -58,9 +58,9 @@ def test_transparency_becomes_white(mode):
         (Image.new("1", (8, 8), 1), 255),
         (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), 100),
     ],
-    ids=["grey", "bilevel", "16-bit"],
+    ids=["gray", "bilevel", "16-bit"],
 )
-def test_greys_become_rgb(image, value):
+def test_grays_become_rgb(image, value):
     assert (decode_image(saved(image), 8).pixels == value).all()
 
 
@@ -70,7 +70,7 @@ def test_cmyk_becomes_rgb():
 
 
 def test_an_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = saved(frames[0], "gif", save_all=True, append_images=frames[1:])
     assert (decode_image(data, 8).pixels[0, 0] == (255, 0, 0)).all()
 
@@ -81,11 +81,11 @@ whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64,
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (None, Reason.MISSING_IMAGE),
-        (b"", Reason.EMPTY_IMAGE),
-        (b"<html>not found</html>", Reason.UNREADABLE_IMAGE),
-        (whole[: len(whole) // 2], Reason.UNREADABLE_IMAGE),
-        (whole[:20], Reason.UNREADABLE_IMAGE),
+        (None, RejectReason.MISSING_IMAGE),
+        (b"", RejectReason.EMPTY_IMAGE),
+        (b"<html>not found</html>", RejectReason.UNREADABLE_IMAGE),
+        (whole[: len(whole) // 2], RejectReason.UNREADABLE_IMAGE),
+        (whole[:20], RejectReason.UNREADABLE_IMAGE),
     ],
     ids=["none", "empty", "html", "truncated", "header"],
 )
@@ -100,7 +100,7 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 63)
     with pytest.raises(Rejected) as caught:
         decode_image(saved(Image.new("RGB", (8, 8))), 8)
-    assert caught.value.reason is Reason.IMAGE_TOO_LARGE
+    assert caught.value.reason is RejectReason.IMAGE_TOO_LARGE
     assert "8x8" in caught.value.detail
 
 
@@ -110,7 +110,11 @@ def test_captions():
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(None, Reason.MISSING_CAPTION), (b" \n", Reason.EMPTY_CAPTION), (b"caf\xe9", Reason.CAPTION_NOT_UTF8)],
+    [
+        (None, RejectReason.MISSING_CAPTION),
+        (b" \n", RejectReason.EMPTY_CAPTION),
+        (b"caf\xe9", RejectReason.CAPTION_NOT_UTF8),
+    ],
 )
 def test_captions_are_rejected(data, reason):
     with pytest.raises(Rejected) as caught:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.checkpoint import checkpoints
+from trainer.run_folder import checkpoints
 
 TRAINER = str(Path(sys.executable).parent / "trainer")
 OPTIONS = ["--size", "tiny", "--images", "6400", "--batch-size", "32", "--device", "cpu"]

@@ -15,7 +15,7 @@ from trainer.evaluation.metrics import (
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.evaluation.neighbourhoods import COPIED, manifold, nearest_ratio
+from trainer.evaluation.neighborhoods import COPIED, manifold, nearest_ratio
 from trainer.evaluation.reliability import rank_correlation, reliability
 from trainer.evaluation.viewers import feature_distances
 

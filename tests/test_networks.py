@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from index.errors import OptionError
-from trainer.networks import SIZES, NetworkConfig, count_flops, make_network
+from trainer.models.base import SIZES, NetworkConfig, count_flops, make_network
 
 B, T = 6, 10
 SHAPES = {"mlp": (3, 2, 2), "transformer": (4, 8, 8)}
@@ -15,7 +15,7 @@ SHAPES = {"mlp": (3, 2, 2), "transformer": (4, 8, 8)}
 def network_of(kind, *, size="tiny", seed=0, **options):
     torch.manual_seed(seed)
     channels, height, width = SHAPES[kind]
-    shape = {"channels": channels, "height": height, "width": width, "text_width": T}
+    shape = {"channels": channels, "height": height, "width": width, "text_dim": T}
     return make_network(NetworkConfig(kind=kind, size=size, **shape, **options))
 
 
@@ -118,7 +118,7 @@ def test_the_kind_follows_the_latent(encoded):
     assert NetworkConfig.of(encoded.meta, size="tiny").kind == "mlp"
     large = replace(encoded.meta, latent_shape=(4, 32, 32))
     config = NetworkConfig.of(large, size="tiny")
-    assert (config.kind, config.tokens, config.latent_size) == ("transformer", 77, 4096)
+    assert (config.kind, config.tokens, config.latent_dim) == ("transformer", 77, 4096)
     assert NetworkConfig.of(large, size="tiny", kind="mlp").tokens == 0
     assert NetworkConfig.of(large, size="tiny", tokens=8).tokens == 8
     with pytest.raises(OptionError, match="--tokens 8 cannot be read by --network mlp"):

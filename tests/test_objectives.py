@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import normalize
 
 from index.errors import OptionError
-from trainer.networks import Network, Prediction
-from trainer.objectives import Training, make_objective
+from trainer.models.base import Network, Prediction
+from trainer.objectives.base import Training, make_objective
 from trainer.stream import Batch
 
 B, L, T = 64, 12, 5
@@ -16,7 +16,7 @@ def some_batch(seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     r, y = torch.randn(B, L, generator=g), torch.randn(B, L, generator=g)
     text, query = torch.randn(B, 1, T, generator=g), torch.randn(B, T, generator=g)
-    return Batch(r=r, query=query, text=text, y=y, dice=torch.rand(B, 8, generator=g))
+    return Batch(r=r, query=query, text=text, y=y, uniforms=torch.rand(B, 8, generator=g))
 
 
 ALONE = Training(0.0, lambda *_: None)
@@ -26,9 +26,9 @@ def still():
     raise AssertionError("nobody needs fresh points")
 
 
-def coalescer(**dials):
+def coalescer(**hyperparameters):
     """The default coalescer without the consistency term unless asked for."""
-    return make_objective("coalescer", "default", **({"consistency": 0.0} | dials))
+    return make_objective("coalescer", "default", **({"consistency": 0.0} | hyperparameters))
 
 
 def said(distance, direction, sure):
@@ -76,10 +76,10 @@ def test_default_losses_use_segment_points_and_squares():
     network = Fixed(lambda x: (torch.ones(B), torch.zeros(B, L)))
     loss = coalescer().loss(network, batch, ALONE)
     x = network.seen[0][0]
-    t = torch.where(batch.dice[:, 0] < 0.9, batch.dice[:, 1], 0.0)[:, None]
+    t = torch.where(batch.uniforms[:, 0] < 0.9, batch.uniforms[:, 1], 0.0)[:, None]
     assert torch.allclose(x, (1 - t) * batch.r + t * batch.y, atol=1e-6)
     assert 0.7 < (t > 0).float().mean() < 1
-    assert torch.equal(network.seen[0][2], batch.dice[:, 2] >= 0.1)
+    assert torch.equal(network.seen[0][2], batch.uniforms[:, 2] >= 0.1)
     far = (batch.y - x).norm(dim=1)
     assert loss.total.item() == pytest.approx(((1 - far).square().mean() / L + 1).item(), rel=1e-5)
 
@@ -136,7 +136,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
     sign = torch.where(torch.rand(4096, 1, generator=g) < 0.8, 1.0, -1.0)
     batch = Batch(
         r=torch.zeros(4096, L), query=torch.zeros(4096, T), text=torch.zeros(4096, 1, T), y=sign * u,
-        dice=torch.rand(4096, 8, generator=g),
+        uniforms=torch.rand(4096, 8, generator=g),
     )  # fmt: skip
     way, sure = torch.nn.Parameter(torch.randn(L, generator=g)), torch.nn.Parameter(torch.zeros(()))
 
@@ -165,7 +165,7 @@ def test_own_inputs_lie_where_the_network_itself_would_go():
     assert torch.equal(r, batch.r)
     assert torch.equal(keep, same)
     goal = r + 0.7 * torch.roll(r, 1, dims=1)
-    kind, place = batch.dice[:, :1], batch.dice[:, 1:2]
+    kind, place = batch.uniforms[:, :1], batch.uniforms[:, 1:2]
     expected = torch.where(kind < 0.3, r + place * (batch.y - r), torch.where(kind < 0.7, r + place * (goal - r), r))
     assert torch.allclose(x, expected, atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_consistency_compares_two_points_of_a_segment_and_teaches_the_farther(p,
     loss = objective.loss(network, batch, ALONE)
     plain = coalescer(p=p, rule=rule).loss(network, batch, ALONE)
     x, ahead = network.seen[0][0], network.seen[1][0]
-    assert torch.allclose(ahead, x + 0.4 * batch.dice[:, 3:4] * (batch.y - x), atol=1e-6)
+    assert torch.allclose(ahead, x + 0.4 * batch.uniforms[:, 3:4] * (batch.y - x), atol=1e-6)
 
     def end(x, stray):
         return x + stray * torch.roll(x, 1, dims=1) * (0.2 if rule == "mean" else 1.0)

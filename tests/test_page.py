@@ -5,20 +5,20 @@ import shutil
 
 import pytest
 
-from index.advice import advise
-from index.build import BuildConfig, build_index
-from index.table import open_table
-from pipeline.page import find_examples, index_page
+from index.build.build_index import BuildConfig, build_index
+from index.report.advice import advise
+from index.table.table import open_table
+from pipeline.index_page import find_examples, index_page
 
 WELL = {
-    "never_hit_share": 0.14,
-    "never_hit_share_if_even": 0.13,
+    "anti_hub_rate": 0.14,
+    "expected_anti_hub_rate": 0.13,
     "chi_square": 0.02,
     "recall_at_1": 0.96,
     "target_recall": 0.95,
     "perplexity": 90.0,
-    "description_distance": 0.1,
-    "learnability": 0.3,
+    "text_distance": 0.1,
+    "linear_probe_r2": 0.3,
     "zero_vectors": 0,
     "duplicate_vectors": 3,
     "rows": 1000,
@@ -32,11 +32,14 @@ def test_a_sound_table_needs_no_advice():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"never_hit_share": 0.5}, "37% of the training rows are never targets .* try --balance"),
-        ({"recall_at_1": 0.9}, "finds 0.900 of the nearest pairs, less than --target-recall 0.95: give more --memory"),
+        ({"anti_hub_rate": 0.5}, "37% of the training rows are never targets .* try --balance"),
+        (
+            {"recall_at_1": 0.9},
+            "finds 0.900 of the nearest pairs, less than --target-recall 0.95: give more --max-memory-gb",
+        ),
         ({"perplexity": 1.03}, r"chooses among 1\.03 rows.*a smaller --desc-scale"),
-        ({"description_distance": 0.9}, "hardly followed: try a larger --desc-scale"),
-        ({"learnability": 0.001}, "lottery to a network: try --centre"),
+        ({"text_distance": 0.9}, "hardly followed: try a larger --desc-scale"),
+        ({"linear_probe_r2": 0.001}, "lottery to a network: try --center"),
         ({"zero_vectors": 4}, "4 vectors are zero"),
         ({"duplicate_vectors": 400}, "400 vectors repeat others.*--dedup pair"),
     ],
@@ -63,7 +66,7 @@ def test_the_page_is_whole_and_needs_nothing_else(indexed, copied):
     assert page.count("<svg") == 3
     assert page.count("<figure>") == page.count("<img") == 24
     assert not re.search(r"(src|href)=.?(http|/|file)", page.replace('src="data:', ""))
-    assert all(f"<th>{name}</th>" in page for name in ("recall_at_1", "never_hit_share", "index_bytes"))
+    assert all(f"<th>{name}</th>" in page for name in ("recall_at_1", "anti_hub_rate", "index_bytes"))
 
 
 def test_a_table_searched_exactly_has_no_probes_to_plot(encoded, copied):
@@ -82,7 +85,7 @@ def test_examples_come_nearest_first_with_the_pictures_kept(encoded):
 def test_captions_are_text_and_not_markup(indexed):
     from dataclasses import replace
 
-    from pipeline import page
+    from pipeline import index_page as page
 
     found = replace(find_examples(indexed)[0], asked="<b>bold</b>", captions=["<script>"] * 4)
     assert "<b>" not in page._shown(found)

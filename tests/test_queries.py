@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from index.geometry import Geometry
-from index.moments import Moments
-from index.queries import draw_dice, draw_points, draw_rows
+from index.space.geometry import Geometry
+from index.space.moments import Moments
+from index.space.queries import draw_points, draw_rows, draw_uniforms
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_a_larger_batch_begins_with_the_smaller_one(geometry, step):
     for draw in (
         lambda count: draw_rows(1_000_003, count, seed=5, step=step),
         lambda count: draw_points(geometry, count, seed=5, step=step),
-        lambda count: draw_dice(count, 4, seed=5, step=step),
+        lambda count: draw_uniforms(count, 4, seed=5, step=step),
     ):
         assert np.array_equal(draw(100)[:37], draw(37))
 
@@ -27,7 +27,7 @@ def test_a_larger_batch_begins_with_the_smaller_one(geometry, step):
 def test_steps_seeds_and_purposes_differ(geometry):
     draws = [draw_points(geometry, 8, seed=seed, step=step) for seed in (0, 1) for step in (0, 1)]
     assert len({draw.tobytes() for draw in draws}) == 4
-    assert not np.array_equal(draw_dice(8, 9, seed=0, step=0), draws[0])
+    assert not np.array_equal(draw_uniforms(8, 9, seed=0, step=0), draws[0])
 
 
 def test_points_lie_on_the_sphere_and_are_spread_evenly(geometry):

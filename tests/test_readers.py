@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.images import Reason
-from pipeline.readers import piece
-from pipeline.sources import Broken, Reading, Sample, count_samples, list_shards, read_samples
+from pipeline.images import RejectReason
+from pipeline.sources import ranges as piece
+from pipeline.sources.read import ReadOptions, Sample, Unreadable, count_samples, list_shards, read_samples
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -32,7 +32,7 @@ def write(folder: Path, files: dict[str, bytes]) -> str:
     return str(folder)
 
 
-def read_all(source: str, reading: Reading = Reading()) -> list[Sample]:  # noqa: B008
+def read_all(source: str, reading: ReadOptions = ReadOptions()) -> list[Sample]:  # noqa: B008
     samples = [sample for shard in list_shards([source], reading) for sample in read_samples(shard, reading)]
     assert all(isinstance(sample, Sample) for sample in samples), samples
     return samples
@@ -116,7 +116,7 @@ def test_a_folder_that_shrank_is_told(tmp_path):
     (tmp_path / "x" / "0.png").unlink()
     assert list_shards([folder]) == [f"{folder}#0-2"]
     (broken,) = read_samples(shard)
-    assert (broken.reason, "was changed" in broken.detail) == (Reason.BROKEN_SHARD, True)
+    assert (broken.reason, "was changed" in broken.detail) == (RejectReason.BROKEN_SHARD, True)
 
 
 def test_a_picture_that_vanished_is_one_broken_sample(tmp_path):
@@ -124,8 +124,8 @@ def test_a_picture_that_vanished_is_one_broken_sample(tmp_path):
     (shard,) = list_shards([folder])
     (tmp_path / "x" / "1.txt").unlink()
     zero, one, two = read_samples(shard)
-    assert isinstance(one, Broken)
-    assert (one.key, one.reason) == ("1.png", Reason.BROKEN_SHARD)
+    assert isinstance(one, Unreadable)
+    assert (one.key, one.reason) == ("1.png", RejectReason.BROKEN_SHARD)
     assert (zero.key, two.key) == ("0.png", "2.png")
 
 
@@ -150,14 +150,14 @@ def test_metadata_files_of_an_imagefolder(tmp_path, kind):
     assert (zero.key, zero.caption, zero.image) == ("train/0.png", b"zero", png(0))
     assert (one.key, one.caption) == ("train/s/1.png", b'one, "quoted"\nline')
     assert json.loads(zero.meta) == {"file_name": "0.png", "text": "zero", "alt": "null"}
-    assert [s.caption for s in read_all(folder, Reading(caption_key="alt"))] == [None, b"zwei", b"null", b"eins"]
+    assert [s.caption for s in read_all(folder, ReadOptions(caption_key="alt"))] == [None, b"zwei", b"null", b"eins"]
 
 
 def test_a_caption_beside_a_picture_comes_before_the_metadata(tmp_path):
     files = {"0.png": png(0), "0.txt": b"beside", "metadata.csv": b"file_name,text\n0.png,row\n"}
     (sample,) = read_all(write(tmp_path, files))
     assert sample.caption == b"beside"
-    (sample,) = read_all(str(tmp_path), Reading(caption_key="text"))
+    (sample,) = read_all(str(tmp_path), ReadOptions(caption_key="text"))
     assert sample.caption == b"row"
 
 
@@ -236,13 +236,13 @@ def test_a_saved_dataset_elsewhere_and_by_column():
     rows(3).rename_column("caption", "alt").save_to_disk("memory://saved/here")
     (shard,) = list_shards(["memory://saved/here"])
     assert shard == "memory:///saved/here#0-3"
-    assert [s.caption for s in read_samples(shard, Reading(caption_key="alt"))] == [
+    assert [s.caption for s in read_samples(shard, ReadOptions(caption_key="alt"))] == [
         f"caption {n}".encode() for n in range(3)
     ]
     (broken,) = read_samples(shard)
     assert "image, alt, label" in broken.detail
     with pytest.raises(SourceError, match="there are image, alt, label"):
-        list(read_samples(shard, Reading(caption_key="words")))
+        list(read_samples(shard, ReadOptions(caption_key="words")))
 
 
 def test_a_damaged_saved_dataset_is_told_at_once(tmp_path):
@@ -303,7 +303,7 @@ def test_a_streamed_dataset_opens_only_its_own_files(tmp_path, no_network):
     (shard,) = list_shards([f"hf:{tmp_path}/data"])
     one, two, gone = read_samples(shard)
     assert (one.image, two.image) == (png(1), None)
-    assert (gone.key, gone.reason) == ("train-00000-of-00001/00000002", Reason.BROKEN_SHARD)
+    assert (gone.key, gone.reason) == ("train-00000-of-00001/00000002", RejectReason.BROKEN_SHARD)
 
 
 @pytest.mark.parametrize(

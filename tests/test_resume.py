@@ -14,14 +14,14 @@ import psutil
 import pytest
 
 from index.errors import SourceError, TableError
-from index.storage import Storage
-from index.table import is_table, open_table, shards_of
-from pipeline import encode as encode_module
-from pipeline import job as job_module
-from pipeline import watch
-from pipeline.claim import claim
-from pipeline.marks import Marks
-from pipeline.sources import list_shards
+from index.table.lock import claim
+from index.table.storage import Storage
+from index.table.table import is_table, open_table, shards_of
+from pipeline.encode import job as job_module
+from pipeline.encode import monitor as watch
+from pipeline.encode import run as encode_module
+from pipeline.encode.checkpoints import Checkpoints
+from pipeline.sources.read import list_shards
 
 KILLS, SHARDS = 5, 30
 
@@ -47,8 +47,8 @@ def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shap
 
 def test_changed_options_are_refused_and_named(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance")
-    with pytest.raises(TableError, match="another heldout_share, min_side: name another --table, add --append"):
-        encode_shapes(shapes, tmp_path / "t.lance", heldout_share=0.3, min_side=8)
+    with pytest.raises(TableError, match="another val_fraction, min_image_size: name another --table, add --append"):
+        encode_shapes(shapes, tmp_path / "t.lance", val_fraction=0.3, min_image_size=8)
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_a_stopped_run_goes_on_where_it_was(encoded, shapes, encode_shapes, cont
         encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
-    finished, marks = list(opened), Marks(str(tmp_path / "t.encode"))
-    assert all(marks.finished(shard).rows == 120 for shard in finished)
-    assert marks.finished(last) is None
+    finished, checkpoints = list(opened), Checkpoints(str(tmp_path / "t.encode"))
+    assert all(checkpoints.finished(shard).rows == 120 for shard in finished)
+    assert checkpoints.finished(last) is None
     plugged.append(True)
     opened.clear()
     table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
@@ -101,15 +101,15 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def _holds(marks, process: int) -> bool:
+def _holds(checkpoints, process: int) -> bool:
     """Whether a process has begun to work: it has claimed the table."""
-    owner = marks / "owner.json"
+    owner = checkpoints / "owner.json"
     return owner.exists() and owner.read_text().find(f'"process": {process},') >= 0
 
 
-def _finished(marks) -> int:
+def _finished(checkpoints) -> int:
     """How many shards are marked as finished."""
-    return len(list(marks.glob("????????????????????????.json")))
+    return len(list(checkpoints.glob("????????????????????????.json")))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -117,26 +117,26 @@ def test_kill_9_at_random_moments_changes_nothing(
     encode_shapes, content, image_encoder, text_encoder, tmp_path, workers
 ):
     """Each life is killed after a random number of further shards; the last one reaches the end."""
-    from pipeline.demo import write_demo_data
+    from pipeline.demo.shapes import write_demo_data
 
     write_demo_data(tmp_path / "source", samples=200 * SHARDS, size=32, seed=3, per_shard=200)
     undisturbed = encode_shapes(tmp_path / "source", tmp_path / "undisturbed.lance").table
-    marks, table = tmp_path / "killed.encode", tmp_path / "killed.lance"
+    checkpoints, table = tmp_path / "killed.encode", tmp_path / "killed.lance"
     arguments = ["encode", str(tmp_path / "source"), "--table", str(table), "--image-size", "32", "--device", "cpu"]
-    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--heldout-share", "0.2"]
-    arguments += ["--batch-size", "32", "--workers", str(workers)]
-    dice, finished = random.Random(workers), [0]
+    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--val-fraction", "0.2"]
+    arguments += ["--batch-size", "32", "--num-workers", str(workers)]
+    uniforms, finished = random.Random(workers), [0]
     while len(finished) <= KILLS:
-        life, wanted = start(arguments), finished[-1] + dice.randrange(SHARDS // KILLS)
-        while life.poll() is None and not (_holds(marks, life.pid) and _finished(marks) >= wanted):
+        life, wanted = start(arguments), finished[-1] + uniforms.randrange(SHARDS // KILLS)
+        while life.poll() is None and not (_holds(checkpoints, life.pid) and _finished(checkpoints) >= wanted):
             time.sleep(0.01)
         with life.stderr, contextlib.suppress(subprocess.TimeoutExpired):
-            life.wait(dice.uniform(0.0, 0.3))
+            life.wait(uniforms.uniform(0.0, 0.3))
         life.kill()
         life.wait()
         if is_table(str(table), Storage()):
             break
-        finished.append(_finished(marks))
+        finished.append(_finished(checkpoints))
     life = start(arguments)
     _, told = life.communicate(timeout=300)
     assert life.returncode == 0, told.decode()
@@ -152,7 +152,16 @@ def test_kill_9_at_random_moments_changes_nothing(
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(shapes, image_encoder, text_encoder, tmp_path):
     """Beam would wait for it for ever."""
-    arguments = ["encode", str(shapes), "--table", str(tmp_path / "t.lance"), "--image-size", "32", "--workers", "2"]
+    arguments = [
+        "encode",
+        str(shapes),
+        "--table",
+        str(tmp_path / "t.lance"),
+        "--image-size",
+        "32",
+        "--num-workers",
+        "2",
+    ]
     arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--device", "cpu"]
     life = start(arguments)
     workers: list[psutil.Process] = []
@@ -209,7 +218,7 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
-    from index import table as table_module
+    from index.table import table as table_module
 
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
@@ -225,7 +234,7 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
 
 
 def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_path):
-    from index.build import BuildConfig, build_index
+    from index.build.build_index import BuildConfig, build_index
 
     parts = list_shards([str(shapes)])
     first = encode_shapes(parts[:2], tmp_path / "t.lance").table
@@ -243,8 +252,8 @@ def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_pat
 
 
 def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path, monkeypatch):
-    from index import choose
-    from index.build import BuildConfig, build_index
+    from index.build import select as choose
+    from index.build.build_index import BuildConfig, build_index
 
     monkeypatch.setattr(choose, "RERANKED", 1)
     first = encode_shapes(list_shards([str(shapes)])[:2], tmp_path / "t.lance").table
@@ -259,7 +268,7 @@ def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"heldout_share": 0.5}, "--heldout-share"),
+        ({"val_fraction": 0.5}, "--val-fraction"),
         ({"image_size": 64}, "--image-size"),
         ({"keep_images": True}, "--keep-images"),
         ({"desc_scale": 7.0}, "--desc-scale"),
@@ -289,8 +298,8 @@ def test_two_encodes_into_one_table_at_once(shapes, encode_shapes, tmp_path):
 def test_a_dead_process_holds_nothing(tmp_path):
     code = f"""
 import os, signal
-from pipeline.claim import claim
-from index.storage import Storage
+from index.table.lock import claim
+from index.table.storage import Storage
 with claim({str(tmp_path / "x")!r}, Storage()):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -329,7 +338,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - 300 * 1024))
     with pytest.raises(TableError, match=r"cannot be written .*No space left.*the same command goes on"):
-        encode_shapes(shapes, small_disk / "t.lance", keep_images=True, workers=workers)
+        encode_shapes(shapes, small_disk / "t.lance", keep_images=True, num_workers=workers)
     (small_disk / "ballast").unlink()
     assert content(encode_shapes(shapes, small_disk / "t.lance", keep_images=True).table) == content(encoded)
 
@@ -359,8 +368,8 @@ def test_a_run_that_goes_wrong_is_stopped_on_the_way(write_tar, encode_shapes, t
     with pytest.raises(
         SourceError, match=r"^\d+ of 50 samples are rejected already, after \d of 10 shards: nothing was pub"
     ):
-        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.2)
+        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.2)
     assert 3 <= len(opened) < 10
     # Allowing more takes the stop back.
     with pytest.raises(SourceError, match="50 of 50 samples were rejected"):
-        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_share=0.9)
+        encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.9)

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from index.console import write_json
 from index.errors import OptionError, RunError
-from trainer.checkpoint import FORMAT, save_model
-from trainer.networks import Network, NetworkConfig, Prediction, make_network
-from trainer.objectives import Training, make_objective, rectified_flow
-from trainer.optimise import Optimiser
+from index.table.storage import write_json
+from trainer.models.base import Network, NetworkConfig, Prediction, make_network
+from trainer.objectives.base import Training, make_objective, rectified_flow
+from trainer.optimizer import Optimizer
+from trainer.run_folder import FORMAT, save_model
 from trainer.stream import Batch
 
 T = 3
@@ -25,12 +25,12 @@ HALFWAY = NOBODY._replace(progress=0.5)
 
 
 def pairs(count, seed=0, y=None, size=2):
-    """Random points and dice; y is drawn from the Gaussian unless given as a function of R."""
+    """Random points and uniforms; y is drawn from the Gaussian unless given as a function of R."""
     g = torch.Generator().manual_seed(seed)
     r, z = torch.randn(count, size, generator=g), torch.randn(count, size, generator=g)
-    words, dice = torch.randn(count, 1, T, generator=g), torch.rand(count, 8, generator=g)
+    words, uniforms = torch.randn(count, 1, T, generator=g), torch.rand(count, 8, generator=g)
     y = CENTRE + SPREAD * z if y is None else y(r)
-    return Batch(r=r, query=words[:, 0], text=words, y=y, dice=dice)
+    return Batch(r=r, query=words[:, 0], text=words, y=y, uniforms=uniforms)
 
 
 class Known(Network):
@@ -64,11 +64,11 @@ def fitted(objective, steps, batches, seed=0):
     """A small network trained by an objective, with its averaged weights."""
     torch.manual_seed(seed)
     network = Small()
-    optimiser = Optimiser(network, steps=steps, learning_rate=5e-3, ema_decay=0.99)
-    teacher = optimiser.teacher(network)
+    optimizer = Optimizer(network, steps=steps, learning_rate=5e-3, ema_decay=0.99)
+    teacher = optimizer.teacher(network)
     for step in range(steps):
-        optimiser.step(objective.loss(network, batches(step), Training(step / steps, teacher)).total)
-    optimiser.use_average()
+        optimizer.step(objective.loss(network, batches(step), Training(step / steps, teacher)).total)
+    optimizer.use_average()
     return network
 
 
@@ -146,36 +146,36 @@ def test_descriptions_are_dropped_by_dice_and_guidance_extrapolates_the_end(name
         objective.loss(network, batch, Training(0.0, network))
         keeps = [asked["keep"] for asked in network.asked]
         column = 2 if name == "endpoint" else 0
-        assert torch.equal(keeps[-1], batch.dice[:, column] >= 0.25)
+        assert torch.equal(keeps[-1], batch.uniforms[:, column] >= 0.25)
     plain, blind, strong = (sampled(objective, network, 1, 64, guidance=w)[0] for w in (1.0, 0.0, 3.0))
     assert not torch.allclose(plain, blind)
     assert torch.allclose(strong, blind + 3 * (plain - blind), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "dials", "said"),
+    ("name", "hyperparameters", "said"),
     [
         ("endpoint", {"segment": 1.5}, "segment 1.5 is no share: give a number from 0 to 1"),
         ("shortcut", {"share": -1.0}, "share -1.0 is no share"),
-        ("imle", {"pool": 2.5}, "--dial pool=2.5 is no whole number: give for instance pool=10"),
+        ("imle", {"pool": 2.5}, "--set pool=2.5 is no whole number: give for instance pool=10"),
         ("imle", {"pool": 0.0}, "pool 0 is not allowed: give a number above 0"),
         ("mean_flow", {"eps": float("nan")}, "eps nan is not allowed"),
-        ("consistency", {"stages": float("inf")}, "--dial stages=inf is no whole number"),
-        ("rectified_flow", {"flow": 7.0}, "--dial flow=7 is a number: give a name, for a folder flow=./7"),
+        ("consistency", {"stages": float("inf")}, "--set stages=inf is no whole number"),
+        ("rectified_flow", {"flow": 7.0}, "--set flow=7 is a number: give a name, for a folder flow=./7"),
         ("flow_matching", {"dropout": 2.0}, "dropout 2.0 is no share"),
         ("endpoint", {"consistency": -1.0}, "consistency -1.0 is no weight: give 0 or more"),
-        ("coalescer", {"clock": 2.0}, "--dial clock=2 is neither no nor yes: give clock=0 or clock=1"),
+        ("coalescer", {"clock": 2.0}, "--set clock=2 is neither no nor yes: give clock=0 or clock=1"),
     ],
 )
-def test_dials_that_mean_nothing_are_refused(name, dials, said):
+def test_dials_that_mean_nothing_are_refused(name, hyperparameters, said):
     with pytest.raises(OptionError, match=said):
-        make_objective(name, "default", **dials)
+        make_objective(name, "default", **hyperparameters)
 
 
 def test_dials_come_as_their_defaults_are():
     """From a command line every number is a float."""
-    dials = make_objective("imle", "default", pool=7.0, eps=0)
-    assert (dials.pool, type(dials.pool), type(dials.eps)) == (7, int, float)
+    hyperparameters = make_objective("imle", "default", pool=7.0, eps=0)
+    assert (hyperparameters.pool, type(hyperparameters.pool), type(hyperparameters.eps)) == (7, int, float)
     assert make_objective("coalescer", "default", clock=1.0).clock is True
 
 
@@ -317,7 +317,7 @@ def fresh(kind):
     torch.manual_seed(1)
     channels, height, width = SHAPES[kind]
     return make_network(
-        NetworkConfig(kind=kind, size="tiny", channels=channels, height=height, width=width, text_width=T)
+        NetworkConfig(kind=kind, size="tiny", channels=channels, height=height, width=width, text_dim=T)
     )
 
 
@@ -330,7 +330,7 @@ def test_the_target_of_mean_flow_is_that_of_finite_differences(kind):
     network, batch = fresh(kind), some_pairs(kind)
     objective = make_objective("mean_flow", "default", power=0.0, dropout=0.3)
     time, span = objective.times(batch)
-    keep, v = batch.dice[:, 0] >= 0.3, batch.y - batch.r
+    keep, v = batch.uniforms[:, 0] >= 0.3, batch.y - batch.r
 
     def u(h):
         x = batch.r + (time + h)[:, None] * v
@@ -431,7 +431,7 @@ def test_targets_of_shortcuts_written_out_row_by_row():
     loss = objective.loss(network, batch, Training(0.0, teacher))
     asked, errors, longer = network.asked[0], [], 0
     for row in range(200):
-        _, place, kind, level = batch.dice[row, :4].tolist()
+        _, place, kind, level = batch.uniforms[row, :4].tolist()
         own, halvings = kind < 1 / 8, 7 if kind >= 1 / 8 else math.floor(7 * level)
         d = 0.5**halvings
         t = math.floor(place * 2**halvings) * d
@@ -480,14 +480,14 @@ def test_straight_pairs_leave_a_shortcut_no_loss_and_its_teacher_no_gradient():
 
 
 def test_a_batch_without_long_steps_asks_no_teacher():
-    batch = replace(pairs(8), dice=torch.full((8, 8), 0.5))
+    batch = replace(pairs(8), uniforms=torch.full((8, 8), 0.5))
     loss = make_objective("shortcut", "default").loss(Small(), batch, NOBODY)
     assert loss.parts["self_consistency"].item() == 0
 
 
 def run_of(folder, objective="flow_matching", kind="mlp", **network):
     """A run folder whose network's direction is CENTRE everywhere."""
-    config = {"kind": kind, "size": "tiny", "channels": 2, "height": 1, "width": 1, "text_width": T} | network
+    config = {"kind": kind, "size": "tiny", "channels": 2, "height": 1, "width": 1, "text_dim": T} | network
     flow = make_network(NetworkConfig(**config))
     with torch.no_grad():
         flow.head.weight.zero_()
@@ -512,7 +512,7 @@ def test_pairs_of_a_rectified_flow_are_the_ends_of_the_flow_that_is_named(tmp_pa
     loss = objective.loss(network, batch, NOBODY)
     assert loss.total.item() == pytest.approx(0, abs=1e-10)
     assert abs(slope_of(loss, gain)) < 1e-5
-    t = batch.dice[:, 1]
+    t = batch.uniforms[:, 1]
     assert torch.equal(network.asked[0]["time"], t)
     assert torch.allclose(network.asked[0]["x"], batch.r + t[:, None] * CENTRE, atol=1e-5)
     other = Known(lambda x, time, span: torch.zeros_like(x))
@@ -542,19 +542,19 @@ def test_a_flow_that_is_missing_or_none_is_refused_before_training(tmp_path):
 
     def refused(flow, error=RunError):
         with pytest.raises(error) as caught:
-            FitConfig(objective="rectified_flow", dials={"flow": str(flow)} if flow else {})
+            FitConfig(objective="rectified_flow", hyperparameters={"flow": str(flow)} if flow else {})
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "give --dial flow=RUN, made with --objective flow_matching" in refused("", OptionError)
+    assert "give --set flow=RUN, made with --objective flow_matching" in refused("", OptionError)
     assert "nowhere is no training run: it has no config.json" in refused(tmp_path / "nowhere")
     other = run_of(tmp_path / "other", objective="coalescer")
-    assert "other is a run of coalescer: give --dial flow=RUN of one of flow_matching, rectified_flow" in refused(other)
+    assert "other is a run of coalescer: give --set flow=RUN of one of flow_matching, rectified_flow" in refused(other)
     half = run_of(tmp_path / "half")
     (half / "model.safetensors").unlink()
     assert "model.safetensors cannot be read" in refused(half)
     run_of(tmp_path / "good")
-    FitConfig(objective="rectified_flow", dials={"flow": str(tmp_path / "good")})
+    FitConfig(objective="rectified_flow", hyperparameters={"flow": str(tmp_path / "good")})
 
 
 def test_the_nearest_output_of_the_pool_is_pulled_to_each_datum():
@@ -592,11 +592,11 @@ def test_imle_covers_every_mode_where_regression_gives_their_mean():
 
     def batches(step):
         batch = pairs(256, seed=step)
-        return replace(batch, y=MODES[(batch.dice[:, 7] * 4).long()])
+        return replace(batch, y=MODES[(batch.uniforms[:, 7] * 4).long()])
 
     outputs = {}
-    for name, dials in (("imle", {"pool": 12.0}), ("endpoint", {"segment": 0.0})):
-        objective = make_objective(name, "default", **dials)
+    for name, hyperparameters in (("imle", {"pool": 12.0}), ("endpoint", {"segment": 0.0})):
+        objective = make_objective(name, "default", **hyperparameters)
         outputs[name], _ = sampled(objective, fitted(objective, 400, batches), 1)
     at = (torch.cdist(outputs["imle"], MODES) < 0.4).float().mean(0)
     assert at.min().item() > 0.08
@@ -610,7 +610,7 @@ def test_further_steps_of_imle_change_nothing():
 
 
 @pytest.mark.parametrize(
-    ("name", "dials", "steps"),
+    ("name", "hyperparameters", "steps"),
     [
         ("mean_flow", {}, 800),
         ("shortcut", {"share": 0.5}, 1200),
@@ -618,9 +618,9 @@ def test_further_steps_of_imle_change_nothing():
         ("consistency", {"stages": 4.0, "sigma_max": 10.0}, 1500),
     ],
 )
-def test_one_step_of_a_trained_rival_ends_where_the_flow_does(name, dials, steps):
+def test_one_step_of_a_trained_rival_ends_where_the_flow_does(name, hyperparameters, steps):
     """Known to be CENTRE + SPREAD R. One Euler step of the flow's velocity, E[y - R | R], ends at CENTRE instead."""
-    objective = make_objective(name, "default", **dials)
+    objective = make_objective(name, "default", **hyperparameters)
     network = fitted(objective, steps, lambda step: pairs(256, seed=1000 + step))
     x, r = sampled(objective, network, 1)
     euler, _ = sampled(make_objective("flow_matching", "default"), Known(mean_velocity), 1)

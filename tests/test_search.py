@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from index import blocks, choose
-from index.balance import chi_square, fit_potentials
-from index.blocks import VectorBlocks
-from index.build import BuildConfig, build_index
+from index.build import select as choose
+from index.build.build_index import BuildConfig, build_index
+from index.build.potentials import chi_square, fit_potentials
 from index.errors import OptionError, TableError
-from index.ladder import measure_ladder, prior_skew, sample_rows
-from index.queries import draw_points, draw_rows
-from index.recall import find_truth, measure_recall, real_queries
-from index.schema import TRAIN
-from index.search import ExactNeighbours, LanceNeighbours, open_neighbours
-from index.shares import ridge_r2
-from index.table import open_table, rewrite_vectors
+from index.report.hubness import ridge_r2
+from index.report.recall import evaluation_queries, find_ground_truth, measure_recall
+from index.report.sweep import measure_ladder, prior_skew, sample_rows
+from index.search import exact as blocks
+from index.search.ann import ApproximateSearch, ExactSearch, open_search
+from index.search.exact import VectorBlocks
+from index.space.queries import draw_points, draw_rows
+from index.table.schema import TRAIN
+from index.table.table import open_table, rewrite_vectors
 
 
 def brute_force(table, queries, k):
@@ -31,9 +32,9 @@ def brute_force(table, queries, k):
 
 def test_exact_search_is_brute_force(encoded, monkeypatch):
     monkeypatch.setattr(blocks, "LEAST_ROWS", 7)
-    queries = real_queries(encoded, 50)
+    queries = evaluation_queries(encoded, 50)
     for memory in (1, None):
-        pairs = ExactNeighbours(encoded, memory=memory).nearest(queries, 5)
+        pairs = ExactSearch(encoded, memory=memory).nearest(queries, 5)
         distance, order = brute_force(encoded, queries, 5)
         assert np.allclose(pairs.distance, distance, rtol=1e-4, atol=1e-3)
         assert np.array_equal(pairs.latent[:, 0], encoded.column("latent")[order[:, 0]])
@@ -41,13 +42,13 @@ def test_exact_search_is_brute_force(encoded, monkeypatch):
 
 
 def test_ann_search_reaches_its_recall_and_returns_the_pairs_themselves(indexed):
-    queries = real_queries(indexed, 300, seed=1)
-    neighbours, exact = LanceNeighbours(indexed), ExactNeighbours(indexed)
-    recall = measure_recall(neighbours, find_truth(exact, queries))
+    queries = evaluation_queries(indexed, 300, seed=1)
+    neighbors, exact = ApproximateSearch(indexed), ExactSearch(indexed)
+    recall = measure_recall(neighbors, find_ground_truth(exact, queries))
     assert recall.recall_at_1 >= 0.85
-    assert 0 <= recall.excess_distance < 0.05
-    pairs = neighbours.nearest(queries, 3)
-    place = exact.place_of(pairs.row)
+    assert 0 <= recall.relative_distance_error < 0.05
+    pairs = neighbors.nearest(queries, 3)
+    place = exact.position_of(pairs.row)
     assert np.array_equal(exact.of("latent", place), pairs.latent)
     assert np.array_equal(exact.of("text", place), pairs.text)
     assert (np.diff(pairs.distance, axis=1) >= 0).all()
@@ -58,23 +59,23 @@ def test_only_training_rows_are_found(indexed):
     rows = set(heldout["_rowid"].to_pylist())
     assert rows
     queries = indexed.column("vector", "heldout").astype(np.float32)
-    for neighbours in (LanceNeighbours(indexed), ExactNeighbours(indexed)):
-        assert not rows & set(neighbours.nearest(queries, 4).row.ravel().tolist())
+    for neighbors in (ApproximateSearch(indexed), ExactSearch(indexed)):
+        assert not rows & set(neighbors.nearest(queries, 4).row.ravel().tolist())
 
 
-@pytest.mark.parametrize("refine", [1, 4])
-def test_a_batch_is_answered_in_one_shared_scan(indexed, refine):
-    assert "ANNIvfBatch" in LanceNeighbours(indexed, refine=refine).plan(real_queries(indexed, 8))
+@pytest.mark.parametrize("refine_factor", [1, 4])
+def test_a_batch_is_answered_in_one_shared_scan(indexed, refine_factor):
+    assert "ANNIvfBatch" in ApproximateSearch(indexed, refine_factor=refine_factor).plan(evaluation_queries(indexed, 8))
 
 
 def test_rows_are_ranked_again_by_their_exact_distance(indexed):
-    queries = real_queries(indexed, 300, seed=1)
-    exact = ExactNeighbours(indexed)
-    truth = find_truth(exact, queries)
+    queries = evaluation_queries(indexed, 300, seed=1)
+    exact = ExactSearch(indexed)
+    truth = find_ground_truth(exact, queries)
     most = indexed.meta.index.num_partitions
-    plain, ranked = (LanceNeighbours(indexed, nprobes=most, refine=refine) for refine in (1, 4))
+    plain, ranked = (ApproximateSearch(indexed, nprobes=most, refine_factor=refine_factor) for refine_factor in (1, 4))
     pairs = ranked.nearest(queries, 3)
-    assert np.allclose(pairs.distance, exact.distances(queries, exact.place_of(pairs.row)), rtol=1e-4)
+    assert np.allclose(pairs.distance, exact.distances(queries, exact.position_of(pairs.row)), rtol=1e-4)
     assert (np.diff(pairs.distance, axis=1) >= 0).all()
     assert measure_recall(plain, truth).recall_at_1 < measure_recall(ranked, truth).recall_at_1 > 0.99
 
@@ -83,14 +84,14 @@ def test_a_table_is_measured_alike_in_memory_or_read_block_by_block(shapes, enco
     monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     held = build_index(table, BuildConfig(index_type="ivf_rq")).report
-    read = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", memory=20_000)).report
+    read = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", max_memory=20_000)).report
     timed = {"version", "build_seconds", "p50_ms", "p99_ms", "queries_per_second", "alternatives", "index_choice"}
     assert {k: v for k, v in held.items() if k not in timed} == {k: v for k, v in read.items() if k not in timed}
 
 
 def test_where_memory_is_short_the_index_is_coarser(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance").table
-    built = build_index(table, BuildConfig(index_type="ivf_rq", memory=4_000, target_recall=1.0))
+    built = build_index(table, BuildConfig(index_type="ivf_rq", max_memory=4_000, target_recall=1.0))
     assert built.table.meta.index.num_bits == 5
     assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_rq"}
     assert "ivf_rq of 5 bits finds" in built.report["index_choice"]
@@ -98,18 +99,18 @@ def test_where_memory_is_short_the_index_is_coarser(shapes, encode_shapes, tmp_p
 
 def test_the_fewest_probes_are_taken(indexed):
     report, index = indexed.report("index"), indexed.meta.index
-    assert index.recall >= 0.95
+    assert index.report.recall >= 0.95
     fewer = [line for line in report["alternatives"] if line["nprobes"] < index.nprobes - max(1, index.nprobes // 8)]
     assert all(line["recall_at_1"] < 0.95 for line in fewer)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_what_a_query_finds_does_not_depend_on_its_batch(indexed, size):
-    queries = real_queries(indexed, 128)
-    neighbours = LanceNeighbours(indexed)
-    together = neighbours.nearest(queries, 2)
+    queries = evaluation_queries(indexed, 128)
+    neighbors = ApproximateSearch(indexed)
+    together = neighbors.nearest(queries, 2)
     for start in range(0, 128, size):
-        part = neighbours.nearest(queries[start : start + size], 2)
+        part = neighbors.nearest(queries[start : start + size], 2)
         assert np.array_equal(part.row, together.row[start : start + size])
         assert np.array_equal(part.distance, together.distance[start : start + size])
 
@@ -119,15 +120,15 @@ def test_small_tables_are_searched_exactly_unless_asked(encoded, shapes, encode_
     built = build_index(table, BuildConfig())
     assert built.report["index_kind"] == "none"
     assert built.report["recall_at_1"] == 1
-    assert isinstance(open_neighbours(built.table), ExactNeighbours)
+    assert isinstance(open_search(built.table), ExactSearch)
     assert open_table(table.uri, indexed=True).meta.index == built.table.meta.index
 
 
 REPORT_KEYS = {
     "rows", "dims", "index_kind", "index_bytes", "build_seconds", "index_nprobes", "recall_at_1", "recall_at_10",
-    "p50_ms", "p99_ms", "queries_per_second", "num_unindexed_rows", "never_hit_share", "largest_share",
-    "effective_share", "chi_square", "own_pair_rate", "perplexity", "description_distance", "ladder", "learnability",
-    "nan_vectors", "zero_vectors", "duplicate_vectors", "excess_distance", "prior_skew",
+    "p50_ms", "p99_ms", "queries_per_second", "num_unindexed_rows", "anti_hub_rate", "largest_share",
+    "effective_share", "chi_square", "self_retrieval_rate", "perplexity", "text_distance", "ladder", "linear_probe_r2",
+    "nan_vectors", "zero_vectors", "duplicate_vectors", "relative_distance_error", "prior_skew",
 }  # fmt: skip
 
 
@@ -172,12 +173,12 @@ def test_a_new_desc_scale_rewrites_and_the_index_must_be_built_again(shapes, enc
 
 def test_auto_desc_scale_meets_its_perplexity(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance").table
-    built = build_index(table, BuildConfig(desc_scale="auto", perplexity=4.0))
+    built = build_index(table, BuildConfig(desc_scale="auto", target_perplexity=4.0))
     scale = built.table.meta.geometry.desc_scale
     assert scale > 1
     rungs = measure_ladder(built.table.meta.geometry, sample_rows(built.table), (1.2, scale, 20.0))
     assert rungs[0].perplexity >= rungs[1].perplexity >= rungs[2].perplexity
-    assert rungs[2].own_pair_rate >= rungs[0].own_pair_rate
+    assert rungs[2].self_retrieval_rate >= rungs[0].self_retrieval_rate
 
 
 def test_auto_goes_below_one_only_where_that_is_allowed(shapes, encode_shapes, tmp_path):
@@ -195,7 +196,7 @@ def test_balance_evens_the_shares_and_is_stored(shapes, encode_shapes, tmp_path)
     built = build_index(open_table(table.uri), BuildConfig(balance=True))
     assert plain["chi_square"] > 0.5
     assert built.report["chi_square"] < plain["chi_square"] / 5
-    assert built.report["never_hit_share"] <= plain["never_hit_share"]
+    assert built.report["anti_hub_rate"] <= plain["anti_hub_rate"]
     geometry = built.table.meta.geometry
     assert geometry.balance_of(built.table.column("vector")).any()
     kept = build_index(open_table(table.uri), BuildConfig())
@@ -213,7 +214,7 @@ def test_the_old_index_serves_until_the_new_one_is_complete(shapes, encode_shape
     assert between.meta.index is None
     serving = open_table(table.uri, indexed=True)
     assert (serving.version, serving.meta.geometry.desc_scale) == (built.version, 4.0)
-    assert "ANNIvfBatch" in LanceNeighbours(serving).plan(real_queries(serving, 8))
+    assert "ANNIvfBatch" in ApproximateSearch(serving).plan(evaluation_queries(serving, 8))
     rebuilt = build_index(open_table(table.uri), BuildConfig(index_type="ivf_flat")).table
     assert open_table(table.uri, indexed=True).version == rebuilt.version > between.version
     # What a checkpoint may refer to survives a clean-up.
@@ -223,7 +224,7 @@ def test_the_old_index_serves_until_the_new_one_is_complete(shapes, encode_shape
 
 def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
-    exact, geometry = ExactNeighbours(table), table.meta.geometry
+    exact, geometry = ExactSearch(table), table.meta.geometry
 
     def queries(step):
         text = exact.of("text", draw_rows(len(exact.row), 512, seed=3, step=step))
@@ -246,7 +247,7 @@ def test_potentials_even_the_shares_of_fresh_queries(shapes, encode_shapes, tmp_
 
 def test_balance_stops_when_shares_are_even_and_goes_on_from_there(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
-    short = build_index(table, BuildConfig(balance=True, balance_seconds=0.05)).report
+    short = build_index(table, BuildConfig(balance=True, balance_time_limit=0.05)).report
     assert short["balance_stopped"] == "0.05 seconds are spent"
     assert not short["balance_continued"]
     more = build_index(open_table(table.uri), BuildConfig(balance=True)).report
@@ -282,7 +283,7 @@ def test_the_balanced_nearest_are_those_of_the_formula(encoded, monkeypatch, mem
     monkeypatch.setattr(blocks, "LEAST_ROWS", 50)
     monkeypatch.setattr(blocks, "ROWS_AT_ONCE", {"cpu": 8})
     whole = encoded.column("vector").astype(np.float32)
-    queries = real_queries(encoded, 64)
+    queries = evaluation_queries(encoded, 64)
     g = np.random.default_rng(0).normal(size=len(whole)).astype(np.float32)
     cost = np.square(queries[:, None] - whole[None]).sum(-1) - g
     found, place = VectorBlocks(encoded, memory=memory).nearest(queries, k, torch.from_numpy(g))
@@ -299,13 +300,13 @@ def test_blocks_of_other_descriptions_are_passed_over(encoded, monkeypatch):
     monkeypatch.setattr(torch, "addmm", lambda *given, **named: seen.append(given[1].shape[0]) or of(*given, **named))
     held = VectorBlocks(encoded)
     seen.clear()
-    held.nearest(real_queries(encoded, 64))
+    held.nearest(evaluation_queries(encoded, 64))
     assert sum(seen) < 0.5 * 64 * len(list(held))
 
 
 def test_a_large_table_is_balanced_on_a_sample(shapes, encode_shapes, tmp_path, monkeypatch):
-    """Rows that were not fitted take their neighbour's potential: better than none, and said."""
-    from index import settle
+    """Rows that were not fitted take their neighbor's potential: better than none, and said."""
+    from index.build import layout as settle
 
     monkeypatch.setattr(settle, "MOST_FITTED", 150)
     table = encode_shapes(shapes, tmp_path / "t.lance", geometry="raw", desc_scale=1.5).table
@@ -360,7 +361,7 @@ def test_what_cannot_be_built_is_refused(encoded, shapes, encode_shapes, tmp_pat
 def test_a_table_with_nothing_to_train_on_is_refused(shapes, encode_shapes, tmp_path):
     from index.errors import SourceError
 
-    with pytest.raises(SourceError, match="--heldout-share"):
-        encode_shapes(shapes, tmp_path / "t.lance", heldout_share=1.0)
+    with pytest.raises(SourceError, match="--val-fraction"):
+        encode_shapes(shapes, tmp_path / "t.lance", val_fraction=1.0)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")

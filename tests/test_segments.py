@@ -6,15 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.build import BuildConfig, build_index
+from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError
-from index.partitions import assigned, train_partitions
-from index.recall import find_truth, measure_recall, real_queries
-from index.search import ExactNeighbours, LanceNeighbours
-from index.segments import VECTOR_INDEX, IndexPlan, build_segment, build_whole, publish_segments, without_index
-from index.table import column_array, open_table
-from pipeline.config import RunConfig
-from pipeline.segments import fragment_groups, on_beam
+from index.report.recall import evaluation_queries, find_ground_truth, measure_recall
+from index.search.ann import ApproximateSearch, ExactSearch
+from index.search.kmeans import assigned, train_partitions
+from index.search.lance_index import (
+    VECTOR_INDEX,
+    IndexPlan,
+    build_segment,
+    build_whole,
+    publish_segments,
+    without_index,
+)
+from index.table.table import column_array, open_table
+from pipeline.beam.index_segments import fragment_groups, on_beam
+from pipeline.config import RuntimeConfig
 
 
 @pytest.fixture
@@ -25,12 +32,12 @@ def table(encoded, tmp_path):
 
 
 def found(table, queries, **how):
-    return LanceNeighbours(table, **how).nearest(queries, 3).row
+    return ApproximateSearch(table, **how).nearest(queries, 3).row
 
 
 @pytest.mark.parametrize("kind", ["ivf_rq", "ivf_flat"])
 def test_the_same_plan_gives_the_same_index(table, kind):
-    queries = real_queries(table, 200)
+    queries = evaluation_queries(table, 200)
     plans = [
         IndexPlan.train(table, kind, 12, num_bits=8 if kind == "ivf_rq" else None, seed=seed) for seed in (3, 3, 4)
     ]
@@ -61,19 +68,19 @@ def test_each_row_is_assigned_to_its_nearest_partition(table):
 
 @pytest.mark.parametrize("kind", ["ivf_rq", "ivf_flat"])
 def test_merged_segments_find_what_the_whole_index_finds(table, kind):
-    queries = real_queries(table, 400)
-    truth = find_truth(ExactNeighbours(table), queries)
+    queries = evaluation_queries(table, 400)
+    truth = find_ground_truth(ExactSearch(table), queries)
     plan = IndexPlan.train(table, kind, 12, num_bits=8 if kind == "ivf_rq" else None, seed=0)
     whole = build_whole(table, plan, None)
-    alone = measure_recall(LanceNeighbours(whole, nprobes=1), truth)
+    alone = measure_recall(ApproximateSearch(whole, nprobes=1), truth)
     bare = without_index(whole)
     segments = [build_segment(bare, plan, group) for group in fragment_groups(bare, 3)]
     assert len(segments) == 3
     merged = publish_segments(bare, segments)
-    together = measure_recall(LanceNeighbours(merged, nprobes=1), truth)
+    together = measure_recall(ApproximateSearch(merged, nprobes=1), truth)
     assert 0.2 < alone.recall_at_1 < 1
     assert together.recall_at_1 == pytest.approx(alone.recall_at_1, abs=0.01)
-    assert "ANNIvfBatch" in LanceNeighbours(merged, nprobes=1).plan(queries)
+    assert "ANNIvfBatch" in ApproximateSearch(merged, nprobes=1).plan(queries)
     stats = merged.lancedb().index_stats(VECTOR_INDEX)
     assert (stats.num_indices, stats.num_unindexed_rows) == (1, 0)
     # An engine may run a step twice.
@@ -84,7 +91,7 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
     before = build_index(table, BuildConfig(index_type="ivf_rq")).table
     alone = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0))
     config, served = BuildConfig(index_type="ivf_rq", desc_scale=2.5), []
-    beam = on_beam(RunConfig(workers=2), "ivf_rq")
+    beam = on_beam(RuntimeConfig(num_workers=2), "ivf_rq")
 
     def build(table, plan, log):
         served.append(open_table(table.uri, indexed=True).meta)
@@ -92,7 +99,9 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
 
     built = build_index(open_table(table.uri), config, build)
     assert (served[0].geometry.desc_scale, served[0].index.kind) == (2.0, "ivf_rq")
-    again = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RunConfig(workers=2), "auto"))
+    again = build_index(
+        open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RuntimeConfig(num_workers=2), "auto")
+    )
     assert again.report["index_kind"] == "none"  # small enough
     split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), beam)
     assert split.report["recall_at_1"] == pytest.approx(alone.report["recall_at_1"], abs=0.01)
@@ -104,4 +113,4 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
 
 def test_types_that_lose_recall_when_merged_are_built_by_one_process():
     with pytest.raises(OptionError, match="ivf_sq is built by one process: choose one of ivf_rq, ivf_flat"):
-        on_beam(RunConfig(workers=2), "ivf_sq")
+        on_beam(RuntimeConfig(num_workers=2), "ivf_sq")

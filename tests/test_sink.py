@@ -9,7 +9,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from index.errors import TableError
-from pipeline.sink import WriteLance
+from pipeline.beam.write_lance import WriteLance
 
 SCHEMA = pa.schema([("number", pa.int64()), ("word", pa.string())])
 

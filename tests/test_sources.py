@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.images import Reason
-from pipeline.sources import Broken, Reading, Sample, count_samples, list_shards, read_samples
+from pipeline.images import RejectReason
+from pipeline.sources.read import ReadOptions, Sample, Unreadable, count_samples, list_shards, read_samples
 
 
-def png(colour=(255, 0, 0), side=8) -> bytes:
+def png(color=(255, 0, 0), side=8) -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(data, "png")
+    Image.new("RGB", (side, side), color).save(data, "png")
     return data.getvalue()
 
 
@@ -221,7 +221,7 @@ def test_what_tars_hold_besides_samples_is_left_out(tmp_path):
 )
 def test_where_a_caption_may_stand(tmp_path, caption_key, members, expected):
     shard = write_tar(tmp_path / "a.tar", {"x.png": png(), **{f"x.{k}": v for k, v in members.items()}})
-    (sample,) = read_samples(shard, Reading(caption_key=caption_key))
+    (sample,) = read_samples(shard, ReadOptions(caption_key=caption_key))
     assert sample.caption == expected
     assert sample.meta == members.get("json", b"{}")
 
@@ -229,8 +229,8 @@ def test_where_a_caption_may_stand(tmp_path, caption_key, members, expected):
 def test_a_picture_by_its_ending(tmp_path):
     shard = write_tar(tmp_path / "a.tar", {"x.jpg": b"1", "x.mask.png": b"2", "x.webp": b"3", "y.jpg": b"4"})
     assert [s.image for s in read_samples(shard)] == [b"1", b"4"]
-    assert [s.image for s in read_samples(shard, Reading(image_key="mask.png;jpg"))] == [b"2", b"4"]
-    assert [s.image for s in read_samples(shard, Reading(image_key="webp"))] == [b"3", None]
+    assert [s.image for s in read_samples(shard, ReadOptions(image_key="mask.png;jpg"))] == [b"2", b"4"]
+    assert [s.image for s in read_samples(shard, ReadOptions(image_key="webp"))] == [b"3", None]
 
 
 def test_names_that_come_again_are_told_apart(tmp_path):
@@ -239,7 +239,7 @@ def test_names_that_come_again_are_told_apart(tmp_path):
     assert (first.key, first.image, first.caption) == ("a", b"1", b"one")
     assert (b.key, b.image) == ("b", b"3")
     for broken in (again, late):
-        assert (broken.key, broken.reason) == ("a", Reason.DUPLICATE_KEY)
+        assert (broken.key, broken.reason) == ("a", RejectReason.DUPLICATE_KEY)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_unsafe_names_are_refused_and_told_safely(tmp_path, key):
         tmp_path / "a.tar", {f"{key}.png": png(), f"{key}.txt": b"t", "good.png": png(), "good.txt": b"t"}
     )
     broken, good = read_samples(shard)
-    assert isinstance(broken, Broken)
-    assert broken.reason == Reason.UNSAFE_NAME
+    assert isinstance(broken, Unreadable)
+    assert broken.reason == RejectReason.UNSAFE_NAME
     assert broken.key.encode().decode().isprintable()
     assert good.key == "good"
 
@@ -270,7 +270,7 @@ def test_a_truncated_tar_gives_what_it_holds_and_says_so(tmp_path):
     *whole, last = read_samples(str(path))
     assert len(whole) >= 1
     assert all(isinstance(sample, Sample) for sample in whole)
-    assert isinstance(last, Broken)
+    assert isinstance(last, Unreadable)
     assert last.detail
 
 
@@ -286,7 +286,7 @@ def test_a_tar_cut_anywhere_never_gives_half_a_sample(tmp_path, zipped):
     for length in range(0, len(data), 256):
         path.write_bytes(data[:length])
         *samples, last = read_samples(str(path))
-        assert (last.key, last.reason) == ("", Reason.BROKEN_SHARD), length
+        assert (last.key, last.reason) == ("", RejectReason.BROKEN_SHARD), length
         assert len(samples) in ({length // 4608, length // 4608 - 1} if not zipped else range(5))
         for sample in samples:
             expected = (members[f"{sample.key}.png"], members[f"{sample.key}.txt"], members[f"{sample.key}.json"])
@@ -313,7 +313,7 @@ def test_what_is_no_tar_is_one_broken_shard(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     (broken,) = read_samples(str(path))
-    assert (broken.key, broken.shard, broken.reason) == ("", str(path), Reason.BROKEN_SHARD)
+    assert (broken.key, broken.shard, broken.reason) == ("", str(path), RejectReason.BROKEN_SHARD)
     assert count_samples(str(path)) is None
 
 
@@ -367,7 +367,7 @@ def test_parquet_as_hugging_face_writes_it_and_plain(tmp_path, struct):
 def test_parquet_without_captions_says_what_it_has(tmp_path):
     pq.write_table(pa.table({"image": [b""], "label": np.arange(1)}), tmp_path / "a.parquet")
     (broken,) = read_samples(str(tmp_path / "a.parquet"))
-    assert isinstance(broken, Broken)
+    assert isinstance(broken, Unreadable)
     assert "image, label" in broken.detail
 
 
@@ -379,17 +379,17 @@ def test_parquet_columns_by_name(tmp_path):
     shard = str(tmp_path / "a.parquet")
     (usual,) = read_samples(shard)
     assert (usual.image, usual.caption, json.loads(usual.meta)) == (None, b"words", {"alt": "other", "n": 1})
-    (named,) = read_samples(shard, Reading(image_key="jpg;b", caption_key="alt"))
+    (named,) = read_samples(shard, ReadOptions(image_key="jpg;b", caption_key="alt"))
     assert (named.image, named.caption, json.loads(named.meta)) == (b"2", b"other", {"Text": "words", "n": 1})
 
 
 @pytest.mark.parametrize(
     ("reading", "message"),
     [
-        (Reading(image_key="photo"), r"--image-key 'photo': .* image, caption, label"),
-        (Reading(caption_key="alt;words"), r"--caption-key 'alt;words': .* image, caption, label"),
-        (Reading(caption_key="label"), r"--caption-key 'label' holds int64: give a column of text"),
-        (Reading(image_key="caption"), r"--image-key 'caption' holds string: give a column of image bytes"),
+        (ReadOptions(image_key="photo"), r"--image-key 'photo': .* image, caption, label"),
+        (ReadOptions(caption_key="alt;words"), r"--caption-key 'alt;words': .* image, caption, label"),
+        (ReadOptions(caption_key="label"), r"--caption-key 'label' holds int64: give a column of text"),
+        (ReadOptions(image_key="caption"), r"--image-key 'caption' holds string: give a column of image bytes"),
     ],
 )
 def test_a_named_column_that_does_not_serve_is_a_mistake(tmp_path, reading, message):
@@ -447,5 +447,5 @@ def test_a_damaged_parquet_is_one_broken_shard(tmp_path):
     pq.write_table(pa.table({"image": [png()], "caption": ["c"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
     (broken,) = read_samples(str(path))
-    assert (broken.key, broken.reason) == ("", Reason.BROKEN_SHARD)
+    assert (broken.key, broken.reason) == ("", RejectReason.BROKEN_SHARD)
     assert count_samples(str(path)) is None

@@ -9,13 +9,13 @@ import urllib.request
 
 import pytest
 
-from index.build import BuildConfig, build_index
+from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, SourceError, TableError
-from index.search import LanceNeighbours
-from index.storage import Storage
-from index.table import open_table, table_uri
-from pipeline.claim import claim
-from pipeline.sources import Reading, count_samples, list_shards, read_samples
+from index.search.ann import ApproximateSearch
+from index.table.lock import claim
+from index.table.storage import Storage
+from index.table.table import open_table, table_uri
+from pipeline.sources.read import ReadOptions, count_samples, list_shards, read_samples
 
 KEYS = ("aws_access_key_id=me", "aws_secret_access_key=secret", "region=us-east-1")
 
@@ -62,7 +62,7 @@ def uploaded(s3, shapes) -> str:
 
 
 def test_shards_are_listed_counted_and_read(uploaded, s3, shapes):
-    reading = Reading(storage=s3)
+    reading = ReadOptions(storage=s3)
     shards = list_shards([uploaded], reading)
     assert (
         shards
@@ -91,12 +91,12 @@ def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encod
     assert built.table.report("index")["index_kind"] == "ivf_flat"
     table = open_table(made.table.uri, indexed=True, storage=s3)
     vectors = table.column("vector")[:8]
-    assert LanceNeighbours(table).nearest(vectors.astype("float32")).text.shape == (8, 1, 16)
+    assert ApproximateSearch(table).nearest(vectors.astype("float32")).text.shape == (8, 1, 16)
 
 
 def test_two_workers_append_to_a_table_in_a_bucket(uploaded, s3, encode_shapes, content):
     first = encode_shapes(f"{uploaded}/00000.tar", "s3://bucket/db/two.lance", storage=s3)
-    added = encode_shapes(uploaded, first.table.uri, storage=s3, append=True, workers=2)
+    added = encode_shapes(uploaded, first.table.uri, storage=s3, append=True, num_workers=2)
     assert (added.report["rows"], len(content(added.table))) == (240, 360)
 
 
@@ -132,7 +132,7 @@ def test_the_environment_names_the_endpoint(uploaded, s3, endpoint, monkeypatch)
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ):
         monkeypatch.setenv(name, value)
-    reading = Reading(storage=Storage.of())
+    reading = ReadOptions(storage=Storage.of())
     assert len(list_shards([uploaded], reading)) == 3
     with pytest.raises(TableError, match=r"no table at s3://bucket/db/none\.lance"):
         open_table("s3://bucket/db/none.lance")
@@ -155,7 +155,7 @@ def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
     with pytest.raises(TableError, match=r"s3://nowhere/t.lance cannot be written: .*--storage-option"):
         encode_shapes(shapes, "s3://nowhere/t.lance", storage=s3)
     with pytest.raises(SourceError, match=r"s3://nowhere/\*\.tar"):
-        list_shards(["s3://nowhere/*.tar"], Reading(storage=s3))
+        list_shards(["s3://nowhere/*.tar"], ReadOptions(storage=s3))
 
 
 def test_a_store_that_does_not_answer_is_one_line(s3, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_store_that_does_not_answer_is_one_line(s3, monkeypatch):
     with pytest.raises(TableError, match=r"s3://bucket/t.lance cannot be reached \(.*\): check the address"):
         open_table("s3://bucket/t.lance", storage=nobody)
     with pytest.raises(SourceError, match=r"'s3://bucket/\*\.tar' cannot be listed: "):
-        list_shards(["s3://bucket/*.tar"], Reading(storage=nobody))
+        list_shards(["s3://bucket/*.tar"], ReadOptions(storage=nobody))
 
 
 def test_options_are_named_as_lance_names_them():

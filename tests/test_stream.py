@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from index.build import BuildConfig, build_index
+from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError
-from index.schema import TRAIN
-from index.search import ExactNeighbours, open_neighbours
-from index.table import open_table
+from index.search.ann import ExactSearch, open_search
+from index.table.schema import TRAIN
+from index.table.table import open_table
 from pipeline.encoders import TransformersTextEncoder
 from trainer import stream as stream_module
 from trainer.reuse import measure_reuse, plan_reuse
@@ -21,7 +21,7 @@ from trainer.stream import NeighborStream, draw_one
 
 
 def stream(table, **options) -> NeighborStream:
-    return NeighborStream(table, open_neighbours(table), **{"batch_size": 16, "seed": 3, **options})
+    return NeighborStream(table, open_search(table), **{"batch_size": 16, "seed": 3, **options})
 
 
 def same(a, b) -> bool:
@@ -66,9 +66,9 @@ def test_a_reused_draw_comes_back_with_other_dice(indexed):
     for place, drawn in enumerate(once[:16]):
         for visit in range(3):
             again = steps[place + 16 * visit]
-            assert same(replace(again, dice=drawn.dice), drawn)
-    assert len({steps[5 + 16 * visit].dice.numpy().tobytes() for visit in range(3)}) == 3
-    assert same(replace(steps[48], dice=once[16].dice), once[16])
+            assert same(replace(again, uniforms=drawn.uniforms), drawn)
+    assert len({steps[5 + 16 * visit].uniforms.numpy().tobytes() for visit in range(3)}) == 3
+    assert same(replace(steps[48], uniforms=once[16].uniforms), once[16])
     later = list(itertools.islice(stream(indexed, reuse=3, start=37), 23))
     assert [step for step, _ in later] == list(range(37, 60))
     assert all(same(a, b) for a, (_, b) in zip(steps[37:], later, strict=True))
@@ -100,7 +100,7 @@ def test_the_network_may_be_told_the_query(indexed):
 
 
 def test_jitter_moves_what_is_asked_for_and_the_search_follows(encoded):
-    exact = ExactNeighbours(encoded)
+    exact = ExactSearch(encoded)
 
     def batch(jitter, **options):
         return NeighborStream(encoded, exact, batch_size=64, seed=0, jitter=jitter, **options).batches(3, 1)[0]
@@ -133,7 +133,7 @@ def test_token_states_are_those_of_the_caption_that_is_told(indexed, text_encode
 
 
 def test_a_pair_is_drawn_from_the_nearest_by_their_distance(encoded):
-    exact = ExactNeighbours(encoded)
+    exact = ExactSearch(encoded)
 
     def pairs(**options):
         return NeighborStream(encoded, exact, batch_size=256, seed=0, **options).batches(0, 1)[0]
@@ -163,7 +163,7 @@ def test_seeds_and_steps_differ(indexed):
 
 def test_targets_are_the_nearest_training_pairs(encoded):
     table = encoded
-    exact = ExactNeighbours(table)
+    exact = ExactSearch(table)
     (batch,) = NeighborStream(table, exact, batch_size=64, seed=0).batches(0, 1)
     geometry = table.meta.geometry
     vectors = table.column("vector").astype(np.float64)
@@ -177,9 +177,7 @@ def test_targets_are_the_nearest_training_pairs(encoded):
 
 def test_independent_coupling_pairs_a_description_with_its_own_latent(encoded):
     table = encoded
-    (batch,) = NeighborStream(table, ExactNeighbours(table), batch_size=64, seed=0, coupling="independent").batches(
-        0, 1
-    )
+    (batch,) = NeighborStream(table, ExactSearch(table), batch_size=64, seed=0, coupling="independent").batches(0, 1)
     assert torch.equal(batch.text[:, 0], batch.query)
     texts = [row.tobytes() for row in table.column("text").astype(np.float32)]
     latents = table.meta.geometry.to_coordinates(table.column("latent"))

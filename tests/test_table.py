@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from index.errors import TableError
-from index.geometry import Geometry
-from index.schema import HELDOUT, TRAIN, TableMeta, check_table, row_id, split_of
-from index.table import Table, column_array, list_array, open_table, rewrite_vectors, table_uri
+from index.space.geometry import Geometry
+from index.table.schema import HELDOUT, TRAIN, TableMeta, check_table, row_id, split_of
+from index.table.table import Table, column_array, list_array, open_table, rewrite_vectors, table_uri
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_another_schema_version_is_refused(encoded):
 
 
 def test_vectors_that_no_index_can_serve_are_counted(encoded):
-    from index.report import count_bad_vectors
+    from index.report.report import count_bad_vectors
 
     vectors = encoded.column("vector").copy()
     sound = count_bad_vectors(encoded)

@@ -77,7 +77,7 @@ def test_balanced_winners_are_those_of_all_pairs(bench, rng):
     queries = vectors[rng.integers(60, size=40)] + rng.standard_normal((40, 7)).astype(np.float32)
     g = rng.random(60, dtype=np.float32)
     wanted = (np.square(queries[:, None] - vectors).sum(-1) - g).argmin(1)
-    assert (ArrayBlocks(vectors, group, text_width=3).winners(queries, g, at_once=16) == wanted).all()
+    assert (ArrayBlocks(vectors, group, text_dim=3).winners(queries, g, at_once=16) == wanted).all()
 
 
 @pytest.mark.parametrize("k", [2, 16, 64])
@@ -88,6 +88,6 @@ def test_clusters_have_their_dimension_and_coordinates_variance_one(dial, rng, k
     spread = np.linalg.eigvalsh(np.cov(x[label == 3].T))[::-1]
     assert np.allclose(spread[:k], 0.5 * dial.SIZE / k, rtol=0.6)
     assert (spread[k:] < 2 * dial.NOISE**2).all()
-    # Half within clusters; ten centres make the other half known to a third.
+    # Half within clusters; ten centers make the other half known to a third.
     assert x.var(0).mean() == pytest.approx(1, abs=0.3)
-    assert np.square(x - law.centres[label]).mean() == pytest.approx(0.5, rel=0.05)
+    assert np.square(x - law.centers[label]).mean() == pytest.approx(0.5, rel=0.05)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from index.console import print_columns, print_table, run
+from index.terminal import print_columns, print_table, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +50,7 @@ def fit_autoencoder(
     image_size: Annotated[int, typer.Option(help="Side of the square pictures, in pixels (image).")] = 32,
     grid: Annotated[int, typer.Option(help="Side of the latent grid (image).")] = 4,
     latent_channels: Annotated[int, typer.Option(help="Channels of the latent (image).")] = 2,
-    heldout_share: Annotated[float, typer.Option(help="Share kept from training, for measuring.")] = 0.05,
+    val_fraction: Annotated[float, typer.Option(help="Share kept from training, for measuring.")] = 0.05,
     limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -60,19 +60,19 @@ def fit_autoencoder(
 
     trainer fit-autoencoder text data/shapes --out models/text
     """
-    from index.console import write_json
     from index.errors import OptionError
-    from trainer.image_autoencoder import ImageAutoencoderConfig, fit_image_autoencoder
-    from trainer.text_autoencoder import TextAutoencoderConfig, fit_text_autoencoder
+    from index.table.storage import write_json
+    from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder
+    from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder
 
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "limit": limit}
-    dials = {name: value for name, value in given.items() if value is not None}
-    dials |= {"size": size, "heldout_share": heldout_share, "seed": seed}
+    hyperparameters = {name: value for name, value in given.items() if value is not None}
+    hyperparameters |= {"size": size, "val_fraction": val_fraction, "seed": seed}
     if kind == "image":
         shape: dict[str, Any] = {"image_size": image_size, "grid": grid, "latent_channels": latent_channels}
-        report = fit_image_autoencoder(source, ImageAutoencoderConfig(**dials, **shape), out)
+        report = fit_image_autoencoder(source, ImageAutoencoderConfig(**hyperparameters, **shape), out)
     elif kind == "text":
-        report = fit_text_autoencoder(source, TextAutoencoderConfig(**dials), out)
+        report = fit_text_autoencoder(source, TextAutoencoderConfig(**hyperparameters), out)
     else:
         raise OptionError(f"there is no {kind!r} autoencoder: choose image or text")
     write_json(out / "report.json", report)
@@ -112,7 +112,7 @@ def fit(
     reuse: Annotated[
         int | None, typer.Option(help="Steps that each drawn target serves.", show_default="as needed not to wait")
     ] = None,
-    neighbours: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
+    neighbors: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
     temperature: Annotated[float, typer.Option(help="Of that draw, in squared distance.")] = 1.0,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
     accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, to save memory.")] = 1,
@@ -122,14 +122,14 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a network on nearest-neighbour targets drawn from a table.
+    """Train a network on nearest-neighbor targets drawn from a table.
 
     trainer fit db/shapes.lance --out runs/shapes
 
     trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
-    from index.table import open_table
-    from trainer.config import FitConfig, Machine
+    from index.table.table import open_table
+    from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
 
     config = FitConfig(
@@ -145,14 +145,14 @@ def fit(
         seed=seed,
         search=search,
         reuse=reuse,
-        neighbours=neighbours,
+        neighbors=neighbors,
         temperature=temperature,
         precision=precision,
         condition=condition,
         jitter=jitter,
-        dials=_dials(dial or []),
+        hyperparameters=_dials(dial or []),
     )
-    machine = Machine(
+    machine = RuntimeConfig(
         device=device, accumulate=accumulate, compile=compile, checkpoint_seconds=checkpoint_seconds, keep=keep
     )
     result = run_fit(open_table(table, indexed=True), config, out, resume=resume, machine=machine)
@@ -178,8 +178,8 @@ def sample(
 
     trainer sample runs/shapes "a large black triangle above a small green square" --out triangle.png --steps 4 --num 8
     """
-    from index.console import write_json
     from index.errors import OptionError
+    from index.table.storage import write_json
     from trainer.grid import draw_grid
     from trainer.sampler import Coalescer
 
@@ -260,16 +260,16 @@ def _dials(given: list[str]) -> dict[str, Any]:
     """NAME=VALUE as the objective takes them: numbers where they are numbers."""
     from index.errors import OptionError
 
-    dials: dict[str, Any] = {}
+    hyperparameters: dict[str, Any] = {}
     for part in given:
         name, is_pair, value = part.partition("=")
         if not is_pair:
-            raise OptionError(f"--dial {part!r} is no NAME=VALUE: give for instance p=0.5")
+            raise OptionError(f"--set {part!r} is no NAME=VALUE: give for instance p=0.5")
         try:
-            dials[name] = float(value)
+            hyperparameters[name] = float(value)
         except ValueError:
-            dials[name] = value
-    return dials
+            hyperparameters[name] = value
+    return hyperparameters
 
 
 def _numbers(given: str) -> list[int]:

@@ -1,11 +1,11 @@
-"""What a training run is asked for: FitConfig decides its result, Machine only how it is computed."""
+"""What a training run is asked for: FitConfig decides its result, RuntimeConfig only how it is computed."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from index.errors import OptionError
-from trainer.networks import KINDS, SIZES
-from trainer.objectives import RestsOnRun, make_objective
+from trainer.models.base import KINDS, SIZES
+from trainer.objectives.base import RestsOnRun, make_objective
 from trainer.stream import CONDITIONS, COUPLINGS
 
 PRECISIONS = ("no", "bf16")
@@ -18,7 +18,7 @@ class FitConfig:
 
     objective: str = "coalescer"
     preset: str = "default"
-    dials: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
     """Single settings of the objective that are not the preset's."""
     coupling: str = "nearest"
     network: str = "auto"
@@ -37,7 +37,7 @@ class FitConfig:
     """ann: the table's LanceDB index. exact: vectors held on the device."""
     reuse: int | None = None
     """Steps that each draw serves. None: as many as keep training from waiting for searches."""
-    neighbours: int = 1
+    neighbors: int = 1
     """Draw each pair from so many of the nearest."""
     temperature: float = 1.0
     """Of that draw, in squared distance."""
@@ -50,7 +50,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
-        objective = make_objective(self.objective, self.preset, **self.dials)
+        objective = make_objective(self.objective, self.preset, **self.hyperparameters)
         if isinstance(objective, RestsOnRun):
             objective.check()
         allowed = {
@@ -64,9 +64,9 @@ class FitConfig:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.neighbours < 1 or self.temperature <= 0:
+        if self.neighbors < 1 or self.temperature <= 0:
             raise OptionError(
-                f"--neighbours {self.neighbours} --temperature {self.temperature:g}: give at least 1, and above 0"
+                f"--neighbors {self.neighbors} --temperature {self.temperature:g}: give at least 1, and above 0"
             )
         if self.jitter < 0:
             raise OptionError(f"--jitter {self.jitter:g} is not allowed: give 0 or a share such as 0.1")
@@ -82,7 +82,7 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
+class RuntimeConfig:
     """What a run does not depend on, but for the last bits of its figures."""
 
     device: str = "auto"

@@ -1,7 +1,7 @@
 """The main job, end to end on drawn shapes: what `make demo` runs, each stage by its own command.
 
 Shards -> autoencoders -> Beam encode -> Lance table -> LanceDB index -> streaming trainer -> pictures of captions that
-were never drawn for training. A reader of colours and positions then says how many of 200 pictures follow theirs.
+were never drawn for training. A reader of colors and positions then says how many of 200 pictures follow theirs.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from index.console import print_table, write_json
-from pipeline.demo import Scene, all_scenes, is_heldout
-from pipeline.judge import judge
+from index.table.storage import write_json
+from index.terminal import print_table
+from pipeline.demo.checker import judge
+from pipeline.demo.shapes import Scene, all_scenes, is_heldout
 
 JUDGED = 200
 SHOWN = 16
@@ -40,7 +41,7 @@ def main(out: Path) -> None:
         ]
     )
     encoders = ["--image-encoder", image, "--text-encoder", text, "--image-size", "32"]
-    seconds["encode"] = _stage([["pipeline", "encode", data, "--table", table, *encoders, "--workers", "2"]])
+    seconds["encode"] = _stage([["pipeline", "encode", data, "--table", table, *encoders, "--num-workers", "2"]])
     seconds["build index"] = _stage([["pipeline", "build-index", table]])
     seconds["train"] = _stage([["trainer", "fit", table, "--out", run, "--size", "tiny", "--images", "800000"]])
     began = time.monotonic()
@@ -60,12 +61,12 @@ def heldout_captions(count: int) -> list[str]:
 
 
 def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
-    """Share of pictures in which the reader finds the caption's colours, and also its relation.
+    """Share of pictures in which the reader finds the caption's colors, and also its relation.
 
     Beside them the ceiling (the autoencoder's reconstructions of true pictures) and chance (the same pictures read
     with each other's captions).
     """
-    from pipeline.demo import draw
+    from pipeline.demo.shapes import draw
     from trainer.sampler import Coalescer
 
     coalescer = Coalescer.from_pretrained(run)
@@ -84,8 +85,8 @@ def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
 def _shares(prefix: str, pixels: Any, captions: list[str]) -> dict[str, float]:
     verdicts = judge(pixels, captions)
     return {
-        f"{prefix}colours confirmed": float(np.mean([verdict.colours for verdict in verdicts])),
-        f"{prefix}colours and relation": float(np.mean([verdict.relation for verdict in verdicts])),
+        f"{prefix}colors confirmed": float(np.mean([verdict.colors for verdict in verdicts])),
+        f"{prefix}colors and relation": float(np.mean([verdict.relation for verdict in verdicts])),
     }
 
 
@@ -128,7 +129,7 @@ def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "index": f"{index['index_kind']}, {index['index_nprobes']} probes",
         "recall@1": index["recall_at_1"],
         "training steps": trained["steps"],
-        "waiting share": trained["waiting_share"],
+        "waiting share": trained["waiting_fraction"],
         **{f"seconds: {name}": round(value, 1) for name, value in seconds.items()},
         "seconds in all": round(sum(seconds.values()), 1),
     }

@@ -1,4 +1,4 @@
-"""Train a network on a table's nearest-neighbour targets. Progress is counted in images, so a batch may change size.
+"""Train a network on a table's nearest-neighbor targets. Progress is counted in images, so a batch may change size.
 
 The run folder stands on its own: config.json says which table version, geometry, network and objective; encoders
 that are folders are copied beside the weights, so `trainer sample` and `Coalescer.from_pretrained` need nothing else.
@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from index.console import write_json
 from index.errors import RunError
-from index.schema import TableMeta
-from index.search import open_neighbours
-from index.table import Table, open_table
+from index.search.ann import open_search
+from index.table.schema import TableMeta
+from index.table.storage import write_json
+from index.table.table import Table, open_table
 from pipeline.encoders import TransformersTextEncoder, pick_device
-from trainer.checkpoint import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
-from trainer.config import FitConfig, Machine
+from trainer.config import FitConfig, RuntimeConfig
 from trainer.folder import begin_folder, check_encoder, check_settings, encoder_of
-from trainer.networks import Network, NetworkConfig, count_flops, make_network
-from trainer.objectives import Loss, Objective, RestsOnRun, Training, make_objective
-from trainer.optimise import Optimiser
+from trainer.models.base import Network, NetworkConfig, count_flops, make_network
+from trainer.objectives.base import Loss, Objective, RestsOnRun, Training, make_objective
+from trainer.optimizer import Optimizer
 from trainer.reuse import measure_reuse, plan_reuse
+from trainer.run_folder import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
 from trainer.stream import Batch, Describe, NeighborStream
 from trainer.summary import Preview, write_summary
-from trainer.watch import Watch
+from trainer.tracking import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,7 @@ LOG_STEPS = 20
 
 
 def fit(
-    table: Table, config: FitConfig, out: Path, *, resume: bool = False, machine: Machine | None = None
+    table: Table, config: FitConfig, out: Path, *, resume: bool = False, machine: RuntimeConfig | None = None
 ) -> dict[str, Any]:
     """Train (or go on training), write RUN, and return what was measured: steps, seconds, losses, waiting share.
 
@@ -46,7 +46,7 @@ def fit(
     """
     from accelerate import Accelerator
 
-    machine = machine or Machine()
+    machine = machine or RuntimeConfig()
     if resume:
         table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
     meta = table.meta
@@ -57,7 +57,7 @@ def fit(
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The other half of the cores searches the next targets.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    objective = make_objective(config.objective, config.preset, **config.dials)
+    objective = make_objective(config.objective, config.preset, **config.hyperparameters)
     torch.manual_seed(config.seed)
     shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
     if isinstance(objective, RestsOnRun):
@@ -66,13 +66,13 @@ def fit(
     open_stream = partial(
         NeighborStream,
         table,
-        open_neighbours(table, exact=config.search == "exact", device=str(accelerator.device)),
+        open_search(table, exact=config.search == "exact", device=str(accelerator.device)),
         batch_size=config.batch_size,
         seed=config.seed,
         coupling=config.coupling,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        k=config.neighbours,
+        k=config.neighbors,
         temperature=config.temperature,
         condition=config.condition,
         jitter=config.jitter,
@@ -89,7 +89,7 @@ def fit(
         reuse = _measured_reuse(open_stream(), network, objective, accelerator)
     config = replace(config, reuse=reuse)
     rate = network.learning_rate if config.learning_rate is None else config.learning_rate
-    optimiser = Optimiser(network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
+    optimizer = Optimizer(network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
         "fit": asdict(config),
@@ -99,7 +99,7 @@ def fit(
     }
     if resume:
         check_settings(out, settings)
-    start = load_checkpoint(out, network, optimiser) if resume else 0
+    start = load_checkpoint(out, network, optimizer) if resume else 0
     if start == config.steps:
         raise RunError(f"{out} is already trained for {config.images:,} images: name another --out to train anew")
     stream = open_stream(start=start, reuse=reuse)
@@ -107,8 +107,8 @@ def fit(
         begin_folder(out, meta, settings)
     accelerator.wait_for_everyone()
     preview = Preview(out, table, network, objective, str(accelerator.device))
-    result = _train(network, optimiser, objective, stream, config, machine, preview, start, accelerator)
-    optimiser.use_average()
+    result = _train(network, optimizer, objective, stream, config, machine, preview, start, accelerator)
+    optimizer.use_average()
     if accelerator.is_main_process:
         save_model(out, network)
         write_json(out / "result.json", result)
@@ -119,11 +119,11 @@ def fit(
 
 def _train(
     network: Network,
-    optimiser: Optimiser,
+    optimizer: Optimizer,
     objective: Objective,
     stream: NeighborStream,
     config: FitConfig,
-    machine: Machine,
+    machine: RuntimeConfig,
     preview: Preview,
     start: int,
     accelerator: "Accelerator",
@@ -131,7 +131,7 @@ def _train(
     """The steps from `start` on; the last figures, and how fast it was."""
     size, saved, main, out = config.batch_size, 0.0, accelerator.is_main_process, preview.folder
     model = accelerator.prepare(torch.compile(network) if machine.compile else network)
-    teacher = optimiser.teacher(network)
+    teacher = optimizer.teacher(network)
     figures: dict[str, float] = {}
     diverged = torch.full((3,), -1.0, device=accelerator.device)  # step, loss, norm of its gradient
     with Watch(
@@ -144,7 +144,7 @@ def _train(
                 with accelerator.no_sync(model) if number + 1 < len(parts) else nullcontext():
                     losses.append(objective.loss(model, part, Training(step / config.steps, teacher)))
                     accelerator.backward(losses[-1].total / len(parts))
-            norm = optimiser.descend()
+            norm = optimizer.descend()
             here = torch.stack([torch.full_like(norm, step), losses[-1].total.detach(), norm])
             diverged = torch.where((diverged[0] < 0) & ~norm.isfinite(), here, diverged)
             last = step + 1 == config.steps
@@ -158,8 +158,8 @@ def _train(
             watch.advance(size, **(figures if logged else {}))
             if due:
                 if main:
-                    save_checkpoint(out, step + 1, network, optimiser, keep=machine.keep)
-                    with optimiser.averaged():
+                    save_checkpoint(out, step + 1, network, optimizer, keep=machine.keep)
+                    with optimizer.averaged():
                         watch.show("samples", preview.grid())
                 saved = watch.bar.seconds
             if last:
@@ -174,7 +174,7 @@ def _train(
         "reuse": config.reuse,
         "seconds": round(seconds, 1),
         "images_per_second": round((config.steps - start) * size / seconds, 1),
-        "waiting_share": round(stream.waited / seconds, 4),
+        "waiting_fraction": round(stream.waited / seconds, 4),
         **{name: round(value, 5) for name, value in figures.items() if name != "waiting"},
     }
 

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from index.console import write_json
 from index.errors import EncoderError, RunError
-from index.schema import EncoderRef, TableMeta
+from index.table.schema import EncoderRef, TableMeta
+from index.table.storage import write_json
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from trainer.checkpoint import read_config
+from trainer.run_folder import read_config
 
 
 def begin_folder(out: Path, meta: TableMeta, settings: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from index.schema import TRAIN
-from index.table import Table
+from index.table.schema import TRAIN
+from index.table.table import Table
 from trainer.stream import Batch, NeighborStream
 
 MOST_REUSE = 16
@@ -21,13 +21,13 @@ OPERATIONS_PER_QUERY, OPERATIONS_PER_NUMBER = 13e6, 14
 
 def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:
     """The reuse on a CPU of a network that takes `flops` operations to evaluate once."""
-    index, rows = table.meta.index, len(table.offsets(TRAIN))
+    index, rows = table.meta.index, len(table.positions(TRAIN))
     training = 3 * flops
     if exact or index is None or index.num_partitions is None:
-        searching = 2.0 * rows * table.meta.geometry.width
+        searching = 2.0 * rows * table.meta.geometry.vector_dim
     else:
         scanned = rows * (index.nprobes or 1) / index.num_partitions
-        searching = OPERATIONS_PER_QUERY + OPERATIONS_PER_NUMBER * scanned * table.meta.geometry.width
+        searching = OPERATIONS_PER_QUERY + OPERATIONS_PER_NUMBER * scanned * table.meta.geometry.vector_dim
     return _allowed(searching / training)
 
 

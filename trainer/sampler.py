@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from index.errors import OptionError, RunError
-from index.geometry import Geometry
-from index.schema import TableMeta
-from index.table import first_line
+from index.errors import OptionError, RunError, one_line
+from index.space.geometry import Geometry
+from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
-from trainer.checkpoint import load_network, read_config
 from trainer.folder import encoder_of
-from trainer.networks import Network
-from trainer.objectives import Objective, make_objective
+from trainer.models.base import Network
+from trainer.objectives.base import Objective, make_objective
+from trainer.run_folder import load_network, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -156,7 +155,7 @@ class Coalescer:
 
     def points(self, numbers: Sequence[int], *key: int) -> Float32[torch.Tensor, "B L"]:
         """Random points, one for each number, that depend on it and the key (seed, attempt ...) alone."""
-        size, (seed, *rest) = self.geometry.latent_size, key
+        size, (seed, *rest) = self.geometry.latent_dim, key
         points = [np.random.default_rng([seed, n, *rest]).standard_normal(size) for n in numbers]
         return torch.from_numpy(self.geometry.project(np.stack(points))).to(self.device)
 
@@ -178,4 +177,4 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError) as error:
-        raise RunError(f"no folder {name}, and the hub does not give it: {first_line(error)}") from error
+        raise RunError(f"no folder {name}, and the hub does not give it: {one_line(error)}") from error

@@ -1,10 +1,10 @@
-"""NeighborStream: minibatches of nearest-neighbour targets, straight from the table.
+"""NeighborStream: minibatches of nearest-neighbor targets, straight from the table.
 
 Step s of a stream depends on (seed, s) alone: which descriptions are asked, with which random points, is drawn from
 counters, so resuming needs two integers, and any number of processes shares out the slots of the same stream. A bounded
 number of searches runs ahead in background threads; the time that training waits for them is measured.
 
-Where searching costs more than training each draw (R with its pair) can serve several steps, with other dice each time.
+Where searching costs more than training each draw (R with its pair) can serve several steps, with other uniforms each time.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from index.errors import OptionError
-from index.queries import draw_dice, draw_jitter, draw_points, draw_rows
-from index.schema import TRAIN
-from index.search import Neighbours
-from index.table import Table
+from index.search.ann import NeighborSearch
+from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
+from index.table.schema import TRAIN
+from index.table.table import Table
 
 COUPLINGS = ("nearest", "independent")
 CONDITIONS = ("close", "query")
@@ -51,12 +51,12 @@ class Batch:
     """The descriptions that the network is told: pooled embedding, then token states where it reads them."""
     y: Float[Tensor, "B L"]
     """The close pairs' latents."""
-    dice: Float[Tensor, "B 8"]
+    uniforms: Float[Tensor, "B 8"]
     """Numbers uniform in [0, 1) for whatever else an objective decides by chance; the last is the stream's own."""
 
     def normal(self, column: int) -> Float[Tensor, "B"]:
-        """One column of the dice as standard normal numbers, by the inverse of their distribution function."""
-        normal: Tensor = torch.special.ndtri(self.dice[:, column].clamp(2**-25, 1 - 2**-24))
+        """One column of the uniforms as standard normal numbers, by the inverse of their distribution function."""
+        normal: Tensor = torch.special.ndtri(self.uniforms[:, column].clamp(2**-25, 1 - 2**-24))
         return normal
 
     def to(self, device: str | torch.device) -> "Batch":
@@ -75,7 +75,7 @@ class NeighborStream:
     def __init__(
         self,
         table: Table,
-        neighbours: Neighbours,
+        neighbors: NeighborSearch,
         *,
         batch_size: int,
         seed: int,
@@ -99,12 +99,12 @@ class NeighborStream:
         """
         if coupling not in COUPLINGS:
             raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
-        self._table, self._neighbours, self._coupling = table, neighbours, coupling
+        self._table, self._neighbors, self._coupling = table, neighbors, coupling
         if condition not in CONDITIONS:
             raise OptionError(f"--condition {condition!r} is unknown: choose one of {', '.join(CONDITIONS)}")
         if batch_size % processes:
             raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
-        self._offsets = table.offsets(TRAIN)
+        self._offsets = table.positions(TRAIN)
         self._batch_size, self._seed, self._start = batch_size, seed, start
         self._share, self._reuse = batch_size // processes, reuse
         self._k, self._temperature = k, temperature
@@ -116,12 +116,12 @@ class NeighborStream:
     def batches(self, first: int, count: int) -> list[Batch]:
         """`count` draws from `first` on, found by one search; each is what it would be alone."""
         drawn = [self._draw(step) for step in range(first, first + count)]
-        rows, r, noise, dice = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        rows, r, noise, uniforms = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         asked = self._offsets[rows]
         query = self._table.take(asked, "text").astype(np.float32)
         query = query + noise * np.linalg.norm(query, axis=1, keepdims=True)
         if self._coupling == "nearest":
-            row, text, latent = self._nearest(query, r, dice[:, -1])
+            row, text, latent = self._nearest(query, r, uniforms[:, -1])
         else:
             row, text, latent = None, query, self._table.take(asked, "latent")
         if self._condition == "query":
@@ -133,16 +133,16 @@ class NeighborStream:
             captions = take(asked if row is None else row, "caption")
             # One step at a time, because the last bits of an embedding depend on what else is in its batch.
             told = np.concatenate([self._describe(part.tolist()) for part in np.split(captions, count)])
-        whole = (r, query, told, self._table.meta.geometry.to_coordinates(latent), dice)
+        whole = (r, query, told, self._table.meta.geometry.to_coordinates(latent), uniforms)
         parts = [torch.split(torch.from_numpy(array), self._share) for array in whole]
         return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
 
     def _draw(self, step: int) -> tuple[Any, ...]:
-        """Row numbers, points, noise of descriptions and dice of our slots of one step."""
+        """Row numbers, points, noise of descriptions and uniforms of our slots of one step."""
         geometry, count, at = self._table.meta.geometry, self._batch_size, {"seed": self._seed, "step": step}
         noise: Float32[np.ndarray, "B _"] = np.zeros((count, 1), np.float32)
         if self._jitter:
-            noise = np.float32(self._jitter) * draw_jitter(count, geometry.text_width, **at)
+            noise = np.float32(self._jitter) * draw_jitter(count, geometry.text_dim, **at)
         whole = draw_rows(len(self._offsets), count, **at), draw_points(geometry, count, **at), noise
         return *(array[self._slots] for array in whole), self._dice(step)
 
@@ -153,12 +153,12 @@ class NeighborStream:
         die: Float32[np.ndarray, "B"],
     ) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B T"], Float16[np.ndarray, "B L"]]:
         """Row ids, descriptions and latents of the close pairs."""
-        pairs = self._neighbours.nearest(self._table.meta.geometry.queries(query, r), self._k)
+        pairs = self._neighbors.nearest(self._table.meta.geometry.queries(query, r), self._k)
         chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, die)
         return pairs.row[chosen], pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
 
     def _dice(self, step: int) -> Float32[np.ndarray, "B D"]:
-        return draw_dice(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]
+        return draw_uniforms(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """Yield steps in order: every draw of a group once, then all of them again."""
@@ -170,8 +170,8 @@ class NeighborStream:
         for first in itertools.count(group * GROUP * self._reuse, GROUP * self._reuse):
             held = list(itertools.islice(found, GROUP))
             for step in range(max(first, self._start), first + GROUP * self._reuse):
-                dice = torch.from_numpy(self._dice(step))
-                yield step, replace(held[(step - first) % GROUP], dice=dice)
+                uniforms = torch.from_numpy(self._dice(step))
+                yield step, replace(held[(step - first) % GROUP], uniforms=uniforms)
 
     def _found(self, first: int) -> Iterator[Batch]:
         """Draws from `first` on, searched ahead in the background."""

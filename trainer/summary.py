@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from index.console import write_text
-from index.schema import HELDOUT, TRAIN
-from index.table import Table
+from index.table.schema import HELDOUT, TRAIN
+from index.table.storage import write_text
+from index.table.table import Table
 from trainer.grid import draw_grid
-from trainer.networks import Network
-from trainer.objectives import Objective
+from trainer.models.base import Network
+from trainer.objectives.base import Objective
 from trainer.sampler import Coalescer
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Preview:
     def __init__(self, folder: Path, table: Table, network: Network, objective: Objective, device: str) -> None:
         """Captions of held-out rows where any are held out; encoders are opened when a picture is first wanted."""
         self.folder = folder
-        self.split = HELDOUT if len(table.offsets(HELDOUT)) else TRAIN
-        self._captions = table.take(table.offsets(self.split)[:SHOWN], "caption").tolist()
+        self.split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
+        self._captions = table.take(table.positions(self.split)[:SHOWN], "caption").tolist()
         self._open = partial(Coalescer.around, network, objective, table.meta, folder, device)
         self._coalescer: Coalescer | None = None
 

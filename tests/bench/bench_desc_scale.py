@@ -18,12 +18,12 @@ import torch
 from bench_rivals import DEFAULT, SETS, main_figures, train
 from machine import machine
 
-from index.build import BuildConfig, build_index
-from index.table import Table, open_table
+from index.build.build_index import BuildConfig, build_index
+from index.table.table import Table, open_table
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.exam import ExamConfig
 
-SEARCH = ("perplexity", "own_pair_rate", "description_distance", "prior_skew", "balance_chi_square")
+SEARCH = ("perplexity", "self_retrieval_rate", "text_distance", "prior_skew", "balance_chi_square")
 
 
 def laid_out(table: Table, scale: float, uri: Path) -> Table:

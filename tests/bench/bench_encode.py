@@ -2,8 +2,8 @@
 
 On the same JPEG pictures of 256 pixels, encoded at 128, in one run:
   a  the bare autoencoder and text model on decoded batches in memory, one torch thread
-  b  `pipeline encode --workers 1`, from the first shard to the published table
-  c  `pipeline encode --workers 2`, the start of the workers included; `midway` is the rate from a fifth of the
+  b  `pipeline encode --num-workers 1`, from the first shard to the published table
+  c  `pipeline encode --num-workers 2`, the start of the workers included; `midway` is the rate from a fifth of the
      pictures to four fifths, without it
   two_bare  the models alone in two processes at once: what this machine's second core is worth
 Prints JSON, medians over the rounds.
@@ -76,7 +76,7 @@ def bare(source: Path, image: str, text: str, count: int) -> float:
     from transformers import AutoTokenizer, BertModel
 
     from pipeline.images import decode_caption, decode_image
-    from pipeline.sources import list_shards, read_samples
+    from pipeline.sources.read import list_shards, read_samples
 
     torch.set_num_threads(1)
     pictures, captions = [], []
@@ -125,7 +125,7 @@ finally:
 def encode(source: Path, table: Path, image: str, text: str, workers: int) -> dict[str, float]:
     """Rates and the largest process of one `pipeline encode`."""
     command = [sys.executable, "-c", RUN, "encode", str(source), "--table", str(table), "--image-size", str(SIZE)]
-    command += ["--image-encoder", image, "--text-encoder", text, "--workers", str(workers), "--device", "cpu"]
+    command += ["--image-encoder", image, "--text-encoder", text, "--num-workers", str(workers), "--device", "cpu"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     report = json.loads((table.parent / f"{table.stem}.reports/encode.json").read_text())
     lines = (table.parent / f"{table.stem}.reports/encode.jsonl").read_text().splitlines()
@@ -140,7 +140,7 @@ def encode(source: Path, table: Path, image: str, text: str, workers: int) -> di
 
 
 def main() -> None:
-    """Measure in turns, so that a busy neighbour slows all alike; medians over the rounds."""
+    """Measure in turns, so that a busy neighbor slows all alike; medians over the rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)

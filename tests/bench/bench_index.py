@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", default="10000,100000,1000000", help="of growth")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--balance-seconds", type=float, default=300)
+    parser.add_argument("--balance-time-limit", type=float, default=300)
     given = parser.parse_args()
 
     import floors
@@ -41,8 +41,8 @@ def main() -> None:
 
     given.work.mkdir(parents=True, exist_ok=True)
     measure = {
-        "floors": lambda: floors.floors(given.data, given.work, given.balance_seconds),
-        "emoji": lambda: floors.emoji(given.data, given.work, given.balance_seconds),
+        "floors": lambda: floors.floors(given.data, given.work, given.balance_time_limit),
+        "emoji": lambda: floors.emoji(given.data, given.work, given.balance_time_limit),
         "types": lambda: search_speed.types(given.data, given.work, given.rounds),
         "faiss": lambda: search_speed.against_faiss(given.data, given.work, given.rounds),
         "growth": lambda: search_speed.growth(given.work, [int(n) for n in given.rows.split(",")], given.rounds),

@@ -28,11 +28,11 @@ import torch
 from bench_stream import Trial
 from machine import machine
 
-from index.search import open_neighbours
-from index.table import Table, open_table
+from index.search.ann import open_search
+from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.exam import ExamConfig
-from trainer.objectives import make_objective
+from trainer.objectives.base import make_objective
 from trainer.stream import NeighborStream
 
 
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     objective: str
     coupling: str = "nearest"
     preset: str = "default"
-    dials: dict[str, Any] = {}  # noqa: RUF012
+    hyperparameters: dict[str, Any] = {}  # noqa: RUF012
     reuse: int | None = None
 
 
@@ -64,16 +64,16 @@ SETS = {
     },
     "parts": {
         DEFAULT: Kind("coalescer"),
-        "no-consistency": Kind("coalescer", dials={"consistency": 0}),
-        "early-consistency": Kind("coalescer", dials={"consistency": 10, "ramp": 0}),
-        "softer": Kind("coalescer", dials={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
-        "far-consistency": Kind("coalescer", dials={"consistency": 1, "ramp": 0, "gap": 1}),
-        "no-confidence": Kind("coalescer", dials={"confidence_weight": 0}),
-        "no-segment": Kind("coalescer", dials={"segment": 0, "consistency": 0}),
-        "clock": Kind("coalescer", dials={"clock": 1}),
-        "even": Kind("coalescer", dials={"rule": "even"}),
-        "overshooting": Kind("coalescer", dials=OVERSHOOTING),
-        "own": Kind("coalescer", dials={"segment": 0.7, "own": 0.2}),
+        "no-consistency": Kind("coalescer", hyperparameters={"consistency": 0}),
+        "early-consistency": Kind("coalescer", hyperparameters={"consistency": 10, "ramp": 0}),
+        "softer": Kind("coalescer", hyperparameters={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
+        "far-consistency": Kind("coalescer", hyperparameters={"consistency": 1, "ramp": 0, "gap": 1}),
+        "no-confidence": Kind("coalescer", hyperparameters={"confidence_weight": 0}),
+        "no-segment": Kind("coalescer", hyperparameters={"segment": 0, "consistency": 0}),
+        "clock": Kind("coalescer", hyperparameters={"clock": 1}),
+        "even": Kind("coalescer", hyperparameters={"rule": "even"}),
+        "overshooting": Kind("coalescer", hyperparameters=OVERSHOOTING),
+        "own": Kind("coalescer", hyperparameters={"segment": 0.7, "own": 0.2}),
         "no-reuse": Kind("coalescer", reuse=1),
         "no-search": Kind("coalescer", "independent"),
     },
@@ -85,9 +85,11 @@ ADHERENCE = ("class_accuracy", "caption_first")
 
 def rates(table: Table, kinds: dict[str, Kind], size: str, rounds: int, seconds: float) -> dict[str, float]:
     """Steps per second of each objective alone, targets in memory, taking turns."""
-    stream = NeighborStream(table, open_neighbours(table), batch_size=BATCH, seed=0)
+    stream = NeighborStream(table, open_search(table), batch_size=BATCH, seed=0)
     found = [batch for _, batch in itertools.islice(stream, 8)]
-    objectives = {name: make_objective(kind.objective, kind.preset, **kind.dials) for name, kind in kinds.items()}
+    objectives = {
+        name: make_objective(kind.objective, kind.preset, **kind.hyperparameters) for name, kind in kinds.items()
+    }
     trials = {name: Trial(table, size, "cpu", objective) for name, objective in objectives.items()}
     each: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
@@ -103,7 +105,7 @@ def train(table: str, kind: Kind, out: Path, size: str, images: int, seed: int) 
     call = [sys.executable, "-c", "from trainer.cli import main; main()", "fit", table, "--out", str(out)]
     call += ["--objective", kind.objective, "--preset", kind.preset, "--coupling", kind.coupling, "--size", size]
     call += ["--images", str(images), "--batch-size", str(BATCH), "--seed", str(seed), "--device", "cpu"]
-    call += [part for dial, value in kind.dials.items() for part in ("--dial", f"{dial}={value}")]
+    call += [part for dial, value in kind.hyperparameters.items() for part in ("--set", f"{dial}={value}")]
     call += [] if kind.reuse is None else ["--reuse", str(kind.reuse)]
     subprocess.run(call, check=True, stdout=sys.stderr)
 
@@ -152,7 +154,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for name, kind in kinds.items():
             if kind.objective == "rectified_flow":
-                kind = kind._replace(dials={"flow": str(given.work / f"{FLOW}-0")})
+                kind = kind._replace(hyperparameters={"flow": str(given.work / f"{FLOW}-0")})
             if name not in speed:  # the flow that it rests on is there by now
                 speed |= rates(table, {name: kind}, given.size, given.rounds, given.seconds)
             images = int(given.images * speed[name] / speed[DEFAULT]) // BATCH * BATCH

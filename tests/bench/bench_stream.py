@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from machine import machine
 
-from index.search import open_neighbours
-from index.table import Table, open_table
-from trainer.networks import NetworkConfig, count_flops, make_network
-from trainer.objectives import Objective, Training, make_objective
-from trainer.optimise import Optimiser
+from index.search.ann import open_search
+from index.table.table import Table, open_table
+from trainer.models.base import NetworkConfig, count_flops, make_network
+from trainer.objectives.base import Objective, Training, make_objective
+from trainer.optimizer import Optimizer
 from trainer.reuse import plan_reuse
 from trainer.stream import Batch, NeighborStream
 
@@ -43,7 +43,7 @@ class Trial:
         self.network, self.device = make_network(NetworkConfig.of(table.meta, size=size)).to(device), device
         self.alone = Training(0.0, self.network)
         self.objective = objective or make_objective("coalescer", "default")
-        self.optimiser = Optimiser(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
+        self.optimizer = Optimizer(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)
 
     def rate(self, source: Iterable[tuple[int, Batch]], seconds: float) -> tuple[float, float]:
         """Steps per second, after a few to warm up, and the share of the time that they waited for targets."""
@@ -61,13 +61,13 @@ class Trial:
 
     def step(self, batch: Batch) -> None:
         """As `trainer fit` does it."""
-        self.optimiser.step(self.objective.loss(self.network, batch.to(self.device), self.alone).total)
+        self.optimizer.step(self.objective.loss(self.network, batch.to(self.device), self.alone).total)
 
 
 def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace) -> dict[str, Any]:
     """Rates by search for one network."""
     trial = Trial(table, size, given.device)
-    ann, exact = (open_neighbours(table, exact=each, device=given.device) for each in (False, True))
+    ann, exact = (open_search(table, exact=each, device=given.device) for each in (False, True))
     nearest = {"ann": ann, "exact": exact, "reused": ann}
     planned = plan_reuse(table, count_flops(trial.network), exact=False)
 
@@ -86,8 +86,8 @@ def compare(table: Table, size: str, batch_size: int, given: argparse.Namespace)
     median = {search: statistics.median(each) for search, each in rates.items()}
     return {
         "table": table.uri.rpartition("/")[2],
-        "rows": len(table.offsets("train")),
-        "width": table.meta.geometry.width,
+        "rows": len(table.positions("train")),
+        "width": table.meta.geometry.vector_dim,
         "index": table.meta.index.kind if table.meta.index else None,
         "size": size,
         "parameters": sum(each.numel() for each in trial.network.parameters()),

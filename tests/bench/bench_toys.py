@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--moons-steps", type=int, default=2000)
-    parser.add_argument("--dial-steps", type=int, default=1000)
+    parser.add_argument("--set-steps", type=int, default=1000)
     parser.add_argument("--dims", default="2,4,8,16,32,64", help="intrinsic dimensions of the dial")
     parser.add_argument("--plot", type=Path, help="draw the dial into this PNG file")
     given = parser.parse_args()

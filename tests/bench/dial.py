@@ -1,9 +1,9 @@
 """The dial: how good few steps are as the data's intrinsic dimension grows, all else being equal.
 
-In 64 dimensions lie ten clusters, each a Gaussian along k orthogonal directions of its own about a centre of its own,
-and a little noise in all. Whatever k, centres and clusters have half of the variance each, there are 10,000 training
+In 64 dimensions lie ten clusters, each a Gaussian along k orthogonal directions of its own about a center of its own,
+and a little noise in all. Whatever k, centers and clusters have half of the variance each, there are 10,000 training
 rows, and every network sees as many pairs. The cluster is the description, and decides in the search. Geometry and
-balance are the project's: coordinates standardised, R and what it is compared with on the sphere.
+balance are the project's: coordinates standardized, R and what it is compared with on the sphere.
 
 Quality is that of 2,000 samples against as many fresh points of the same clusters, in coordinates: the Frechet distance
 over the number of dimensions, the energy distance, the sliced Wasserstein distance, precision and coverage. The first
@@ -22,12 +22,12 @@ from balanced_pairs import ArrayBlocks, balance
 from jaxtyping import Float32, Float64, Int
 from small_runs import Bank, lead, objective_of, over_seeds, train
 
-from index.geometry import Geometry
-from index.moments import Moments
-from index.queries import draw_points, draw_rows
-from index.shares import ridge_r2
+from index.report.hubness import ridge_r2
+from index.space.geometry import Geometry
+from index.space.moments import Moments
+from index.space.queries import draw_points, draw_rows
 from trainer.evaluation.metrics import energy_distance, frechet, sliced_wasserstein
-from trainer.evaluation.neighbourhoods import manifold
+from trainer.evaluation.neighborhoods import manifold
 
 SIZE, CLUSTERS, NOISE = 64, 10, 0.03
 TRAINING, BANK, TESTED = 10_000, 131_072, 2_000
@@ -51,7 +51,7 @@ ROWS = (
 class Mixture(NamedTuple):
     """The law."""
 
-    centres: Float64[np.ndarray, "C D"]
+    centers: Float64[np.ndarray, "C D"]
     frames: Float64[np.ndarray, "C D k"]
     """Orthogonal directions, as long as the standard deviation along them."""
 
@@ -59,7 +59,7 @@ class Mixture(NamedTuple):
         """A point of each of these clusters."""
         along = rng.standard_normal((len(label), self.frames.shape[2]))
         noise = NOISE * rng.standard_normal((len(label), self.frames.shape[1]))
-        x = self.centres[label] + noise
+        x = self.centers[label] + noise
         for cluster, frame in enumerate(self.frames):
             x[label == cluster] += along[label == cluster] @ frame.T
         return x.astype(np.float32)
@@ -96,12 +96,12 @@ class World(NamedTuple):
     def retrieved(
         self, label: Int[np.ndarray, "B"], r: Float32[np.ndarray, "B D"], *, balanced: bool = True
     ) -> Float32[np.ndarray, "B D"]:
-        """The coordinates of the neighbours."""
+        """The coordinates of the neighbors."""
         g = self.g if balanced else np.zeros_like(self.g)
         return self.x[self.blocks.winners(self.geometry.queries(described(label), r), g, AT_ONCE)]
 
     def banks(self, seed: int) -> dict[str, Bank]:
-        """Pairs of both couplings: the same random points and descriptions."""
+        """RetrievedPairs of both couplings: the same random points and descriptions."""
         rows = draw_rows(len(self.x), BANK, seed=seed, step=0)
         label, r = self.label[rows], draw_points(self.geometry, BANK, seed=seed, step=0)
         text = described(label)
@@ -114,7 +114,7 @@ def world(k: int, seed: int) -> World:
     law, label = mixture(k, rng), evenly(TRAINING)
     latent, text = law.draw(label, rng), described(label)
     geometry = Geometry.fit(Moments.of(text, latent), kind="sphere", desc_scale=DESC_SCALE)
-    blocks = ArrayBlocks(geometry.vectors(text, latent), label, geometry.text_width)
+    blocks = ArrayBlocks(geometry.vectors(text, latent), label, geometry.text_dim)
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
         at = {"seed": seed + 1_000, "step": step}
@@ -137,7 +137,7 @@ def quality(found: Float32[np.ndarray, "N D"], real: Float32[np.ndarray, "N D"])
     }
 
 
-def learnability(bank: Bank) -> dict[str, float]:
+def linear_probe_r2(bank: Bank) -> dict[str, float]:
     """Held-out R^2 of ridge fits to the target: from R and description as the project reports it, from the description
     alone, and from R in each cluster apart, where frames are the same."""
     some = slice(FITTED)
@@ -145,7 +145,7 @@ def learnability(bank: Bank) -> dict[str, float]:
     text = bank.text[some] * np.float32(CLUSTERS**0.5)
     apart = [ridge_r2(bank.r[rows], bank.y[rows]) for rows in bank.text.T > 0]
     return {
-        "learnability": ridge_r2(np.concatenate([bank.r[some], text], 1), bank.y[some]),
+        "linear_probe_r2": ridge_r2(np.concatenate([bank.r[some], text], 1), bank.y[some]),
         "told_by_description": ridge_r2(text, bank.y[some]),
         "learnability_within_clusters": float(np.mean(apart)),
     }
@@ -159,7 +159,7 @@ def measure(k: int, seed: int, steps: int) -> dict[tuple[Any, ...], dict[str, fl
     r = draw_points(here.geometry, TESTED, seed=seed + 2_000, step=0)
     banks = here.banks(seed)
     figures: dict[tuple[Any, ...], dict[str, float]] = {
-        ("search", "", "nearest", 0): {"chi_square": here.chi_square} | learnability(banks["nearest"]),
+        ("search", "", "nearest", 0): {"chi_square": here.chi_square} | linear_probe_r2(banks["nearest"]),
         # Rows stand by clusters in turn, so the first of them have the labels of the samples.
         ("training rows", "", "", 0): quality(here.x[:TESTED], real),
         ("retrieved pairs", "", "nearest", 0): quality(here.retrieved(label, r), real),

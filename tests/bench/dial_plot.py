@@ -15,7 +15,7 @@ NAMES = {
     ("retrieved pairs", "", "nearest"): ("retrieved pairs (a perfect network)", "#777777", None),
     ("training rows", "", ""): ("training rows (the floor)", "#111111", None),
 }
-"""Label, colour and marker of every line."""
+"""Label, color and marker of every line."""
 PANELS = {"frechet": "Frechet distance / 64 (lower is better)", "coverage": "coverage (higher is better)"}
 STEPS = (1, 2)
 
@@ -29,7 +29,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     dims = sorted({line["k"] for line in lines})
     for row, (measure, what) in zip(panels, PANELS.items(), strict=True):
         for axes, steps in zip(row, STEPS, strict=True):
-            for key, (label, colour, marker) in NAMES.items():
+            for key, (label, color, marker) in NAMES.items():
                 shown = [
                     line
                     for line in lines
@@ -40,7 +40,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
                     [line[measure]["mean"] for line in shown],
                     [line[measure]["sd"] or 0 for line in shown],
                     label=label,
-                    color=colour,
+                    color=color,
                     marker=marker,
                     markersize=5,
                     linestyle="-" if marker else "--",

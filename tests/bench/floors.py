@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Float32, Int
 from PIL import Image
 
-from index.build import BuildConfig, build_index
-from index.queries import draw_points
-from index.search import ExactNeighbours, LanceNeighbours
-from index.table import open_table
+from index.build.build_index import BuildConfig, build_index
+from index.search.ann import ApproximateSearch, ExactSearch
+from index.space.queries import draw_points
+from index.table.table import open_table
 from pipeline.images import decode_caption
-from pipeline.sources import list_shards, read_samples
+from pipeline.sources.read import list_shards, read_samples
 from trainer.evaluation.metrics import frechet
-from trainer.evaluation.neighbourhoods import manifold
+from trainer.evaluation.neighborhoods import manifold
 
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))
-SHARES = ("chi_square", "never_hit_share", "never_hit_share_if_even", "effective_share", "largest_share")
-BALANCE = ("balance_stopped", "balance_steps", "balance_seconds", "balance_chi_square")
+SHARES = ("chi_square", "anti_hub_rate", "expected_anti_hub_rate", "effective_share", "largest_share")
+BALANCE = ("balance_stopped", "balance_steps", "balance_time_limit", "balance_chi_square")
 
 
 def floors(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
@@ -51,28 +51,30 @@ def floors(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
 
     some = np.random.default_rng(0).permutation(len(features))[: len(real)]
     lines = [line(TRAINING, features[some])]
-    for kind, centre in SPACES:
+    for kind, center in SPACES:
         for balance in (False, True):
-            index_type = "auto" if (kind, centre, balance) == ("sphere", False, True) else "none"
+            index_type = "auto" if (kind, center, balance) == ("sphere", False, True) else "none"
             built = build_index(
                 open_table(table.uri),
                 BuildConfig(
                     geometry=kind,
-                    centre=centre,
+                    center=center,
                     balance=balance,
-                    balance_seconds=seconds,
+                    balance_time_limit=seconds,
                     index_type=index_type,
                 ),
             )
             geometry = built.table.meta.geometry
             queries = geometry.queries(description, draw_points(geometry, len(real), seed=1, step=0))
-            oracle = ExactNeighbours(built.table)
+            oracle = ExactSearch(built.table)
             for exact in (True, False) if index_type == "auto" else (True,):
-                neighbours = oracle if exact else LanceNeighbours(built.table)
-                rows = np.concatenate([neighbours.nearest(part).row[:, 0] for part in np.array_split(queries, 10)])
-                place = oracle.place_of(rows)
-                name = kind + " centred" * centre + " + balance" * balance + " through the index" * (not exact)
-                figures = {key: built.report[key] for key in (*SHARES, "learnability", *BALANCE) if key in built.report}
+                neighbors = oracle if exact else ApproximateSearch(built.table)
+                rows = np.concatenate([neighbors.nearest(part).row[:, 0] for part in np.array_split(queries, 10)])
+                place = oracle.position_of(rows)
+                name = kind + " centered" * center + " + balance" * balance + " through the index" * (not exact)
+                figures = {
+                    key: built.report[key] for key in (*SHARES, "linear_probe_r2", *BALANCE) if key in built.report
+                }
                 lines.append(line(name, features[place], distinct=len(np.unique(place)), **figures))
                 print(lines[-1], file=sys.stderr)
     return lines
@@ -85,10 +87,10 @@ def emoji(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
     for scale in (4.0, 0.6):
         for balance in (False, True):
             config = BuildConfig(
-                desc_scale=scale, allow_small_desc_scale=True, balance=balance, balance_seconds=seconds
+                desc_scale=scale, allow_small_desc_scale=True, balance=balance, balance_time_limit=seconds
             )
             report = build_index(open_table(table.uri), config).report
-            kept = ("desc_scale", *SHARES, "perplexity", "own_pair_rate", "learnability", *BALANCE)
+            kept = ("desc_scale", *SHARES, "perplexity", "self_retrieval_rate", "linear_probe_r2", *BALANCE)
             lines.append({"balance": balance} | {key: report[key] for key in kept if key in report})
     return lines
 
@@ -114,16 +116,16 @@ def _classifier(pictures: Float32[np.ndarray, "N H W"], labels: Int[np.ndarray, 
         )
     )
     steps = epochs * len(pictures) // BATCH
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     rng = np.random.default_rng(0)
     for _ in range(steps):
         some = rng.integers(len(pictures), size=BATCH)
         given = torch.from_numpy(pictures[some])[:, None]
         loss = model(pixel_values=given, labels=torch.from_numpy(labels[some])).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     model.eval()
 

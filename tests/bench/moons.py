@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from small_runs import Bank, lead, objective_of, over_seeds, train
 
-from trainer.networks import Network
+from trainer.models.base import Network
 
 UNIT = 3.5
 CONDITIONS = ("none", "label", "place")
@@ -34,7 +34,7 @@ ASCENT, EVEN = 6_000, 0.01
 """Steps and chi^2 of the search's balance: R lies in eight heaps, far from some targets, so it takes longer than
 elsewhere, and with more targets longer still."""
 DECISIVE, MOST = 30.0, 1e4
-"""Weight of a label, with which no pair crosses and float32 still tells neighbours apart, and the most of a place."""
+"""Weight of a label, with which no pair crosses and float32 still tells neighbors apart, and the most of a place."""
 NO_FARTHER = 0.05
 """C2OT's r."""
 WIDTH = 64
@@ -130,7 +130,7 @@ class Balanced(NamedTuple):
     g: Float32[np.ndarray, "N"]
 
     def bank(self, r: Float32[np.ndarray, "B 2"], asked: Int[np.ndarray, "B"]) -> Bank:
-        """The balanced neighbours of random points with what is said of some targets."""
+        """The balanced neighbors of random points with what is said of some targets."""
         place = self.blocks.winners(np.concatenate([self.said[asked, None], r], 1), self.g)
         return Bank(r, self.targets.text()[place], self.targets.y[place])
 
@@ -139,7 +139,7 @@ def balanced(targets: Targets, weight: float, rng: np.random.Generator) -> Balan
     """Fit the potentials of a search among some targets."""
     said = np.float32(np.sqrt(weight)) * targets.said
     group = np.digitize(targets.said, np.linspace(-1, 1, 9)[1:-1])
-    blocks = ArrayBlocks(np.concatenate([said[:, None], targets.y], 1), group, text_width=1)
+    blocks = ArrayBlocks(np.concatenate([said[:, None], targets.y], 1), group, text_dim=1)
 
     def queries(step: int) -> Float32[np.ndarray, "B 3"]:
         return np.concatenate([rng.choice(said, (ASSIGNED, 1)), eight_gaussians(ASSIGNED, rng)], 1)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from index.table import Table, open_table
+from index.table.table import Table, open_table
 
 RUN = "import sys; from {0}.cli import main; main()"
 

@@ -15,17 +15,17 @@ import pyarrow as pa
 import real_tables
 from jaxtyping import Float32
 
-from index.build import BuildConfig, build_index
-from index.choose import choose_index
-from index.geometry import Geometry
-from index.moments import Moments
-from index.queries import draw_points, draw_rows
-from index.recall import Truth, find_truth, measure_recall, real_queries
-from index.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
-from index.search import ExactNeighbours, LanceNeighbours
-from index.storage import Storage
-from index.table import Table, add_vectors, column_array, list_array, publish
-from pipeline.sink import fragment_of, write_fragments
+from index.build.build_index import BuildConfig, build_index
+from index.build.select import choose_index
+from index.report.recall import GroundTruth, evaluation_queries, find_ground_truth, measure_recall
+from index.search.ann import ApproximateSearch, ExactSearch
+from index.space.geometry import Geometry
+from index.space.moments import Moments
+from index.space.queries import draw_points, draw_rows
+from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
+from index.table.storage import Storage
+from index.table.table import Table, add_vectors, column_array, list_array, publish
+from pipeline.beam.write_lance import fragment_of, write_fragments
 
 BATCH, ASKED, TARGET = 1024, 8192, 0.95
 TEXT_WIDTH, LATENT = 127, (8, 4, 4)
@@ -48,13 +48,13 @@ def race(rivals: dict[str, Search], queries: dict[str, Float32[np.ndarray, "M S"
 
 def training_queries(table: Table) -> Float32[np.ndarray, "M S"]:
     """Queries as training asks them."""
-    geometry, offsets = table.meta.geometry, table.offsets(TRAIN)
+    geometry, offsets = table.meta.geometry, table.positions(TRAIN)
     rows = offsets[draw_rows(len(offsets), ASKED, seed=5, step=0)]
     return geometry.queries(table.take(rows, "text"), draw_points(geometry, ASKED, seed=5, step=0))
 
 
-def _truth(table: Table) -> Truth:
-    return find_truth(ExactNeighbours(table), real_queries(table, 2048, seed=3))
+def _truth(table: Table) -> GroundTruth:
+    return find_ground_truth(ExactSearch(table), evaluation_queries(table, 2048, seed=3))
 
 
 def types(data: Path, work: Path, rounds: int) -> list[dict[str, Any]]:
@@ -71,15 +71,17 @@ def types(data: Path, work: Path, rounds: int) -> list[dict[str, Any]]:
         memory = 1 if bits == 5 else 2**40
         choice = choose_index(table, _truth(table), kind=kind, target_recall=TARGET, memory=memory, seed=0, log=None)
         ours = [line for line in choice.tried if line["kind"] == kind]
-        for refine in sorted({line["refine"] for line in ours}):
-            reached = [line for line in ours if line["refine"] == refine and line["recall_at_1"] >= TARGET]
+        for refine_factor in sorted({line["refine_factor"] for line in ours}):
+            reached = [
+                line for line in ours if line["refine_factor"] == refine_factor and line["recall_at_1"] >= TARGET
+            ]
             if not reached:
                 continue
             best = min(reached, key=lambda line: line["nprobes"])
-            mine = f"{name}, {refine} re-ranked" if refine > 1 else name
-            wanted = ("nprobes", "recall_at_1", "excess_distance", "build_seconds", "bytes")
+            mine = f"{name}, {refine_factor} re-ranked" if refine_factor > 1 else name
+            wanted = ("nprobes", "recall_at_1", "relative_distance_error", "build_seconds", "bytes")
             lines[mine] = {key: best[key] for key in wanted}
-            rivals[mine] = LanceNeighbours(choice.table, nprobes=best["nprobes"], refine=refine).nearest
+            rivals[mine] = ApproximateSearch(choice.table, nprobes=best["nprobes"], refine_factor=refine_factor).nearest
     asked = training_queries(source)
     rates = race(rivals, dict.fromkeys(rivals, asked), rounds)
     return [{"type": name, "queries_per_second": rates[name]} | line for name, line in lines.items()]
@@ -108,13 +110,13 @@ def against_faiss(data: Path, work: Path, rounds: int) -> dict[str, Any]:
 
 
 def _beside_faiss(table: Table, faiss: Any, rounds: int) -> dict[str, Any]:
-    ours, truth = LanceNeighbours(table), _truth(table)
+    ours, truth = ApproximateSearch(table), _truth(table)
     recall = measure_recall(ours, truth).recall_at_1
     index = table.meta.index
     assert index is not None
     vectors = table.column("vector").astype(np.float32)
-    quantiser = faiss.IndexFlatL2(vectors.shape[1])
-    theirs = faiss.IndexIVFFlat(quantiser, vectors.shape[1], index.num_partitions)
+    quantizer = faiss.IndexFlatL2(vectors.shape[1])
+    theirs = faiss.IndexIVFFlat(quantizer, vectors.shape[1], index.num_partitions)
     began = time.perf_counter()
     theirs.train(vectors)
     theirs.add(vectors)
@@ -136,7 +138,7 @@ def _beside_faiss(table: Table, faiss: Any, rounds: int) -> dict[str, Any]:
     return {
         "rows": len(vectors),
         "width": vectors.shape[1],
-        "lancedb": {"recall": recall, "nprobes": index.nprobes, "refine": index.refine},
+        "lancedb": {"recall": recall, "nprobes": index.nprobes, "refine_factor": index.refine_factor},
         "faiss": {"recall": reached, "nprobes": probes, "build_seconds": built},
         "queries_per_second": rates,
         "ratio": rates["lancedb"] / rates["faiss"],
@@ -155,13 +157,21 @@ def growth(work: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
         built = build_index(table, BuildConfig(index_type="ivf_rq", target_recall=TARGET))
         name = f"{rows:,}"
         build = max(line["build_seconds"] for line in built.report["alternatives"] if "build_seconds" in line)
-        kept = ("recall_at_1", "excess_distance", "nprobes", "num_partitions", "refine", "index_bytes", "index_choice")
+        kept = (
+            "recall_at_1",
+            "relative_distance_error",
+            "nprobes",
+            "num_partitions",
+            "refine_factor",
+            "index_bytes",
+            "index_choice",
+        )
         lines[name] = {"write_seconds": wrote, "index_build_seconds": build} | {
             key: built.report.get(key, built.report.get(f"index_{key}")) for key in kept
         }
         lines[name]["whole_build_seconds"] = built.report["build_seconds"]
         print(lines[name], file=sys.stderr)
-        rivals[name], queries[name] = LanceNeighbours(built.table).nearest, training_queries(built.table)
+        rivals[name], queries[name] = ApproximateSearch(built.table).nearest, training_queries(built.table)
         lines[name]["beside_faiss"] = _beside_faiss(built.table, faiss, rounds)
     rates = race(rivals, queries, rounds)
     first = next(iter(rates.values()))
@@ -213,10 +223,10 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
         image_encoder=nobody,
         text_encoder=nobody,
         image_size=64,
-        crop="centre",
+        crop="center",
         latent_shape=LATENT,
-        text_width=TEXT_WIDTH,
-        heldout_share=0.01,
+        text_dim=TEXT_WIDTH,
+        val_fraction=0.01,
         moments=moments,
         geometry=geometry,
         run_ids=("synthetic",),

@@ -81,11 +81,11 @@ class Matcher(Tower):
 
     kind = "matcher"
 
-    def __init__(self, text_width: int) -> None:
+    def __init__(self, text_dim: int) -> None:
         """For description embeddings of this width."""
         super().__init__()
         self.show = nn.Linear(FEATURES, SHARED)
-        self.read = nn.Sequential(nn.Linear(text_width, 2 * SHARED), nn.SiLU(), nn.Linear(2 * SHARED, SHARED))
+        self.read = nn.Sequential(nn.Linear(text_dim, 2 * SHARED), nn.SiLU(), nn.Linear(2 * SHARED, SHARED))
         self.sharpness = nn.Parameter(torch.tensor(2.0))
         """Logarithm of what cosines are multiplied by."""
 
@@ -134,4 +134,4 @@ def retrieval_ranks(
 
 def referee_network(content: dict[str, Any]) -> Classifier | Matcher:
     """A fresh network of a kind, as its JSON tells."""
-    return Classifier(content["labels"]) if content["kind"] == "classifier" else Matcher(content["text_width"])
+    return Classifier(content["labels"]) if content["kind"] == "classifier" else Matcher(content["text_dim"])

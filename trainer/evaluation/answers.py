@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int
 from torch import nn
 
-from index.schema import HELDOUT
-from index.search import ExactNeighbours
-from index.table import Table
+from index.search.ann import ExactSearch
+from index.table.schema import HELDOUT
+from index.table.table import Table
 from trainer.sampler import Coalescer
 
 BATCH = 256
@@ -66,7 +66,7 @@ class Answers:
 
 def make_questions(coalescer: Coalescer, table: Table, samples: int, seed: int) -> Questions:
     """As many as samples are wanted, of held-out rows in a random order."""
-    heldout = np.random.default_rng([seed, 0]).permutation(table.offsets(HELDOUT))
+    heldout = np.random.default_rng([seed, 0]).permutation(table.positions(HELDOUT))
     rows = np.resize(heldout, samples)
     captions = table.take(rows[: len(heldout)], "caption")
     _, first = np.unique(captions, return_index=True)
@@ -135,10 +135,10 @@ def sample(
 
 def retrieve(table: Table, questions: Questions) -> Float32[np.ndarray, "Q L"]:
     """The pairs of all questions, exactly searched, in coordinates."""
-    geometry, neighbours = table.meta.geometry, ExactNeighbours(table, memory=SEARCH_BYTES)
+    geometry, neighbors = table.meta.geometry, ExactSearch(table, memory=SEARCH_BYTES)
     text = table.take(questions.rows, "text").astype(np.float32)
     queries = geometry.queries(text, questions.r)
-    found = [neighbours.nearest(queries[i : i + 4096]).latent[:, 0] for i in range(0, len(queries), 4096)]
+    found = [neighbors.nearest(queries[i : i + 4096]).latent[:, 0] for i in range(0, len(queries), 4096)]
     return geometry.to_coordinates(np.concatenate(found))
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from index.console import write_json, write_text
 from index.errors import RunError
-from trainer.checkpoint import read_config
+from index.table.storage import write_json, write_text
 from trainer.evaluation.comparison_page import comparison_page
 from trainer.evaluation.exam import ExamConfig, set_exam
 from trainer.grid import draw_grid
+from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequen
         "steps": config.steps,
         "shown_steps": shown,
         "runs": each,
-        "lines": {label: summarise([one for one in each if one["label"] == label]) for label in dict.fromkeys(labels)},
+        "lines": {label: summarize([one for one in each if one["label"] == label]) for label in dict.fromkeys(labels)},
         "captions": list(captions),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -85,11 +85,11 @@ def _names(settings: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    fitted = {name: value for name, value in config["fit"].items() if name not in ("seed", "dials")}
-    return {**fitted, **config["fit"]["dials"]}
+    fitted = {name: value for name, value in config["fit"].items() if name not in ("seed", "hyperparameters")}
+    return {**fitted, **config["fit"]["hyperparameters"]}
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs that differ by seed alone as one: [mean, standard deviation] of each figure, 0 of a single run."""
     steps = {
         n: {name: _spread([run["steps"][n][name] for run in runs]) for name in figures}

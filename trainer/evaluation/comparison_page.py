@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.evaluation.plots import COLOURS, Curve, over_steps, svg
+from trainer.evaluation.plots import COLORS, Curve, over_steps, svg
 from trainer.evaluation.report import MEANING, STYLE, steps_said
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Runs compa
 
 def comparison_page(report: dict[str, Any], sheets: "Sequence[Image]") -> str:
     """The page of a comparison, with sheets of pictures."""
-    colours = dict(zip(report["lines"], itertools.cycle(LINES), strict=False))
+    colors = dict(zip(report["lines"], itertools.cycle(LINES), strict=False))
     names = [name for name, (_, good) in MEANING.items() if good and _known(report, name)]
     return PAGE.format(
         style=STYLE,
         told=f"{report['samples']:,} samples for each step count, beside {report['heldout_rows']:,} held-out rows of "
         f"{html.escape(report['table']['uri'])} (pictures: {report['heldout_pictures']}). Mean of runs that differ by "
         "their seed; bars are one standard deviation.",
-        key=" ".join(f'<b style="color:{c}">&#9644; {html.escape(label)}</b>' for label, c in colours.items())
+        key=" ".join(f'<b style="color:{c}">&#9644; {html.escape(label)}</b>' for label, c in colors.items())
         + " floors: "
-        + " ".join(f'<b style="color:{COLOURS[floor]}">&#9476; {floor}</b>' for floor in report["floors"]),
+        + " ".join(f'<b style="color:{COLORS[floor]}">&#9476; {floor}</b>' for floor in report["floors"]),
         plots="".join(
-            svg(over_steps(name, MEANING[name][1], _curves(report, name, colours), report["floors"])) for name in names
+            svg(over_steps(name, MEANING[name][1], _curves(report, name, colors), report["floors"])) for name in names
         ),
         shown=report["shown_steps"],
         pictures="".join(f'<p><img alt="samples" src="data:image/png;base64,{_png(sheet)}"></p>' for sheet in sheets),
@@ -62,10 +62,10 @@ def _known(report: dict[str, Any], name: str) -> bool:
     return any(name in figures for line in report["lines"].values() for figures in line["steps"].values())
 
 
-def _curves(report: dict[str, Any], name: str, colours: dict[str, str]) -> list[Curve]:
+def _curves(report: dict[str, Any], name: str, colors: dict[str, str]) -> list[Curve]:
     """The lines that have a figure."""
     return [
-        Curve(colours[label], {int(n): tuple(figures[name]) for n, figures in line["steps"].items()})
+        Curve(colors[label], {int(n): tuple(figures[name]) for n, figures in line["steps"].items()})
         for label, line in report["lines"].items()
         if all(name in figures for figures in line["steps"].values())
     ]

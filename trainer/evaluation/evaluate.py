@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from index.console import write_json, write_text
-from trainer.checkpoint import read_config
+from index.table.storage import write_json, write_text
 from trainer.evaluation.exam import ExamConfig, set_exam
 from trainer.evaluation.report import evaluation_page, steps_said
+from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
 
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.console import Progress
 from index.errors import OptionError, RunError, TableError
-from index.schema import HELDOUT, TRAIN
-from index.table import Table, open_table
-from trainer.checkpoint import read_config
+from index.table.schema import HELDOUT, TRAIN
+from index.table.table import Table, open_table
+from index.terminal import Progress
 from trainer.evaluation.answers import BATCH, Answers, Questions, Sampled, Told, make_questions, retrieve, sample
 from trainer.evaluation.floors import keeps_pictures, measure_floors, rows_answers, rows_pictures
 from trainer.evaluation.measure import Measures
@@ -25,6 +24,7 @@ from trainer.evaluation.pretrained import open_pretrained
 from trainer.evaluation.referee import Decode, open_referee
 from trainer.evaluation.reliability import measure_confidence
 from trainer.grid import draw_grid
+from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def set_exam(run: Path, coalescer: Coalescer, config: ExamConfig, out: Path) -> 
     """The exam of a run's table; its referee is trained now if there is none yet."""
     others = open_pretrained(config.clip, config.inception, coalescer.device)
     table = _table_of(run)
-    samples = config.samples or min(SAMPLES, 4 * len(table.offsets(HELDOUT)))
+    samples = config.samples or min(SAMPLES, 4 * len(table.positions(HELDOUT)))
     questions, decode = make_questions(coalescer, table, samples, config.seed), _decode(coalescer)
     among, describe = min(AMONG, len(set(questions.captions))), coalescer.text_encoder.encode
     referee, known = open_referee(table, decode, describe, among=among, out=out, device=coalescer.device)
@@ -177,8 +177,8 @@ def _table_of(run: Path) -> Table:
     except TableError as error:
         raise RunError(f"{run} cannot be compared with its table: {error}") from error
     for split, hint in ((HELDOUT, "larger"), (TRAIN, "smaller")):
-        if (rows := len(table.offsets(split))) < FEWEST:
-            raise TableError(f"{table.uri} holds {rows} {split} rows: encode it with a {hint} --heldout-share")
+        if (rows := len(table.positions(split))) < FEWEST:
+            raise TableError(f"{table.uri} holds {rows} {split} rows: encode it with a {hint} --val-fraction")
     return table
 
 

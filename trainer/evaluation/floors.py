@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.schema import TRAIN
-from index.table import Table
+from index.table.schema import TRAIN
+from index.table.table import Table
 from pipeline.encoders import DiffusersAutoencoder
 from pipeline.images import decode_image
 from trainer.evaluation.answers import Answers, Questions
@@ -71,7 +71,7 @@ def like_captions(table: Table, questions: Questions) -> Int[np.ndarray, "N"]:
     worse than they are.
     """
     wanted, rng = questions.captions[: questions.count], np.random.default_rng([questions.seed, 1])
-    pool = rng.permutation(table.offsets(TRAIN))[: POOL * len(wanted)]
+    pool = rng.permutation(table.positions(TRAIN))[: POOL * len(wanted)]
     waiting: dict[str, list[int]] = {}
     for place, caption in enumerate(table.take(pool, "caption").tolist()):
         waiting.setdefault(caption, []).append(place)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Float16, Float32, UInt8
 
-from index.schema import TRAIN
-from index.table import Table
+from index.table.schema import TRAIN
+from index.table.table import Table
 from trainer.evaluation.answers import Answers
 from trainer.evaluation.metrics import (
     diversity,
@@ -18,7 +18,7 @@ from trainer.evaluation.metrics import (
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.evaluation.neighbourhoods import COPIED, manifold, nearest_ratio
+from trainer.evaluation.neighborhoods import COPIED, manifold, nearest_ratio
 from trainer.evaluation.referee import DECODED, Decode, Referee
 from trainer.evaluation.viewers import Viewer
 
@@ -38,11 +38,11 @@ class Measures:
         self._geometry, self._decode, self._viewers, self._truth = table.meta.geometry, decode, viewers, truth
         self._seen = self._look(pictures, truth.captions)
         self._apart = mean_distance(truth.x)
-        train = table.offsets(TRAIN)
+        train = table.positions(TRAIN)
         every = -(-len(train) * truth.x.shape[1] * 2 // MEMORY_BYTES)
         self._training: Float16[np.ndarray, "N L"] = table.take(train[::every], "latent")
         self.compared_with = len(self._training)
-        """Training rows that memorisation is measured against."""
+        """Training rows that memorization is measured against."""
         self.seconds_per_picture = math.nan
         """That the last row's decoding took."""
 
@@ -77,13 +77,13 @@ class Measures:
         self.seconds_per_picture = seconds / len(x)
 
     def _alone(self, answers: Answers) -> dict[str, float]:
-        """Diversity and memorisation."""
+        """Diversity and memorization."""
         ratio = nearest_ratio(answers.x, self._training_blocks())
         spread = diversity(answers.grouped, answers.group) / self._apart
         return {
             **({} if math.isnan(spread) else {"diversity": spread}),
             "nearest_ratio": float(np.median(ratio)),
-            "copied_share": float((ratio < COPIED).mean()),
+            "copied_rate": float((ratio < COPIED).mean()),
         }
 
     def _training_blocks(self) -> Iterator[Float32[np.ndarray, "_ L"]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
+COLORS = {
     "run": "#1f4e8c",
     "train rows": "#2e8b57",
     "retrieved pairs": "#d08020",
@@ -21,7 +21,7 @@ LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is pe
 class Curve(NamedTuple):
     """One figure of one kind of run."""
 
-    colour: str
+    color: str
     points: dict[int, tuple[float, float]]
     """By number of steps: mean and standard deviation."""
 
@@ -35,10 +35,10 @@ def over_steps(name: str, good: str, curves: Sequence[Curve], levels: Mapping[st
     figure = Figure(figsize=(3.4, 2.6), layout="constrained")
     axes = figure.subplots()
     for floor, value in known.items():
-        axes.axhline(value, color=COLOURS[floor], linewidth=1, linestyle="--")
+        axes.axhline(value, color=COLORS[floor], linewidth=1, linestyle="--")
     for curve in curves:
         means, spreads = zip(*curve.points.values(), strict=True)
-        axes.errorbar(list(curve.points), means, spreads, color=curve.colour, marker="o", markersize=4)
+        axes.errorbar(list(curve.points), means, spreads, color=curve.color, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     steps = sorted({n for curve in curves for n in curve.points})
     axes.set_xticks(steps, [str(n) for n in steps])
@@ -62,7 +62,7 @@ def diagram(name: str, content: dict[str, Any]) -> "Figure":
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
     said, came = ([bin[side] for bin in content["bins"]] for side in ("said", "came"))
-    axes.plot(said, came, color=COLOURS["run"], marker="o", markersize=4)
+    axes.plot(said, came, color=COLORS["run"], marker="o", markersize=4)
     axes.set_aspect("equal")
     error, rank = content["calibration_error"], content["rank_correlation"]
     axes.set_title(f"{name.replace('_', ' ')}\ncalibration error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from index.errors import OptionError
-from index.table import first_line
+from index.errors import OptionError, one_line
 from pipeline.encoders import quiet_libraries
 from trainer.evaluation.viewers import Viewer, feature_distances
 
@@ -32,7 +31,7 @@ class Inception:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._model = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise OptionError(f"--inception {path} is no TorchScript: {first_line(error)}") from error
+            raise OptionError(f"--inception {path} is no TorchScript: {one_line(error)}") from error
 
     def look(self, pictures: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """Its features."""
@@ -65,7 +64,7 @@ class Clip:
             self._pictures = AutoImageProcessor.from_pretrained(folder)
             self._words = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise OptionError(f"--clip {folder} cannot be opened: {first_line(error)}") from error
+            raise OptionError(f"--clip {folder} cannot be opened: {one_line(error)}") from error
         if info["missing_keys"]:
             raise OptionError(f"--clip {folder} lacks weights, such as {sorted(info['missing_keys'])[0]}")
         self._model, self._device = model.to(device).eval(), device

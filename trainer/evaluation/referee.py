@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from index.console import Progress, write_json
 from index.errors import RunError
-from index.schema import TRAIN
-from index.storage import is_local
-from index.table import Table, column_array, reports_of
-from trainer.checkpoint import load_model, save_model
+from index.table.schema import TRAIN
+from index.table.storage import is_local, write_json
+from index.table.table import Table, column_array, reports_of
+from index.terminal import Progress
 from trainer.evaluation.adherence import Classifier, Describe, Matcher, referee_network, shrunk
 from trainer.evaluation.viewers import feature_distances
+from trainer.run_folder import load_model, save_model
 
 MOST_LABELS = 100
 """Captions that are taken for classes, where a class has ten rows on average."""
@@ -106,14 +106,14 @@ def labels_of(table: Table) -> list[str] | None:
 
 def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classifier | Matcher, dict[str, Any]]:
     began, seed = time.perf_counter(), int(BUDGET["seed"])
-    rng, offsets = np.random.default_rng(seed), table.offsets(TRAIN)
+    rng, offsets = np.random.default_rng(seed), table.positions(TRAIN)
     rows = np.sort(rng.permutation(offsets)[: int(BUDGET["rows"])])
     captions = table.take(rows, "caption")
     text = torch.from_numpy(table.take(rows, "text").astype(np.float32))
     latents = table.take(rows, "latent").astype(np.float32)
     labels = labels_of(table)
     known: dict[str, Any] = {"kind": "matcher" if labels is None else "classifier", "labels": labels}
-    known |= {"text_width": text.shape[1], "trained_on": len(rows)}
+    known |= {"text_dim": text.shape[1], "trained_on": len(rows)}
     batch = min(int(BUDGET["batch_size"]), len(rows))
     steps = min(int(BUDGET["steps"]), int(BUDGET["passes"]) * len(rows) // batch)
     with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@ import html
 import io
 from typing import TYPE_CHECKING, Any
 
-from trainer.evaluation.plots import COLOURS, HALF, HIGHER, LOWER, NEITHER, Curve, diagram, over_steps, svg
+from trainer.evaluation.plots import COLORS, HALF, HIGHER, LOWER, NEITHER, Curve, diagram, over_steps, svg
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,7 @@ MEANING = {
     "coverage": ("share of held-out rows with a sample near", HIGHER),
     "diversity": ("distance of two samples of a caption, over that of two held-out rows", NEITHER),
     "nearest_ratio": ("median distance to the nearest training row, over that to the second", NEITHER),
-    "copied_share": ("share with that ratio below 1/3", NEITHER),
+    "copied_rate": ("share with that ratio below 1/3", NEITHER),
     "feature_frechet": ("in features of the referee, as pictures", LOWER),
     "feature_kernel": ("squared kernel distance in the same", LOWER),
     "class_accuracy": ("share that the referee takes for what the caption says", HIGHER),
@@ -74,9 +74,7 @@ def lines_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
     """The page of a report, with a sheet of pictures."""
-    key = " ".join(
-        f'<b style="color:{colour};white-space:nowrap">&#9644; {name}</b>' for name, colour in COLOURS.items()
-    )
+    key = " ".join(f'<b style="color:{color};white-space:nowrap">&#9644; {name}</b>' for name, color in COLORS.items())
     levels = report["floors"] | {"held-out rows": report["heldout"]}
     drawn = [
         over_steps(name, good, [curve], levels)
@@ -101,7 +99,7 @@ def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
 
 def _curve(report: dict[str, Any], name: str) -> Curve:
     steps = report["steps"].items()
-    return Curve(COLOURS["run"], {int(n): (figures[name], 0.0) for n, figures in steps if name in figures})
+    return Curve(COLORS["run"], {int(n): (figures[name], 0.0) for n, figures in steps if name in figures})
 
 
 def _table(report: dict[str, Any]) -> str:

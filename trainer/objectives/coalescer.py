@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from index.errors import OptionError
-from trainer.networks import Prediction
-from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_shares, check_weights
+from trainer.models.base import Prediction
+from trainer.objectives.base import Loss, Step, Training
+from trainer.objectives.hyperparameters import check_shares, check_weights
 from trainer.objectives.segment import Place, inconsistency, places_on, ramped
 from trainer.objectives.steps import guided
 from trainer.stream import Batch
@@ -62,7 +62,7 @@ class Coalescer:
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         if self.rule not in RULES:
             raise OptionError(f"rule {self.rule!r} is unknown: choose one of {', '.join(RULES)}")
         check_shares(self, "segment", "own", "gap", "dropout")
@@ -74,7 +74,7 @@ class Coalescer:
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """All losses, averaged over the batch."""
-        kind, along, told = batch.dice[:, :3].unbind(1)
+        kind, along, told = batch.uniforms[:, :3].unbind(1)
         keep, size = told >= self.dropout, batch.y.shape[1]
 
         def said_at(place: Place) -> Prediction:
@@ -152,7 +152,7 @@ def ask(
     """What the network says of points, its direction head read in units of 1/sqrt(L).
 
     The numbers of a unit vector are about that large; a head that had to give them as they are would start sqrt(L)
-    times too long, and steps of the optimiser that suit the rest of the network would be as coarse for it.
+    times too long, and steps of the optimizer that suit the rest of the network would be as coarse for it.
     """
     guess: Prediction = network(x, text, keep=keep, time=time)
     return guess._replace(direction=guess.direction / math.sqrt(x.shape[1]))

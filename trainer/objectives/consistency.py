@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_positive, check_shares
+from trainer.objectives.base import Loss, Step, Training
+from trainer.objectives.hyperparameters import check_positive, check_shares
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
 
@@ -52,13 +52,13 @@ class Consistency:
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "dropout")
         check_positive(self, "std", "q", "stages", "c", "sigma_data", "sigma_max", "middle")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """(sqrt(|D_t - D_r|^2 + L c^2) - sqrt(L) c) / (t - r), the weight of ECT on CIFAR-10."""
-        keep = batch.dice[:, 0] >= self.dropout
+        keep = batch.uniforms[:, 0] >= self.dropout
         t = (self.mean + self.std * batch.normal(1)).exp()
         r = self.earlier(t, training.progress)
         y = self.sigma_data * batch.y

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_shares, check_weights
+from trainer.objectives.base import Loss, Step, Training
+from trainer.objectives.hyperparameters import check_shares, check_weights
 from trainer.objectives.segment import Place, inconsistency, places_on, ramped
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
@@ -21,7 +21,7 @@ from trainer.stream import Batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """The ablation of separate distance and direction; its dials are the coalescer's."""
+    """The ablation of separate distance and direction; its hyperparameters are the coalescer's."""
 
     segment: float = 0.9
     """Share of inputs on the segment from R to y."""
@@ -35,13 +35,13 @@ class Endpoint:
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "segment", "gap", "dropout")
         check_weights(self, "consistency", "ramp")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the end point x + direction, per dimension, and the inconsistency of end points."""
-        keep = batch.dice[:, 2] >= self.dropout
+        keep = batch.uniforms[:, 2] >= self.dropout
 
         def end_of(place: Place) -> Float[Tensor, "B L"]:
             end: Float[Tensor, "B L"] = place.x + network(place.x, batch.text, keep=keep).direction

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer.objectives import Loss, Training
-from trainer.objectives.dials import check_shares
+from trainer.objectives.base import Loss, Training
+from trainer.objectives.hyperparameters import check_shares
 from trainer.objectives.steps import Euler
 from trainer.stream import Batch
 
@@ -23,12 +23,12 @@ class FlowMatching(Euler):
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "dropout")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the velocity, per dimension."""
-        told, t = batch.dice[:, 0], batch.dice[:, 1]
+        told, t = batch.uniforms[:, 0], batch.uniforms[:, 1]
         velocity = batch.y - batch.r
         guess = network(batch.r + t[:, None] * velocity, batch.text, keep=told >= self.dropout, time=t)
         error = (guess.direction - velocity).square().mean()

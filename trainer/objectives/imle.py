@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trainer.objectives import Loss, Step, Training
-from trainer.objectives.dials import check_positive, check_shares
+from trainer.objectives.base import Loss, Step, Training
+from trainer.objectives.hyperparameters import check_positive, check_shares
 from trainer.objectives.steps import guided, unsure
 from trainer.stream import Batch
 
@@ -34,14 +34,14 @@ class IMLE:
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "dropout", "eps")
         check_positive(self, "pool")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error per dimension of the nearest output that is not near enough."""
-        keep = batch.dice[:, 0] >= self.dropout
-        nearest, chosen = torch.full_like(batch.dice[:, 0], torch.inf), batch.r
+        keep = batch.uniforms[:, 0] >= self.dropout
+        nearest, chosen = torch.full_like(batch.uniforms[:, 0], torch.inf), batch.r
         rejected = torch.zeros_like(nearest)
         with torch.no_grad():
             for slot in range(self.pool):

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trainer.networks import Network
-from trainer.objectives import Loss, Training
-from trainer.objectives.dials import check_positive, check_shares
+from trainer.models.base import Network
+from trainer.objectives.base import Loss, Training
+from trainer.objectives.hyperparameters import check_positive, check_shares
 from trainer.objectives.steps import Euler
 from trainer.stream import Batch
 
@@ -46,13 +46,13 @@ class MeanFlow(Euler):
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "spanned", "dropout")
         check_positive(self, "start_std", "end_std", "eps")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Algorithm 1: the squared error against the identity's right side, weighted."""
-        keep = batch.dice[:, 0] >= self.dropout
+        keep = batch.uniforms[:, 0] >= self.dropout
         time, span = self.times(batch)
         velocity = batch.y - batch.r
         x = batch.r + time[:, None] * velocity
@@ -66,7 +66,7 @@ class MeanFlow(Euler):
         """Where spans begin, in our time, and how long they are: `sample_two_timesteps_t_r_v1`."""
         start = torch.sigmoid(self.start_mean + self.start_std * batch.normal(1))
         end = torch.sigmoid(self.end_mean + self.end_std * batch.normal(2))
-        end = torch.where(batch.dice[:, 3] < self.spanned, torch.minimum(start, end), start)
+        end = torch.where(batch.uniforms[:, 3] < self.spanned, torch.minimum(start, end), start)
         return 1 - start, start - end
 
     def span(self, n: int) -> float:

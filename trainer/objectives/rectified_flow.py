@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from index.errors import OptionError, RunError
-from index.schema import TableMeta
-from trainer.checkpoint import load_network, read_config
-from trainer.networks import Network
-from trainer.objectives import Loss, Objective, Training, make_objective
-from trainer.objectives.dials import check_positive
+from index.table.schema import TableMeta
+from trainer.models.base import Network
+from trainer.objectives.base import Loss, Objective, Training, make_objective
 from trainer.objectives.flow_matching import FlowMatching
+from trainer.objectives.hyperparameters import check_positive
+from trainer.run_folder import load_network, read_config
 from trainer.stream import Batch
 
 FLOWS = ("flow_matching", "rectified_flow")
@@ -36,7 +36,7 @@ class RectifiedFlow(FlowMatching):
     """Euler steps from R to its pair. The authors use RK45, on CIFAR-10 about 127 evaluations, once for all pairs."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         FlowMatching.__post_init__(self)
         check_positive(self, "solver_steps")
 
@@ -48,12 +48,12 @@ class RectifiedFlow(FlowMatching):
             RunError: it is missing or no flow, or its coordinates or descriptions are not those of the table.
         """
         if not self.flow:
-            raise OptionError("rectified_flow has no flow: give --dial flow=RUN, made with --objective flow_matching")
+            raise OptionError("rectified_flow has no flow: give --set flow=RUN, made with --objective flow_matching")
         folder = Path(self.flow)
         config = read_config(folder)
         name = config["fit"]["objective"]
         if name not in FLOWS:
-            raise RunError(f"{folder} is a run of {name}: give --dial flow=RUN of one of {', '.join(FLOWS)}")
+            raise RunError(f"{folder} is a run of {name}: give --set flow=RUN of one of {', '.join(FLOWS)}")
         network = load_network(folder)
         if meta is None:
             return

@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 def places_on(batch: Batch, share: float) -> Place:
     """A point anywhere on the segment with probability `share`, else R."""
-    kind, place = batch.dice[:, :2].unbind(1)
+    kind, place = batch.uniforms[:, :2].unbind(1)
     t = torch.where(kind < share, place, 0.0)
     return Place(batch.r + t[:, None] * (batch.y - batch.r), t)
 
@@ -39,7 +39,7 @@ def inconsistency(
     That point is up to a share `gap` of the rest of the way ahead, and is not learned from, as in consistency training
     (Song et al., arXiv 2303.01469).
     """
-    ahead = gap * batch.dice[:, 3]
+    ahead = gap * batch.uniforms[:, 3]
     with torch.no_grad():
         x, t = place.x + ahead[:, None] * (batch.y - place.x), place.t + ahead * (1 - place.t)
         goal = end_of(Place(x, t))

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainer.networks import Prediction
-from trainer.objectives import Loss, Training
-from trainer.objectives.dials import check_positive, check_shares
+from trainer.models.base import Prediction
+from trainer.objectives.base import Loss, Training
+from trainer.objectives.hyperparameters import check_positive, check_shares
 from trainer.objectives.steps import Euler
 from trainer.stream import Batch
 
@@ -31,18 +31,18 @@ class Shortcut(Euler):
     share: float = 0.125
     """Of inputs that learn from two half steps."""
     clip: float = 4.0
-    """Largest coordinate of a point and of a velocity in such a target; for unstandardised latents give inf."""
+    """Largest coordinate of a point and of a velocity in such a target; for unstandardized latents give inf."""
     dropout: float = 0.1
     """Share of inputs without their description, for guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse dials that mean nothing."""
+        """Refuse hyperparameters that mean nothing."""
         check_shares(self, "share", "dropout")
         check_positive(self, "clip")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Mean squared error of the velocity, per dimension; times are multiples of the step's length."""
-        told, place, kind, level = batch.dice[:, :4].unbind(1)
+        told, place, kind, level = batch.uniforms[:, :4].unbind(1)
         keep, longer = told >= self.dropout, kind < self.share
         length = torch.where(longer, torch.exp2(-(HALVINGS * level).floor()), 2.0**-HALVINGS)
         time = (place / length).floor() * length

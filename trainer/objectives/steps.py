@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trainer.objectives import Step
+from trainer.objectives.base import Step
 
 
 def guided(

@@ -1,0 +1,1 @@
+"""What is measured of a table and its index."""

@@ -1,0 +1,60 @@
+"""What is said of a table beside the measurements: its settings, its bad vectors, its last report."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from index.table.schema import TRAIN
+from index.table.table import Table, column_array
+
+
+def count_bad_vectors(table: Table) -> dict[str, int]:
+    """How many training vectors are not finite, zero, or equal to an earlier one, from one pass over them."""
+    weights = np.random.default_rng(0).integers(2**64, size=table.meta.geometry.vector_dim, dtype=np.uint64)
+    hashes, bad, zero = [np.empty(0, np.uint64)], 0, 0
+    for batch in table.dataset().to_batches(columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=65_536):
+        vectors = column_array(batch["vector"])
+        bad += int((~np.isfinite(vectors).all(1)).sum())
+        zero += int((vectors == 0).all(1).sum())
+        # Adding zero makes minus zero plus zero: equal vectors have equal bits.
+        hashes.append((vectors + np.float16(0)).view(np.uint16).astype(np.uint64) @ weights)
+    each = np.concatenate(hashes)
+    return {"nan_vectors": bad, "zero_vectors": zero, "duplicate_vectors": len(each) - len(np.unique(each))}
+
+
+def settings_of(table: Table) -> dict[str, Any]:
+    """What the figures of a report were measured at."""
+    geometry, index = table.meta.geometry, table.meta.index
+    assert index is not None
+    return {
+        "table": table.uri,
+        "version": table.version,
+        "geometry": geometry.kind,
+        "center": geometry.centering is not None,
+        "variance_told_by_descriptions": geometry.centering and geometry.centering.explained,
+        "desc_scale": geometry.desc_scale,
+        "kappa": geometry.kappa,
+        "dims": geometry.vector_dim,
+        **{f"index_{name}": value for name, value in asdict(index).items() if name != "recall"},
+    }
+
+
+def describe(table: Table) -> dict[str, Any]:
+    """What a table holds, with the figures of its last index report where there is one."""
+    meta = table.meta
+    return {
+        "table": table.uri,
+        "version": table.version,
+        "rows": table.dataset().count_rows(),
+        "train_rows": table.dataset().count_rows(filter=f"split = '{TRAIN}'"),
+        "image_encoder": f"{meta.image_encoder.kind} {meta.image_encoder.name}",
+        "text_encoder": f"{meta.text_encoder.kind} {meta.text_encoder.name}",
+        "image_size": meta.image_size,
+        "latent_shape": list(meta.latent_shape),
+        "text_dim": meta.text_dim,
+        "geometry": meta.geometry.kind,
+        "desc_scale": meta.geometry.desc_scale,
+        "indexed": meta.index is not None,
+        **((table.report("index") or {}) if meta.index is not None else {}),
+    }

@@ -1,0 +1,1 @@
+"""Nearest-neighbor search over the training rows."""

@@ -1,0 +1,1 @@
+"""Arithmetic only: what is compared with what."""

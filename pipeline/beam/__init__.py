@@ -1,0 +1,1 @@
+"""Apache Beam transforms that stand on their own."""

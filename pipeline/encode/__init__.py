@@ -1,0 +1,1 @@
+"""Encode the shards of a source into a table."""

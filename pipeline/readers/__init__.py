@@ -1,1 +1,0 @@
-"""One file per kind of source; `pipeline.sources` is the door to all of them."""
