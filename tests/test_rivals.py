@@ -13,7 +13,8 @@ import torch
 from index.errors import OptionError, RunError
 from index.table.storage import write_json
 from trainer.models.base import Network, NetworkConfig, Prediction, make_network
-from trainer.objectives.base import Training, make_objective, rectified_flow
+from trainer.objectives import rectified_flow
+from trainer.objectives.base import Training, make_objective
 from trainer.optimizer import Optimizer
 from trainer.run_folder import FORMAT, save_model
 from trainer.stream import Batch
