@@ -75,10 +75,10 @@ REJECTED = {
     "no_caption": ({"txt": None}, "missing_caption"),
     "blank_caption": ({"txt": b" \n\t"}, "empty_caption"),
     "latin_caption": ({"txt": b"caf\xe9"}, "caption_not_utf8"),
-    "broken_json": ({"json": b'{"url": '}, "broken_metadata"),
-    "json_list": ({"json": b"[1, 2]"}, "broken_metadata"),
-    "json_not_utf8": ({"json": b'{"a": "\xe9"}'}, "broken_metadata"),
-    "json_bottomless": ({"json": b'{"a":' * 100_000}, "broken_metadata"),
+    "broken_json": ({"json": b'{"url": '}, "unreadable_metadata"),
+    "json_list": ({"json": b"[1, 2]"}, "unreadable_metadata"),
+    "json_not_utf8": ({"json": b'{"a": "\xe9"}'}, "unreadable_metadata"),
+    "json_bottomless": ({"json": b'{"a":' * 100_000}, "unreadable_metadata"),
     "../../escape": ({}, "unsafe_name"),
     "/etc/passwd": ({}, "unsafe_name"),
     "inside/../../out": ({}, "unsafe_name"),
@@ -126,7 +126,7 @@ def test_what_is_broken_stands_in_the_rejects_table(bad, rejects, key):
 
 def test_a_truncated_tar_gives_what_it_holds(bad, rejects, content):
     (row,) = (row for row in rejects(bad.table) if row["key"] == "")
-    assert row["reason"] == "broken_shard"
+    assert row["reason"] == "unreadable_shard"
     assert row["shard"].endswith("00001.tar")
     whole = [row for row in content(bad.table) if row["shard"].endswith("00001.tar")]
     assert 1 <= len(whole) < 9
@@ -221,11 +221,11 @@ def varied(tmp_path, write_tar):
         ({"max_aspect_ratio": 1.5}, "acdef", {"wide_aspect": 1}),
         ({"min_caption_length": 3}, "abcef", {"short_caption": 1}),
         ({"max_caption_length": 14}, "abcde", {"long_caption": 1}),
-        ({"where": "aesthetic > 5"}, "acde", {"metadata": 1, "metadata_missing": 1}),
+        ({"filter": "aesthetic > 5"}, "acde", {"metadata": 1, "metadata_missing": 1}),
         ({"dedup": "image"}, "abc", {"duplicate": 4}),
         ({"dedup": "pair"}, "abcdf", {"duplicate": 2}),
         ({"dedup": "image", "min_caption_length": 3}, "abc", {"duplicate": 3, "short_caption": 1}),
-        ({"dedup": "image", "where": "aesthetic > 8 or aesthetic < 5"}, "bd", {"metadata": 5, "metadata_missing": 1}),
+        ({"dedup": "image", "filter": "aesthetic > 8 or aesthetic < 5"}, "bd", {"metadata": 5, "metadata_missing": 1}),
     ],
 )
 def test_filters_count_by_reason_apart_from_rejects(varied, encode_shapes, content, tmp_path, options, kept, counted):
@@ -247,7 +247,7 @@ def test_appended_rejects_join_those_before(varied, encode_shapes, rejects, writ
 
 def test_copies_are_found_by_any_number_of_workers(varied, encode_shapes, content, tmp_path):
     tables = [
-        encode_shapes(varied, tmp_path / f"{workers}.lance", val_fraction=0.0, dedup="image", num_workers=workers).table
+        encode_shapes(varied, tmp_path / f"{workers}.lance", val_fraction=0.0, dedup="image", workers=workers).table
         for workers in (1, 2)
     ]
     assert content(tables[0]) == content(tables[1])
@@ -255,9 +255,9 @@ def test_copies_are_found_by_any_number_of_workers(varied, encode_shapes, conten
 
 def test_a_filter_that_leaves_nothing_says_so(varied, encode_shapes, tmp_path):
     with pytest.raises(SourceError, match=r"8 filtered \(metadata_missing 8\): nothing was published"):
-        encode_shapes(varied, tmp_path / "t.lance", where="aesthetics > 5")
+        encode_shapes(varied, tmp_path / "t.lance", filter="aesthetics > 5")
 
 
 def test_an_expression_that_cannot_be_used_is_one_line(varied, encode_shapes, tmp_path):
     with pytest.raises(OptionError, match=r"^--filter 'open\(1\)' cannot be used: Function 'open' not defined"):
-        encode_shapes(varied, tmp_path / "t.lance", where="open(1)")
+        encode_shapes(varied, tmp_path / "t.lance", filter="open(1)")

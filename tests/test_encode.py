@@ -14,7 +14,9 @@ from index.table.table import rejects_uri
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from pipeline.images import decode_image
-from pipeline.sources.read import Sample, list_shards, read_samples
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import Sample
 
 
 def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_encoder):

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from pipeline import images
-from pipeline.images import Rejected, RejectReason, decode_caption, decode_image, quiet_pillow
+from pipeline.images import decode_image, quiet_pillow
+from pipeline.rejects import Rejected, RejectReason
+from pipeline.sources.sample import decode_caption
 
 
 @pytest.fixture(autouse=True)

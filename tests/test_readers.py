@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.images import RejectReason
+from pipeline.rejects import RejectReason
 from pipeline.sources import ranges as piece
-from pipeline.sources.read import ReadOptions, Sample, Unreadable, count_samples, list_shards, read_samples
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -116,7 +118,7 @@ def test_a_folder_that_shrank_is_told(tmp_path):
     (tmp_path / "x" / "0.png").unlink()
     assert list_shards([folder]) == [f"{folder}#0-2"]
     (broken,) = read_samples(shard)
-    assert (broken.reason, "was changed" in broken.detail) == (RejectReason.BROKEN_SHARD, True)
+    assert (broken.reason, "was changed" in broken.detail) == (RejectReason.UNREADABLE_SHARD, True)
 
 
 def test_a_picture_that_vanished_is_one_broken_sample(tmp_path):
@@ -125,7 +127,7 @@ def test_a_picture_that_vanished_is_one_broken_sample(tmp_path):
     (tmp_path / "x" / "1.txt").unlink()
     zero, one, two = read_samples(shard)
     assert isinstance(one, Unreadable)
-    assert (one.key, one.reason) == ("1.png", RejectReason.BROKEN_SHARD)
+    assert (one.key, one.reason) == ("1.png", RejectReason.UNREADABLE_SHARD)
     assert (zero.key, two.key) == ("0.png", "2.png")
 
 
@@ -303,7 +305,7 @@ def test_a_streamed_dataset_opens_only_its_own_files(tmp_path, no_network):
     (shard,) = list_shards([f"hf:{tmp_path}/data"])
     one, two, gone = read_samples(shard)
     assert (one.image, two.image) == (png(1), None)
-    assert (gone.key, gone.reason) == ("train-00000-of-00001/00000002", RejectReason.BROKEN_SHARD)
+    assert (gone.key, gone.reason) == ("train-00000-of-00001/00000002", RejectReason.UNREADABLE_SHARD)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.images import RejectReason
-from pipeline.sources.read import ReadOptions, Sample, Unreadable, count_samples, list_shards, read_samples
+from pipeline.rejects import RejectReason
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 
 def png(color=(255, 0, 0), side=8) -> bytes:
@@ -286,7 +288,7 @@ def test_a_tar_cut_anywhere_never_gives_half_a_sample(tmp_path, zipped):
     for length in range(0, len(data), 256):
         path.write_bytes(data[:length])
         *samples, last = read_samples(str(path))
-        assert (last.key, last.reason) == ("", RejectReason.BROKEN_SHARD), length
+        assert (last.key, last.reason) == ("", RejectReason.UNREADABLE_SHARD), length
         assert len(samples) in ({length // 4608, length // 4608 - 1} if not zipped else range(5))
         for sample in samples:
             expected = (members[f"{sample.key}.png"], members[f"{sample.key}.txt"], members[f"{sample.key}.json"])
@@ -308,12 +310,12 @@ def test_a_damaged_header_is_no_end_of_the_shard(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100, None])
-def test_what_is_no_tar_is_one_broken_shard(tmp_path, content):
+def test_what_is_no_tar_is_one_unreadable_shard(tmp_path, content):
     path = tmp_path / "a.tar"
     if content is not None:
         path.write_bytes(content)
     (broken,) = read_samples(str(path))
-    assert (broken.key, broken.shard, broken.reason) == ("", str(path), RejectReason.BROKEN_SHARD)
+    assert (broken.key, broken.shard, broken.reason) == ("", str(path), RejectReason.UNREADABLE_SHARD)
     assert count_samples(str(path)) is None
 
 
@@ -442,10 +444,10 @@ def test_keys_of_rows_number_through_the_whole_file(tmp_path):
     assert keys == [f"a/{number:08d}" for number in range(100)]
 
 
-def test_a_damaged_parquet_is_one_broken_shard(tmp_path):
+def test_a_damaged_parquet_is_one_unreadable_shard(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [png()], "caption": ["c"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
     (broken,) = read_samples(str(path))
-    assert (broken.key, broken.reason) == ("", RejectReason.BROKEN_SHARD)
+    assert (broken.key, broken.reason) == ("", RejectReason.UNREADABLE_SHARD)
     assert count_samples(str(path)) is None

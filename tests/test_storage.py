@@ -15,7 +15,9 @@ from index.search.ann import ApproximateSearch
 from index.table.lock import claim
 from index.table.storage import Storage
 from index.table.table import open_table, table_uri
-from pipeline.sources.read import ReadOptions, count_samples, list_shards, read_samples
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.sample import ReadOptions
 
 KEYS = ("aws_access_key_id=me", "aws_secret_access_key=secret", "region=us-east-1")
 
