@@ -171,7 +171,7 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
     options = {"image_key": "photo_a", "caption_key": "alt", "val_fraction": 0.0}
     (row,) = content(encode_shapes(tmp_path / "a.parquet", tmp_path / "t.lance", **options).table)
     assert row["caption"] == "words"
-    with pytest.raises(SourceError, match="--caption-key 'title': there is no such column; there are photo_a, photo_b"):
+    with pytest.raises(SourceError, match="'title' is not a column: choose one of photo_a, photo_b"):
         encode_shapes(tmp_path / "a.parquet", tmp_path / "u.lance", caption_key="title")
 
 

@@ -307,7 +307,7 @@ def test_a_streamed_dataset_reads_only_its_own_files(tmp_path, no_network):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hf:{}?split=dev", "no split 'dev': add .* one of (test, train|train, test)"),
+        ("hf:{}?split=dev", "no split 'dev': choose one of (test, train|train, test)"),
         ("hf:{}?name=other", "cannot be loaded by datasets.load_dataset: "),
         ("hf:{}?splits=train", "parameter splits is unknown"),
         ("hf:{}/nowhere", "cannot be loaded by datasets.load_dataset: "),
@@ -324,7 +324,7 @@ def test_the_split_must_be_given_if_there_are_several_and_none_is_train(parquets
     folder = Path(parquets) / "data"
     for path in folder.glob("train-0000*"):
         path.rename(folder / path.name.replace("train", "validation"))
-    with pytest.raises(SourceError, match=r"has no split 'train': add \?split= with one of"):
+    with pytest.raises(SourceError, match=r"has no split 'train': choose one of .*, as in 'hf:.*\?split="):
         list_shards([f"hf:{parquets}"])
     (folder / "test-00000-of-00001.parquet").unlink()
     assert list_shards([f"hf:{parquets}"]) == [f"hf:{parquets}?split=validation&shard={n}/2" for n in range(2)]

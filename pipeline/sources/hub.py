@@ -95,7 +95,8 @@ def list_shards(source: str, options: ReadOptions) -> list[str]:
     splits = _load_splits(uri.path, uri.name, uri.revision)
     split = given.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
-        raise SourceError(f"{source} has no split {split!r}: add ?split= with one of {', '.join(splits)}")
+        example = replace(given, split=next(iter(splits), "SPLIT"))
+        raise SourceError(f"{source} has no split {split!r}: choose one of {', '.join(splits)}, as in '{example}'")
     total = splits[split].num_shards
     return [str(replace(uri, split=split, shard=f"{index}/{total}")) for index in range(total)]
 

@@ -1,6 +1,6 @@
 """List the shards of a source: files, folders, globs and brace patterns at any fsspec URI, or a dataset of the hub.
 
-A folder stands for the first of these that it has: tars and parquets directly in it; a saved dataset; tars and parquets
+A folder means the first of these that it has: tars and parquets directly in it; a saved dataset; tars and parquets
 at any depth; images. What a pattern names and does not exist is skipped.
 """
 

@@ -1,7 +1,7 @@
 """Count and read the samples of one shard, with the reader of its format.
 
-Samples come in the order of their source and are not decoded: an image or caption that cannot be decoded is rejected
-later, by whoever decodes it.
+Samples come in the order of their source and are not decoded: a damaged image or caption is rejected later, by
+images.py and sample.py.
 """
 
 from collections.abc import Iterator

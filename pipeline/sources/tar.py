@@ -42,7 +42,7 @@ def count_samples(shard: str, options: ReadOptions) -> int | None:
 
 
 def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
-    """Yield the samples in the order of the tar; raises tarfile.ReadError where it is cut off or damaged."""
+    """Yield the samples in the order of the tar; raises tarfile.ReadError if it is truncated or damaged."""
     extensions = {*options.image_extensions, *options.caption_extensions, "json"}
     rows: dict[str, bytes] | None = None
     with options.storage.open(shard) as file:
@@ -106,7 +106,7 @@ def _group_by_key(file: _TarBytes, extensions: set[str]) -> Iterator[tuple[str, 
                 data = tar.extractfile(info)
                 group[extension] = data.read() if data is not None and extension in extensions else b""
             if file.block(tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset:,}")
+                raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset:,}")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         lost = f"; sample {key!r} may be incomplete and is skipped" if key else ""
         raise tarfile.ReadError(f"{error}{lost}") from error
