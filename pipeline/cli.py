@@ -106,9 +106,9 @@ def encode(
     from pipeline.config import RuntimeConfig
     from pipeline.encode.run import encode as run_encode
     from pipeline.encode.run import plan_encode
-    from pipeline.encoders import pick_device
+    from pipeline.encoders import resolve_device
 
-    device = pick_device(device)
+    device = resolve_device(device)
     # What follows `--` reaches us among the sources.
     beam_options = [part for part in source if part.startswith("--")]
     how = RuntimeConfig(

@@ -15,8 +15,9 @@ from index.build.build_index import BuildConfig, build_index
 from index.search.ann import ApproximateSearch, ExactSearch
 from index.space.queries import draw_points
 from index.table.table import open_table
-from pipeline.images import decode_caption
-from pipeline.sources.read import list_shards, read_samples
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import decode_caption
 from trainer.evaluation.metrics import frechet
 from trainer.evaluation.neighborhoods import manifold
 
