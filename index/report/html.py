@@ -25,5 +25,5 @@ def svg(figure: "Figure") -> str:
 
 
 def image_tag(data: bytes, *, alt: str = "") -> str:
-    """Return an image element with the encoded image inline."""
-    return f'<img alt="{html.escape(alt)}" src="data:image;base64,{base64.b64encode(data).decode()}">'
+    """Return an image element with a PNG inline."""
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
