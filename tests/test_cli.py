@@ -90,7 +90,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
         tmp_path, "trainer", "fit-autoencoder", "image", shapes, "--out", "a", "--image-size", "33"
     )
     assert "'two'" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--steps", "two")
-    assert "--samples 3 is too few" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--samples", "3")
+    assert "--num-samples 3 is too small" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--samples", "3")
 
 
 def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder, text_encoder):

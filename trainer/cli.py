@@ -212,16 +212,21 @@ def evaluate(
 
     trainer evaluate runs/shapes --steps 2 --samples 5000 --out reports/shapes
     """
-    from trainer.evaluation.evaluate import evaluate as run_evaluate
-    from trainer.evaluation.exam import ExamConfig
-    from trainer.evaluation.report import lines_of
+    from trainer.evaluation.protocol import EvaluationConfig
+    from trainer.evaluation.protocol import evaluate as run_evaluate
+    from trainer.evaluation.report import metrics_by_name
 
     place = out or run / "report"
-    config = ExamConfig(
-        steps=_numbers(steps), samples=samples, seed=seed, clip=clip, inception=inception, device=device
+    config = EvaluationConfig(
+        num_inference_steps=_numbers(steps),
+        num_samples=samples,
+        seed=seed,
+        clip=clip,
+        inception=inception,
+        device=device,
     )
     report = run_evaluate(run, config, place)
-    print_columns(str(run), lines_of(report))
+    print_columns(str(run), metrics_by_name(report))
     print(f"page: {place / 'index.html'}")
 
 
@@ -244,14 +249,19 @@ def compare(
     trainer compare runs/a-seed0 runs/a-seed1 runs/b-seed0 runs/b-seed1 --out reports/ab --steps 1,2
     """
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.comparison_page import columns_of
-    from trainer.evaluation.exam import ExamConfig
+    from trainer.evaluation.protocol import EvaluationConfig
+    from trainer.evaluation.report import main_metrics
 
-    config = ExamConfig(
-        steps=_numbers(steps), samples=samples, seed=seed, clip=clip, inception=inception, device=device
+    config = EvaluationConfig(
+        num_inference_steps=_numbers(steps),
+        num_samples=samples,
+        seed=seed,
+        clip=clip,
+        inception=inception,
+        device=device,
     )
     report = run_compare(runs, config, out, captions=caption or [])
-    for name, lines in columns_of(report).items():
+    for name, lines in main_metrics(report).items():
         print_columns(name, lines)
     print(f"page: {out / 'index.html'}")
 

@@ -18,8 +18,7 @@ from index.table.table import open_table
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import read_samples
 from pipeline.sources.sample import decode_caption
-from trainer.evaluation.metrics import frechet
-from trainer.evaluation.neighborhoods import manifold
+from trainer.evaluation.metrics import frechet, prdc
 
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))
@@ -45,7 +44,7 @@ def floors(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
         return {
             "space": space,
             "frechet": frechet(found, real),
-            "coverage": manifold(real, found).coverage,
+            "coverage": prdc(real, found).coverage,
             "adherence": None if space == TRAINING else accuracy(found, right),
             **more,
         }
