@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs and the report")
-    parser.add_argument("--set", default="rivals", choices=SETS)
+    parser.add_argument("--group", default="rivals", choices=SETS)
     parser.add_argument("--only", help="comma-separated names of some of its runs")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--images", type=int, default=400_000, help="training images of the default coalescer")
@@ -159,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
     table = open_table(args.table, indexed=True)
-    variants = {name: SETS[args.set][name] for name in (args.only or ",".join(SETS[args.set])).split(",")}
+    variants = {name: SETS[args.group][name] for name in (args.only or ",".join(SETS[args.group])).split(",")}
     ready = {DEFAULT: Variant("coalescer")}
     ready |= {name: variant for name, variant in variants.items() if name != "rectified_flow"}
     rates = measure_rates(table, ready, args.size, args.rounds, args.seconds)
