@@ -547,7 +547,7 @@ def test_a_flow_that_is_missing_or_none_is_refused_before_training(tmp_path):
         return str(caught.value)
 
     assert "give --set flow=RUN, made with --objective flow_matching" in refused("", OptionError)
-    assert "nowhere is no training run: it has no config.json" in refused(tmp_path / "nowhere")
+    assert "nowhere is not a training run: it has no config.json" in refused(tmp_path / "nowhere")
     other = run_of(tmp_path / "other", objective="coalescer")
     assert "other is a run of coalescer: give --set flow=RUN of one of flow_matching, rectified_flow" in refused(other)
     half = run_of(tmp_path / "half")
