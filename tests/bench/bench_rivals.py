@@ -32,7 +32,7 @@ from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.protocol import EvaluationConfig
 from trainer.objectives.base import make_objective
-from trainer.stream import NeighborStream
+from trainer.stream import NeighborStream, StreamConfig
 
 
 class Variant(NamedTuple):
@@ -95,7 +95,7 @@ def measure_rates(
     table: Table, variants: dict[str, Variant], size: str, rounds: int, seconds: float
 ) -> dict[str, float]:
     """Return the training steps per second of each objective, with pairs in memory, measured in turns."""
-    stream = NeighborStream(table, open_search(table), batch_size=BATCH, seed=0)
+    stream = NeighborStream(table, open_search(table), StreamConfig(batch_size=BATCH))
     batches = [batch for _, batch in itertools.islice(stream, 8)]
     objectives = {
         name: make_objective(variant.objective, variant.preset, **variant.hyperparameters)
