@@ -46,8 +46,8 @@ class SearchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexCandidate(Recall):
-    """An index at one setting of its search parameters, with its recall and speed."""
+class IndexSettings:
+    """An index and how it is searched."""
 
     index_type: str
     num_bits: int | None
@@ -57,6 +57,11 @@ class IndexCandidate(Recall):
     build_seconds: float | None
     """None for an index that was kept."""
     index_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCandidate(Recall, IndexSettings):
+    """The recall and speed of an index at these settings."""
 
     def ref(self) -> IndexRef:
         """Return what the table's metadata stores of it."""
