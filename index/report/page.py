@@ -126,11 +126,12 @@ def _plot_hit_counts(axes: "Axes", report: IndexReport) -> None:
     # Poisson, term by term: the factorial of 32 overflows an int64.
     uniform = np.exp(-mean) * np.cumprod(np.concatenate([[1.0], mean / hits[1:]])) * rows.sum()
     axes.bar(hits, rows, color=BLUE, label="measured")
-    axes.plot(hits, uniform, color=RED, marker=".", label="expected under uniform sampling (Poisson)")
+    axes.plot(hits, uniform, color=RED, marker=".", label="uniform sampling (Poisson)")
     last = f" ({hits[-1]}: or more)" if len(rows) == len(report.hit_counts) else ""
     axes.set(
         title=f"Hits per row in {report.num_queries:,} queries", xlabel=f"hits{last}", ylabel="rows", yscale="symlog"
     )
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small")
 
 
