@@ -90,7 +90,7 @@ def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encod
     assert (again.done_before, again.report) == (True, made.report)
     assert s3.names("s3://bucket/db/shapes.encode") == []
     built = build_index(open_table(made.table.uri, storage=s3), BuildConfig(index_type="ivf_flat"))
-    assert built.table.report("index")["index_kind"] == "ivf_flat"
+    assert built.table.report("index")["index_type"] == "ivf_flat"
     table = open_table(made.table.uri, indexed=True, storage=s3)
     vectors = table.column("vector")[:8]
     assert ApproximateSearch(table).nearest(vectors.astype("float32")).text.shape == (8, 1, 16)

@@ -155,10 +155,10 @@ def test_another_schema_version_is_refused(encoded):
 
 
 def test_vectors_that_no_index_can_serve_are_counted(encoded):
-    from index.report.report import count_bad_vectors
+    from index.report.integrity import check_vectors
 
     vectors = encoded.column("vector").copy()
-    sound = count_bad_vectors(encoded)
+    sound = check_vectors(encoded)
     vectors[0, 3], vectors[1, 0], vectors[2] = np.nan, np.inf, 0
     vectors[4:7] = vectors[3]
     vectors[3, -1], vectors[5, -1] = 0.0, -0.0
@@ -171,6 +171,6 @@ def test_vectors_that_no_index_can_serve_are_counted(encoded):
             for part in np.array_split(vectors, 3):
                 yield pa.record_batch([list_array(part)], ["vector"])
 
-    found = count_bad_vectors(Changed(encoded.uri, encoded.version, encoded.meta))
-    assert (found["nan_vectors"], found["zero_vectors"]) == (2, 1)
-    assert found["duplicate_vectors"] == sound["duplicate_vectors"] + 3
+    found = check_vectors(Changed(encoded.uri, encoded.version, encoded.meta))
+    assert (found.nonfinite_vectors, found.zero_vectors) == (2, 1)
+    assert found.duplicate_vectors == sound.duplicate_vectors + 3

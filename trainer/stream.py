@@ -23,7 +23,7 @@ from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from index.errors import OptionError
-from index.search.ann import NeighborSearch
+from index.search.neighbors import NeighborSearch
 from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
 from index.table.schema import TRAIN
 from index.table.table import Table
@@ -194,7 +194,7 @@ class NeighborStream:
         nearest = self._search.nearest(vectors, self._config.num_neighbors)
         neighbor = sample_neighbor(nearest.distance / self._config.temperature, queries.uniforms[:, -1])
         chosen = np.arange(len(neighbor)), neighbor
-        return Pairs(nearest.text[chosen].astype(np.float32), nearest.latent[chosen], nearest.row[chosen])
+        return Pairs(nearest.text[chosen].astype(np.float32), nearest.latent[chosen], nearest.row_id[chosen])
 
     def _conditioning(self, queries: Queries, pairs: Pairs, count: int) -> Float32[np.ndarray, "B K T"]:
         if self._config.condition == "query":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.search.ann import ExactSearch
+from index.search.exact import ExactSearch
 from index.table.schema import TRAIN
 from index.table.table import Table
 from pipeline.encoders import DiffusersAutoencoder
