@@ -43,7 +43,7 @@ def demo_data(
     """
     from pipeline.demo.shapes import write_demo_data
 
-    print_table(str(out), write_demo_data(out, samples=samples, size=size, seed=seed))
+    print_table(str(out), write_demo_data(out, num_samples=samples, image_size=size, seed=seed))
 
 
 @app.command()
@@ -104,8 +104,8 @@ def encode(
     """
     from index.table.storage import Storage
     from pipeline.config import RuntimeConfig
-    from pipeline.encode.run import encode as run_encode
-    from pipeline.encode.run import plan_encode
+    from pipeline.encode.plan import plan_encode
+    from pipeline.encode.run import encode_dataset
     from pipeline.encoders import pick_device
 
     device = pick_device(device)
@@ -141,8 +141,8 @@ def encode(
         "append": append,
     }
     config = plan_encode([part for part in source if part not in beam_options], options, how)
-    encoded = run_encode(config, how, table, dry_run=dry_run)
-    if encoded.done_before:
+    encoded = encode_dataset(config, how, table, dry_run=dry_run)
+    if encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
     hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
@@ -218,11 +218,11 @@ def build_index(
     storage = Storage.of(storage_option or ())
     build: Builder = build_whole
     if workers > 1 or runner is not None:
-        from pipeline.beam.index_segments import on_beam
+        from pipeline.beam.index_segments import beam_builder
         from pipeline.config import RuntimeConfig
 
         options = (*([f"--runner={runner}"] if runner else []), *(beam_options or ()))
-        build = on_beam(RuntimeConfig(num_workers=workers, storage=storage, beam_options=options), index_type)
+        build = beam_builder(RuntimeConfig(num_workers=workers, storage=storage, beam_options=options), index_type)
     elif beam_options:
         raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --num-workers N")
     built = run_build(open_table(table, storage=storage), config, build)

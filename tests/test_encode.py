@@ -174,6 +174,6 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
 
 
 def test_demo_data_of_another_size_is_scaled(content, image_encoder, text_encoder, encode_shapes, tmp_path):
-    write_demo_data(tmp_path / "large", samples=10, size=48, seed=1)
+    write_demo_data(tmp_path / "large", num_samples=10, image_size=48, seed=1)
     rows = content(encode_shapes(tmp_path / "large", tmp_path / "t.lance", val_fraction=0.0).table)
     assert {(row["width"], row["height"]) for row in rows} == {(48, 48)}

@@ -20,7 +20,7 @@ from index.search.lance_index import (
     without_index,
 )
 from index.table.table import column_array, open_table
-from pipeline.beam.index_segments import fragment_groups, on_beam
+from pipeline.beam.index_segments import fragment_groups, beam_builder
 from pipeline.config import RuntimeConfig
 
 
@@ -91,7 +91,7 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
     before = build_index(table, BuildConfig(index_type="ivf_rq")).table
     alone = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0))
     config, served = BuildConfig(index_type="ivf_rq", desc_scale=2.5), []
-    beam = on_beam(RuntimeConfig(num_workers=2), "ivf_rq")
+    beam = beam_builder(RuntimeConfig(num_workers=2), "ivf_rq")
 
     def build(table, plan, log):
         served.append(open_table(table.uri, indexed=True).meta)
@@ -100,7 +100,7 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
     built = build_index(open_table(table.uri), config, build)
     assert (served[0].geometry.desc_scale, served[0].index.kind) == (2.0, "ivf_rq")
     again = build_index(
-        open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RuntimeConfig(num_workers=2), "auto")
+        open_table(table.uri), BuildConfig(desc_scale=2.0), beam_builder(RuntimeConfig(num_workers=2), "auto")
     )
     assert again.report["index_kind"] == "none"  # small enough
     split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), beam)
@@ -113,4 +113,4 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
 
 def test_types_that_lose_recall_when_merged_are_built_by_one_process():
     with pytest.raises(OptionError, match="ivf_sq is built by one process: choose one of ivf_rq, ivf_flat"):
-        on_beam(RuntimeConfig(num_workers=2), "ivf_sq")
+        beam_builder(RuntimeConfig(num_workers=2), "ivf_sq")
