@@ -169,7 +169,8 @@ def test_what_the_encoders_spoil_is_rejected(shapes, encode_shapes, rejects, tmp
 def test_too_many_rejects_stop_the_run_before_publishing(shapes, write_tar, encode_shapes, tmp_path):
     good = [(f"{n}.{e}", d) for n in range(9) for e, d in (("png", PNG + bytes(n)), ("txt", b"x"))]
     write_tar(tmp_path / "source" / "a.tar", [*good, ("bad.png", b"?"), ("bad.txt", b"x")])
-    with pytest.raises(SourceError, match=r"^1 of 10 samples were rejected \(unreadable_image 1\), above --max-reject-rate 0.05: nothing was pub"):
+    message = r"^1 of 10 samples were rejected \(unreadable_image 1\), above --max-reject-rate 0.05: nothing was pub"
+    with pytest.raises(SourceError, match=message):
         encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.05)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")

@@ -20,7 +20,7 @@ from index.search.lance_index import (
     without_index,
 )
 from index.table.table import column_array, open_table
-from pipeline.beam.index_segments import fragment_groups, beam_builder
+from pipeline.beam.index_segments import beam_builder, fragment_groups
 from pipeline.config import RuntimeConfig
 
 
