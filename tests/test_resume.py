@@ -47,8 +47,8 @@ def failure(shapes, monkeypatch):
     return failure
 
 
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
+def fail(*_):
+    raise KeyError("worker failure")
 
 
 def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
@@ -62,8 +62,8 @@ def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
 
 def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shapes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Table, "write_report", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Table, "write_report", fail)
+        with pytest.raises(KeyError, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance")
     again = encode_shapes(shapes, tmp_path / "t.lance")
     assert (again.already_complete, again.report["rows"], again.table.version) == (True, 360, 1)
@@ -227,8 +227,8 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
 
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
-        patch.setattr(table_module, "update_meta", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(table_module, "update_meta", fail)
+        with pytest.raises(Exception, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     between = open_table(first.uri)
     assert (between.dataset().count_rows(), between.meta.moments.count) == (360, first.meta.moments.count)

@@ -32,7 +32,7 @@ def run_beam(
     monitor: contextlib.AbstractContextManager[None] | None = None,
     memory_advice: str,
 ) -> None:
-    """Run what `graph` adds to a pipeline to its end, inside the context `monitor`.
+    """Build a pipeline with `graph`, run it, and wait for its end inside the context `monitor`.
 
     `uri` is the table that errors are about, `memory_advice` the options to change if a worker ran out of memory.
     Raises a worker's CoalescerError as it was raised there, and TableError if a worker process dies.

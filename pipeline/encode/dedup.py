@@ -2,10 +2,10 @@
 
     shards -> hash samples -> group by hash -> drop the first of each group -> group by shard
 
-Every sample that the caption and metadata filters keep is hashed where it is read; what is shuffled is its hash and
-its (shard, position). The first of equal samples is the one with the smallest (shard, position), so the result depends
-neither on the number of workers nor on batches or resuming. A shard's hashes are kept with the run's checkpoints: a
-resumed run does not read the shard again for them.
+Every sample that the caption and metadata filters keep is hashed in the worker that reads its shard; only the hash and
+the (shard, position) are shuffled. The first of equal samples is the one with the smallest (shard, position), so the
+result depends neither on the number of workers nor on batches or resuming. A shard's hashes are kept with the run's
+checkpoints: a resumed run does not read the shard again for them.
 """
 
 import hashlib

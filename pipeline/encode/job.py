@@ -31,8 +31,8 @@ def _load_encoders(image_encoder: str, text_encoder: str, device: str, dtype: st
     return DiffusersAutoencoder(image_encoder, device, dtype), TransformersTextEncoder(text_encoder, device, dtype)
 
 
-def load_encoders(config: EncodeConfig, runtime: RuntimeConfig) -> Encoders:
-    """Load both encoders on the runtime's device, once per process for any number of threads."""
+def cached_encoders(config: EncodeConfig, runtime: RuntimeConfig) -> Encoders:
+    """Return both encoders on the runtime's device, loaded once per process for any number of threads."""
     with _loading:
         return _load_encoders(config.image_encoder, config.text_encoder, pick_device(runtime.device), config.dtype)
 
@@ -60,7 +60,7 @@ class EncodeJob:
     @classmethod
     def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str) -> "EncodeJob":
         """Load the encoders, measure their output shapes, and derive the run id from settings and weights."""
-        image_encoder, text_encoder = load_encoders(config, runtime)
+        image_encoder, text_encoder = cached_encoders(config, runtime)
         blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
         job = cls(
             config=config,
@@ -104,7 +104,7 @@ class EncodeJob:
 
         # More cores are used by more processes, and the last bits of a latent must not depend on the thread count.
         torch.set_num_threads(1)
-        return load_encoders(self.config, self.runtime)
+        return cached_encoders(self.config, self.runtime)
 
     def open_table(self) -> Table:
         """Open the newest version of the table."""

@@ -29,7 +29,7 @@ FLOAT16_BYTES = 2
 
 
 def plan_encode(sources: Sequence[str], options: Mapping[str, Any], runtime: RuntimeConfig) -> EncodeConfig:
-    """Build the config of a run from its sources and its options by name. Shards are listed now, options checked first.
+    """Check the options of a run, given by name, list the shards of its sources, and return its config.
 
     Raises OptionError if an option's value is not allowed, SourceError if a source has no shards.
     """
@@ -38,7 +38,7 @@ def plan_encode(sources: Sequence[str], options: Mapping[str, Any], runtime: Run
 
 
 def check_target(uri: str, storage: Storage) -> int | None:
-    """Return the free bytes where `uri` will be written, None if unlimited. Raises TableError if it is not writable."""
+    """Return the free bytes of the disk of `uri`, None on an object store. Raises TableError if it is not writable."""
     if not is_local(uri):
         files, path = storage.files(uri + ".probe")
         try:
@@ -80,7 +80,7 @@ def samples_within_limit(shards: Sequence[str], limit: int, options: ReadOptions
 
 
 def expected_samples(job: EncodeJob) -> int | None:
-    """Return the number of samples to read, as far as shards tell it without being read; None if none does."""
+    """Return the number of samples to read, estimated from the shards' metadata; None if no shard tells it."""
     shards = job.config.shards
     if job.samples_per_shard:
         return sum(job.samples_per_shard.values())

@@ -115,7 +115,7 @@ class ShardEncoder:
         self.moments: Moments | None = None
         """Of the training rows."""
         self.seconds = dict.fromkeys(("read", "decode", "wait", "encode"), 0.0)
-        """By step. Reading and decoding run while the encoders work; `wait` is how long the encoders waited for them."""
+        """By step. Reading and decoding run while the encoders work; `wait` is how long encoding waited for them."""
 
     @property
     def samples(self) -> int:
