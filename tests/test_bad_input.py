@@ -222,11 +222,11 @@ def varied(tmp_path, write_tar):
         ({"max_aspect_ratio": 1.5}, "acdef", {"wide_aspect": 1}),
         ({"min_caption_length": 3}, "abcef", {"short_caption": 1}),
         ({"max_caption_length": 14}, "abcde", {"long_caption": 1}),
-        ({"where": "aesthetic > 5"}, "acde", {"metadata": 1, "metadata_missing": 1}),
+        ({"filter": "aesthetic > 5"}, "acde", {"metadata": 1, "metadata_missing": 1}),
         ({"dedup": "image"}, "abc", {"duplicate": 4}),
         ({"dedup": "pair"}, "abcdf", {"duplicate": 2}),
         ({"dedup": "image", "min_caption_length": 3}, "abc", {"duplicate": 3, "short_caption": 1}),
-        ({"dedup": "image", "where": "aesthetic > 8 or aesthetic < 5"}, "bd", {"metadata": 5, "metadata_missing": 1}),
+        ({"dedup": "image", "filter": "aesthetic > 8 or aesthetic < 5"}, "bd", {"metadata": 5, "metadata_missing": 1}),
     ],
 )
 def test_filters_count_by_reason_apart_from_rejects(varied, encode_shapes, content, tmp_path, options, kept, counted):
@@ -256,9 +256,9 @@ def test_copies_are_found_by_any_number_of_workers(varied, encode_shapes, conten
 
 def test_a_filter_that_leaves_nothing_says_so(varied, encode_shapes, tmp_path):
     with pytest.raises(SourceError, match=r"8 filtered \(metadata_missing 8\): nothing was published"):
-        encode_shapes(varied, tmp_path / "t.lance", where="aesthetics > 5")
+        encode_shapes(varied, tmp_path / "t.lance", filter="aesthetics > 5")
 
 
 def test_an_expression_that_cannot_be_used_is_one_line(varied, encode_shapes, tmp_path):
     with pytest.raises(OptionError, match=r"^--filter 'open\(1\)' cannot be used: Function 'open' not defined"):
-        encode_shapes(varied, tmp_path / "t.lance", where="open(1)")
+        encode_shapes(varied, tmp_path / "t.lance", filter="open(1)")

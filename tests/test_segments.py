@@ -112,5 +112,5 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
 
 
 def test_types_that_lose_recall_when_merged_are_built_by_one_process():
-    with pytest.raises(OptionError, match="ivf_sq is built by one process: choose one of ivf_rq, ivf_flat"):
+    with pytest.raises(OptionError, match="ivf_sq can only be built by one process: use one of ivf_rq, ivf_flat"):
         beam_builder(RuntimeConfig(num_workers=2), "ivf_sq")
