@@ -43,7 +43,7 @@ def demo_data(
     """
     from pipeline.demo.shapes import write_demo_data
 
-    print_table(str(out), write_demo_data(out, samples=samples, size=size, seed=seed))
+    print_table(str(out), write_demo_data(out, num_samples=samples, image_size=size, seed=seed))
 
 
 @app.command()
@@ -85,7 +85,7 @@ def encode(
     limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
     max_reject_rate: Annotated[float, typer.Option(help="Stop before publishing if more is rejected.")] = 0.5,
     append: Annotated[bool, typer.Option(help="Add the shards that the table does not have.")] = False,
-    workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
+    num_workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on cuda), float32, bfloat16 or float16.")] = "auto",
@@ -104,15 +104,15 @@ def encode(
     """
     from index.table.storage import Storage
     from pipeline.config import RuntimeConfig
-    from pipeline.encode.run import encode as run_encode
-    from pipeline.encode.run import plan_encode
+    from pipeline.encode.plan import plan_encode
+    from pipeline.encode.run import encode_dataset
     from pipeline.encoders import resolve_device
 
     device = resolve_device(device)
     # What follows `--` reaches us among the sources.
     beam_options = [part for part in source if part.startswith("--")]
     how = RuntimeConfig(
-        num_workers=workers,
+        num_workers=num_workers,
         batch_size=batch_size,
         device=device,
         storage=Storage.of(storage_option or ()),
@@ -141,8 +141,8 @@ def encode(
         "append": append,
     }
     config = plan_encode([part for part in source if part not in beam_options], options, how)
-    encoded = run_encode(config, how, table, dry_run=dry_run)
-    if encoded.done_before:
+    encoded = encode_dataset(config, how, table, dry_run=dry_run)
+    if encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
     hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
@@ -180,7 +180,7 @@ def build_index(
     ] = 100.0,
     allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, same index.")] = 0,
-    workers: Annotated[int, typer.Option(help="Local processes that build parts of the index.")] = 1,
+    num_workers: Annotated[int, typer.Option(help="Local processes that build parts of the index.")] = 1,
     runner: Annotated[str | None, typer.Option(help="Beam runner that builds them.", show_default=False)] = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
@@ -220,12 +220,12 @@ def build_index(
     )
     storage = Storage.of(storage_option or ())
     build: Builder = build_whole
-    if workers > 1 or runner is not None:
-        from pipeline.beam.index_segments import on_beam
+    if num_workers > 1 or runner is not None:
+        from pipeline.beam.index_segments import beam_builder
         from pipeline.config import RuntimeConfig
 
         options = (*([f"--runner={runner}"] if runner else []), *(beam_options or ()))
-        build = on_beam(RuntimeConfig(num_workers=workers, storage=storage, beam_options=options), index_type)
+        build = beam_builder(RuntimeConfig(num_workers=num_workers, storage=storage, beam_options=options), index_type)
     elif beam_options:
         raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --num-workers N")
     built = run_build(open_table(table, storage=storage), config, build)

@@ -1,7 +1,8 @@
-"""What an encode run is asked for: `EncodeConfig` says what the table holds, `RuntimeConfig` how the work is done."""
+"""The options of an encode run: `EncodeConfig` decides what the table holds, `RuntimeConfig` how the work is done."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from index.errors import OptionError
@@ -12,11 +13,12 @@ from pipeline.sources.sample import ReadOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"
+MIN_IMAGE_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeConfig:
-    """What a table's content depends on. Saved in the report; a changed one is refused for an existing table."""
+    """Everything that the rows of a table depend on. Saved in the report; another one is refused for the same table."""
 
     shards: tuple[str, ...]
     image_encoder: str
@@ -24,50 +26,57 @@ class EncodeConfig:
     text_encoder: str
     """Folder or hub id of a transformers text model."""
     image_size: int
-    """Side of the square that is encoded, in pixels."""
+    """Side of the square image that is encoded, in pixels."""
     image_key: str | None = None
-    """Column or tar ending of the picture; None: the usual names."""
+    """Column or tar extension of the image; None tries the usual names."""
     caption_key: str | None = None
-    """Column, tar ending or sidecar key of the caption; None: the usual names."""
+    """Column, tar extension or sidecar field of the caption; None tries the usual names."""
     filters: Filters = field(default_factory=Filters)
     dtype: str = "float32"
-    """What the encoders compute in; the table holds float16 in any case."""
+    """Of the encoders' computation; the table stores float16 in any case."""
     desc_scale: float | None = None
-    """Weight of the description in the search, 4 unless given; `pipeline build-index` can change it later."""
+    """Weight of the text embedding in the search vector; None: 4, or the table's own with `append`."""
     allow_small_desc_scale: bool = False
+    """Accept a `desc_scale` of 1 or less."""
     geometry: str | None = None
-    """sphere unless given."""
+    """sphere, standard or raw; None: sphere, or the table's own with `append`."""
     val_fraction: float = 0.05
-    """Share of rows kept from training, for measuring."""
+    """Fraction of rows held out from training."""
     keep_images: bool = False
-    """Store the original bytes with each row."""
+    """Store the original image bytes with each row."""
     limit: int | None = None
-    """Samples to read in all; None reads everything."""
+    """Number of samples to read in total; None reads all."""
     max_reject_rate: float = 0.5
-    """A larger share of rejects stops the run before the table is published."""
+    """A larger fraction of rejected samples stops the run before the table is published."""
     append: bool = False
-    """Add the shards that an existing table does not have; its geometry stays."""
+    """Add the shards that an existing table does not hold; its geometry stays."""
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "EncodeConfig":
+        """Build a config without shards from options by name; those of `Filters` become its `filters`."""
+        names = {each.name for each in fields(Filters)}
+        filters = Filters(**{name: value for name, value in options.items() if name in names})
+        return cls(shards=(), filters=filters, **{k: value for k, value in options.items() if k not in names})
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be encoded before anything is read."""
+        """Check every option's value; raises OptionError before anything is read."""
         if self.desc_scale is not None:
             check_desc_scale(self.desc_scale, allow_small=self.allow_small_desc_scale)
         if self.geometry is not None and self.geometry not in KINDS:
-            raise OptionError(f"--geometry {self.geometry!r} is unknown: choose one of {', '.join(KINDS)}")
+            raise OptionError(f"--geometry {self.geometry!r} is unknown: use one of {', '.join(KINDS)}")
         if self.dtype not in DTYPES:
-            raise OptionError(f"--dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-        for name in ("val_fraction", "max_reject_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                flag = name.replace("_", "-")
-                raise OptionError(f"--{flag} {getattr(self, name):g} is not a share: give a number from 0 to 1")
-        if self.image_size < 8:
-            raise OptionError(f"--image-size {self.image_size} is too small: give the side in pixels, for instance 64")
+            raise OptionError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        for option, fraction in (("val-fraction", self.val_fraction), ("max-reject-rate", self.max_reject_rate)):
+            if not 0 <= fraction <= 1:
+                raise OptionError(f"--{option} {fraction:g} is out of range: use a number from 0 to 1")
+        if self.image_size < MIN_IMAGE_SIZE:
+            raise OptionError(f"--image-size {self.image_size} is too small: use at least {MIN_IMAGE_SIZE} pixels")
         if self.limit is not None and self.limit < 1:
-            raise OptionError(f"--limit {self.limit} reads nothing: give a number of samples above 0")
+            raise OptionError(f"--limit {self.limit} is out of range: use at least 1 sample")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of it by option name, JSON-ready."""
+        """All options by name, JSON-ready."""
         content: dict[str, Any] = asdict(self)
         filters: dict[str, Any] = content.pop("filters")
         return {**content, "shards": list(self.shards), **filters}
@@ -75,21 +84,24 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
-    """How the work is done; none of it changes the table."""
+    """How the work is done; the table does not depend on it."""
 
     num_workers: int = 1
-    """Processes of the local runner, one torch thread each."""
+    """Processes of Beam's local runner, one torch thread each."""
     batch_size: int = 64
+    """Images or captions encoded at a time."""
     device: str = "auto"
+    """Torch device of the encoders; auto prefers a GPU."""
     storage: Storage = field(default_factory=Storage)
+    """How to reach object stores."""
     beam_options: tuple[str, ...] = ()
-    """Beam's own options; they override the local runner that `workers` sets up."""
+    """Beam's own options as `--name=value`; they override those that `num_workers` implies."""
 
     @property
     def decode_threads(self) -> int:
-        """Threads that decode pictures while the encoders work, in each process."""
+        """Threads of each process that decode images while the encoders run."""
         return max(1, (os.cpu_count() or 1) // self.num_workers)
 
-    def reading(self, config: EncodeConfig) -> ReadOptions:
-        """How samples are read."""
+    def read_options(self, config: EncodeConfig) -> ReadOptions:
+        """Return the options with which readers open the shards of `config`."""
         return ReadOptions(config.image_key, config.caption_key, self.storage)

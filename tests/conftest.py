@@ -1,4 +1,4 @@
-"""Small real things that many tests need: drawn shapes, encoders saved to disk, an encoded and indexed table."""
+"""Small real inputs that many tests need: drawn shapes, encoders saved to disk, an encoded and an indexed table."""
 
 import io
 import shutil
@@ -16,11 +16,12 @@ from index.table.storage import Storage
 from index.table.table import Table, open_table, rejects_uri
 from pipeline.config import RuntimeConfig
 from pipeline.demo.shapes import write_demo_data
-from pipeline.encode.run import encode, plan_encode
+from pipeline.encode.plan import plan_encode
+from pipeline.encode.run import encode_dataset
 
 torch.set_num_threads(1)
 
-SAMPLES, SIDE = 360, 32
+SAMPLES, IMAGE_SIZE = 360, 32
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
@@ -28,7 +29,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 def shapes(tmp_path_factory) -> Path:
     """360 captioned shapes in three shards."""
     out = tmp_path_factory.mktemp("shapes")
-    write_demo_data(out, samples=SAMPLES, size=SIDE, seed=0, per_shard=120)
+    write_demo_data(out, num_samples=SAMPLES, image_size=IMAGE_SIZE, seed=0, samples_per_shard=120)
     return out
 
 
@@ -74,7 +75,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory, tokenizer) -> str:
-    """A small BERT of width 16 with its tokenizer, saved as transformers saves it."""
+    """A small BERT of 16 dimensions with its tokenizer, saved as transformers saves it."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -97,15 +98,15 @@ def encode_shapes(image_encoder, text_encoder):
     """A function that encodes a source into a table with the small encoders."""
 
     def run(source, table, *, num_workers: int = 1, dry_run: bool = False, storage=None, **options):
-        how = RuntimeConfig(num_workers=num_workers, batch_size=32, device="cpu", storage=storage or Storage())
+        runtime = RuntimeConfig(num_workers=num_workers, batch_size=32, device="cpu", storage=storage or Storage())
         options = {
             "image_encoder": image_encoder,
             "text_encoder": text_encoder,
-            "image_size": SIDE,
+            "image_size": IMAGE_SIZE,
             "val_fraction": 0.2,
         } | options
         sources = [str(each) for each in (source if isinstance(source, list) else [source])]
-        return encode(plan_encode(sources, options, how), how, str(table), dry_run=dry_run)
+        return encode_dataset(plan_encode(sources, options, runtime), runtime, str(table), dry_run=dry_run)
 
     return run
 
@@ -125,7 +126,7 @@ def indexed(tmp_path_factory, shapes, encode_shapes) -> Table:
 
 @pytest.fixture(scope="session")
 def content():
-    """A function that gives all rows of a table, sorted by id."""
+    """A function that returns all rows of a table, sorted by id."""
 
     def read(table: Table) -> list[dict]:
         return sorted(table.dataset().to_table().to_pylist(), key=lambda row: row["id"])
@@ -135,7 +136,7 @@ def content():
 
 @pytest.fixture(scope="session")
 def rejects():
-    """A function that gives all rows of a table's rejects."""
+    """A function that returns all rows of a table's rejects."""
 
     def read(table: Table) -> list[dict]:
         import lance
@@ -147,7 +148,7 @@ def rejects():
 
 @pytest.fixture(scope="session")
 def write_tar():
-    """A function that writes members, in their order, to a tar."""
+    """A function that writes members to a tar in their order."""
 
     def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def write_tar():
 
 @pytest.fixture(scope="session")
 def colored(tmp_path_factory, write_tar, encode_shapes):
-    """A table of plain pictures in three colors, which are their captions; pictures are kept."""
+    """A table of noisy images in three colors, which are their captions; the image bytes are kept."""
     folder, rng, members = tmp_path_factory.mktemp("colored"), np.random.default_rng(0), []
     for number in range(240):
         name, color = list(COLORS.items())[number % 3]

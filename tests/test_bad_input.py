@@ -135,7 +135,7 @@ def test_rows_and_rejects_add_up_to_the_samples(bad, content, rejects):
     report = bad.report
     assert len(content(bad.table)) == report["rows"] == len(ENCODED) + 3 + 4
     assert (
-        len(rejects(bad.table)) == report["rejects"] == sum(report["rejects_by_reason"].values()) == len(REJECTED) + 1
+        len(rejects(bad.table)) == report["rejected"] == sum(report["rejects_by_reason"].values()) == len(REJECTED) + 1
     )
 
 
@@ -167,12 +167,13 @@ def test_bad_encoder_outputs_are_rejected(shapes, encode_shapes, rejects, tmp_pa
 def test_too_many_rejects_stop_the_run_before_it_commits(shapes, write_tar, encode_shapes, tmp_path):
     good = [(f"{n}.{e}", d) for n in range(9) for e, d in (("png", PNG + bytes(n)), ("txt", b"x"))]
     write_tar(tmp_path / "source" / "a.tar", [*good, ("bad.png", b"?"), ("bad.txt", b"x")])
-    with pytest.raises(SourceError, match=r"^1 of 10 samples were rejected \(unreadable_image 1\): nothing was pub"):
+    message = r"^1 of 10 samples were rejected \(unreadable_image 1\), above --max-reject-rate 0.05: nothing was pub"
+    with pytest.raises(SourceError, match=message):
         encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.05)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
     # With a higher limit the run resumes from the shards that are encoded.
-    assert encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.5).report["rejects"] == 1
+    assert encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.5).report["rejected"] == 1
 
 
 def test_every_reject_reason_is_tested():
@@ -224,7 +225,7 @@ def test_filtered_samples_are_counted_by_reason(varied, encode_shapes, content, 
     assert "".join(row["key"] for row in sorted(content(result.table), key=lambda row: row["key"])) == kept
     assert result.report["filtered_by_reason"] == counts
     assert result.report["rejects_by_reason"].keys() <= {"unreadable_image"}
-    assert result.report["rows"] + result.report["rejects"] + result.report["filtered"] == 8
+    assert result.report["rows"] + result.report["rejected"] + result.report["filtered"] == 8
 
 
 def test_append_adds_to_the_rejects_table(varied, encode_shapes, rejects, write_tar, tmp_path):
@@ -233,7 +234,7 @@ def test_append_adds_to_the_rejects_table(varied, encode_shapes, rejects, write_
     assert [row["key"] for row in rejects(first.table)] == ["z"]
     added = encode_shapes(varied, tmp_path / "t.lance", val_fraction=0.0, append=True)
     assert sorted(row["key"] for row in rejects(added.table)) == ["g", "h", "z"]
-    assert (added.report["rows"], added.report["rejects"]) == (6, 2)
+    assert (added.report["rows"], added.report["rejected"]) == (6, 2)
 
 
 def test_dedup_does_not_depend_on_the_number_of_workers(varied, encode_shapes, content, tmp_path):

@@ -1,4 +1,4 @@
-"""Encoding: every sample a row or a reject with its reason, the same table however the work was done."""
+"""Encoding: every sample becomes a row or a reject with a reason, and the table does not depend on the workers."""
 
 import json
 import shutil
@@ -11,15 +11,17 @@ import pytest
 
 from index.errors import EncoderError, OptionError, SourceError
 from index.table.table import rejects_uri
+from pipeline.config import EncodeConfig
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.filters import Filters
 from pipeline.images import decode_image
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import read_samples
 from pipeline.sources.sample import Sample
 
 
-def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_encoder):
+def test_rows_hold_the_outputs_of_the_encoders(encoded, shapes, image_encoder, text_encoder):
     samples = {s.key: s for shard in list_shards([str(shapes)]) for s in read_samples(shard) if isinstance(s, Sample)}
     rows = encoded.dataset().to_table().to_pylist()
     assert {row["key"] for row in rows} == samples.keys()
@@ -36,8 +38,8 @@ def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_enc
         assert np.allclose(row["latent"], latent, rtol=2e-3, atol=2e-3)
         assert np.allclose(row["text"], text, rtol=2e-3, atol=2e-3)
     assert len({row["id"] for row in rows}) == len(rows)
-    share = np.mean([row["split"] == "heldout" for row in rows])
-    assert 0.1 < share < 0.3
+    heldout_fraction = np.mean([row["split"] == "heldout" for row in rows])
+    assert 0.1 < heldout_fraction < 0.3
 
 
 def test_a_table_without_rejects_has_an_empty_rejects_table(encoded):
@@ -47,15 +49,16 @@ def test_a_table_without_rejects_has_an_empty_rejects_table(encoded):
     assert (rejects.count_rows(), rejects.schema.names) == (0, ["key", "shard", "reason", "detail"])
 
 
-def test_the_report_says_what_was_done(encoded):
+def test_report_and_log_of_a_run(encoded):
     report = encoded.report("encode")
-    assert (report["rows"], report["rejects"], report["shards"]) == (360, 0, 3)
+    assert (report["rows"], report["rejected"], report["filtered"], report["shards"]) == (360, 0, 0, 3)
+    assert (report["success_rate"], report["num_workers"]) == (1, 1)
     assert report["image_encoder"]["digest"] == encoded.meta.image_encoder.digest
     assert report["seconds_by_step"].keys() == {"read", "decode", "wait", "encode", "write"}
     assert report["versions"]["apache-beam"]
     ticks = [json.loads(line) for line in encoded.log("encode").read_text().splitlines()]
     assert (ticks[-1]["done"], ticks[-1]["total"], ticks[-1]["shards"]) == (360, 360, "3/3")
-    assert {"rate", "eta", "rejects", "success"} <= ticks[-1].keys()
+    assert {"rate", "eta", "rejected", "success_rate"} <= ticks[-1].keys()
 
 
 def test_two_worker_processes_give_the_same_table(content, encoded, shapes, encode_shapes, tmp_path):
@@ -64,7 +67,7 @@ def test_two_worker_processes_give_the_same_table(content, encoded, shapes, enco
     assert table.meta.geometry.same_as(encoded.meta.geometry)
 
 
-def test_statistics_are_those_of_one_pass_over_the_training_rows(encoded):
+def test_moments_equal_those_of_one_pass_over_the_training_rows(encoded):
     text, latent = (encoded.column(name).astype(np.float64) for name in ("text", "latent"))
     moments = encoded.meta.moments
     assert moments.count == len(text) < 360
@@ -81,7 +84,7 @@ def test_limit_reads_the_first_samples(content, encoded, shapes, encode_shapes, 
     assert keys == {f"{number:08d}" for number in range(130)}
 
 
-def test_other_storage_of_images_is_left_out_by_default(shapes, encode_shapes, tmp_path):
+def test_image_bytes_are_not_stored_by_default(shapes, encode_shapes, tmp_path):
     schema = encode_shapes(shapes, tmp_path / "t.lance", limit=20).table.dataset().schema
     assert "image" not in schema.names
     assert schema.field("vector").type == pa.list_(pa.float16(), 56)
@@ -95,49 +98,67 @@ def test_an_empty_source_is_refused(tmp_path, encode_shapes):
     assert not (tmp_path / "t.lance").exists()
 
 
-def test_a_dry_run_writes_nothing_and_says_what_would_be_done(shapes, encode_shapes, tmp_path):
+def test_a_dry_run_writes_nothing_and_returns_the_plan(shapes, encode_shapes, tmp_path):
     plan = encode_shapes(shapes, tmp_path / "t.lance", dry_run=True).report
-    assert (plan["shards"], plan["samples"], plan["tried_rows"]) == (3, 360, 8)
+    assert (plan["shards"], plan["samples"], plan["trial_rows"]) == (3, 360, 8)
     assert (plan["latent_shape"], plan["text_dim"], plan["device"]) == ([2, 4, 4], 16, "cpu")
     assert plan["bytes_needed"] < plan["bytes_free"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"desc_scale": 1.0}, "--desc-scale 1 "),
-        ({"geometry": "torus"}, "--geometry 'torus'"),
-        ({"val_fraction": 1.5}, "--val-fraction 1.5"),
-        ({"max_reject_rate": -0.1}, "--max-reject-rate -0.1"),
-        ({"limit": 0}, "--limit 0"),
+        ({"geometry": "torus"}, "--geometry 'torus' is unknown: use one of sphere"),
+        ({"dtype": "int8"}, "--dtype 'int8' is unknown: use one of float32"),
+        ({"val_fraction": 1.5}, "--val-fraction 1.5 is out of range: use a number from 0 to 1"),
+        ({"max_reject_rate": -0.1}, "--max-reject-rate -0.1 is out of range: use a number from 0 to 1"),
+        ({"image_size": 4}, "--image-size 4 is too small: use at least 8 pixels"),
+        ({"limit": 0}, "--limit 0 is out of range: use at least 1 sample"),
     ],
 )
-def test_options_are_checked_first(shapes, encode_shapes, tmp_path, options, said):
-    with pytest.raises(OptionError, match=said):
-        encode_shapes(shapes, tmp_path / "t.lance", **options)
+def test_options_are_checked_before_sources(encode_shapes, tmp_path, options, message):
+    with pytest.raises(OptionError, match=message):
+        encode_shapes("nowhere.tar", tmp_path / "t.lance", **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_encoder_that_is_not_there_is_said(shapes, encode_shapes, tmp_path):
+def test_options_by_name_become_a_config():
+    options = {
+        "image_encoder": "vae",
+        "text_encoder": "clip",
+        "image_size": 64,
+        "min_image_size": 100,
+        "dedup": "image",
+    }
+    config = EncodeConfig.from_options(options)
+    assert (config.image_encoder, config.image_size, config.val_fraction) == ("vae", 64, 0.05)
+    assert config.filters == Filters(min_image_size=100, dedup="image")
+    assert config.settings.items() >= options.items()
+    with pytest.raises(TypeError, match="max_pixels"):
+        EncodeConfig.from_options({**options, "max_pixels": 1})
+
+
+def test_a_missing_encoder_is_named(shapes, encode_shapes, tmp_path):
     with pytest.raises(EncoderError, match="no folder nowhere"):
         encode_shapes(shapes, tmp_path / "t.lance", image_encoder="nowhere")
     assert not list(tmp_path.iterdir())
 
 
-def test_real_pictures_encode(encode_shapes, tmp_path):
+def test_photos_and_digits_encode(encode_shapes, tmp_path):
     """Emoji and handwritten digits in the layouts of img2dataset and of Hugging Face."""
     data = Path(__file__).parents[2] / "shared" / "data"
     if not data.is_dir():
-        pytest.skip("the real picture sets are not beside this checkout")
+        pytest.skip("the real image sets are not next to this checkout")
     for name, shard in (("noto-emoji", "00000.tar"), ("mnist", "test-00000.parquet"), ("nlvr", "00000.tar")):
         result = encode_shapes(data / name / shard, tmp_path / f"{name}.lance", limit=100)
-        assert (result.report["rows"], result.report["rejects"]) == (100, 0)
+        assert (result.report["rows"], result.report["rejected"]) == (100, 0)
         shutil.rmtree(result.table.uri)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "text beside", "metadata.csv", "saved", "hub"])
-def test_every_kind_of_source_encodes_to_the_same_rows(kind, shapes, encode_shapes, content, tmp_path):
+@pytest.mark.parametrize("layout", ["parquet", "text files", "metadata.csv", "saved", "hub"])
+def test_every_source_layout_encodes_to_the_same_rows(layout, shapes, encode_shapes, content, tmp_path):
     import datasets
 
     samples = [sample for sample in read_samples(str(shapes / "00000.tar")) if isinstance(sample, Sample)][:20]
@@ -145,24 +166,24 @@ def test_every_kind_of_source_encodes_to_the_same_rows(kind, shapes, encode_shap
     source.mkdir()
     rows = [{"image": {"bytes": s.image, "path": None}, "text": s.caption.decode()} for s in samples]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-    if kind in ("parquet", "hub"):
+    if layout in ("parquet", "hub"):
         table.to_parquet(source / "train-00000-of-00001.parquet")
-    elif kind == "saved":
+    elif layout == "saved":
         table.save_to_disk(source)
     else:
         for number, sample in enumerate(samples):
             (source / f"{number:04d}.png").write_bytes(sample.image)
-            if kind == "text beside":
+            if layout == "text files":
                 (source / f"{number:04d}.txt").write_bytes(sample.caption)
-        if kind == "metadata.csv":
+        if layout == "metadata.csv":
             lines = [f'{number:04d}.png,"{sample.caption.decode()}"' for number, sample in enumerate(samples)]
             (source / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
-    given = f"hf:{source}" if kind == "hub" else source
-    made = content(encode_shapes(given, tmp_path / "t.lance", val_fraction=0.0, keep_images=True).table)
-    assert {(row["image"], row["caption"]) for row in made} == {(s.image, s.caption.decode()) for s in samples}
+    name = f"hf:{source}" if layout == "hub" else source
+    encoded = content(encode_shapes(name, tmp_path / "t.lance", val_fraction=0.0, keep_images=True).table)
+    assert {(row["image"], row["caption"]) for row in encoded} == {(s.image, s.caption.decode()) for s in samples}
 
 
-def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path):
+def test_image_and_caption_columns_can_be_named(shapes, encode_shapes, content, tmp_path):
     import pyarrow.parquet as pq
 
     (sample,) = (s for s in read_samples(str(shapes / "00000.tar")) if s.key == "00000000")
@@ -176,6 +197,6 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
 
 
 def test_demo_data_of_another_size_is_scaled(content, image_encoder, text_encoder, encode_shapes, tmp_path):
-    write_demo_data(tmp_path / "large", samples=10, size=48, seed=1)
+    write_demo_data(tmp_path / "large", num_samples=10, image_size=48, seed=1)
     rows = content(encode_shapes(tmp_path / "large", tmp_path / "t.lance", val_fraction=0.0).table)
     assert {(row["width"], row["height"]) for row in rows} == {(48, 48)}

@@ -1,4 +1,4 @@
-"""A run may be stopped anywhere: the same command goes on, and the table is what it would have been."""
+"""A run may be stopped at any moment: the same command resumes it, and the table is that of an undisturbed run."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,20 +17,44 @@ import pytest
 from index.errors import SourceError, TableError
 from index.table.lock import claim
 from index.table.storage import Storage
-from index.table.table import is_table, open_table, shards_of
-from pipeline.encode import job as job_module
-from pipeline.encode import monitor as watch
-from pipeline.encode import run as encode_module
+from index.table.table import Table, is_table, open_table, shards_of
+from pipeline.demo.shapes import write_demo_data
+from pipeline.encode import graph, monitor
 from pipeline.encode.checkpoints import Checkpoints
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
+COMMAND = "from pipeline.cli import main; main()"
+
+
+class Failure:
+    """Fails at the last shard until `repaired`; records the shards that are encoded."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self.last, self.encoded, self.repaired = shards[-1], [], False
+
+    def write_shard(self, job, shard, duplicates, *, write_shard=graph.write_shard):
+        if shard == self.last and not self.repaired:
+            raise KeyError("worker failure")
+        self.encoded.append(shard)
+        return write_shard(job, shard, duplicates)
+
+
+@pytest.fixture
+def failure(shapes, monkeypatch):
+    failure = Failure(list_shards([str(shapes)]))
+    monkeypatch.setattr(graph, "write_shard", failure.write_shard)
+    return failure
+
+
+def fail(*_):
+    raise KeyError("worker failure")
 
 
 def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
     first = encode_shapes(shapes, tmp_path / "t.lance")
     again = encode_shapes(shapes, tmp_path / "t.lance")
-    assert again.done_before
+    assert again.already_complete
     assert again.table.version == first.table.version
     assert again.report == first.report
     assert not list(tmp_path.glob("t.encode*"))
@@ -37,182 +62,162 @@ def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
 
 def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shapes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Table, "write_report", fail)
+        with pytest.raises(KeyError, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance")
     again = encode_shapes(shapes, tmp_path / "t.lance")
-    assert (again.done_before, again.report["rows"], again.table.version) == (True, 360, 1)
+    assert (again.already_complete, again.report["rows"], again.table.version) == (True, 360, 1)
     assert not list(tmp_path.glob("t.encode*"))
 
 
-def test_changed_options_are_refused_and_named(shapes, encode_shapes, tmp_path):
+def test_changed_options_are_refused_with_both_values(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance")
-    with pytest.raises(TableError, match="another val_fraction, min_image_size: name another --table, add --append"):
+    changes = r"\(val_fraction: 0.2, now 0.3; min_image_size: not set, now 8\)"
+    with pytest.raises(TableError, match=rf"other options {changes}: name another --table, add --append"):
         encode_shapes(shapes, tmp_path / "t.lance", val_fraction=0.3, min_image_size=8)
 
 
-@pytest.fixture
-def unplugged(shapes, monkeypatch):
-    """Opening the last shard fails for as long as the returned list is empty; it receives the shards opened after."""
-    last = list_shards([str(shapes)])[-1]
-    whole, opened = job_module.EncodeJob.open, []
-    plugged = []
-
-    def open_or_fail(self, shard, **options):
-        if not plugged and shard == last:
-            raise KeyError("pulled the plug")
-        opened.append(shard)
-        return whole(self, shard, **options)
-
-    monkeypatch.setattr(job_module.EncodeJob, "open", open_or_fail)
-    return opened, plugged, last
+def test_a_dry_run_of_a_finished_table_has_nothing_to_do(encoded, shapes, encode_shapes):
+    planned = encode_shapes(shapes, encoded.uri, keep_images=True, dry_run=True)
+    assert (planned.already_complete, planned.report) == (True, {"already_complete": True})
 
 
-def test_a_stopped_run_goes_on_where_it_was(encoded, shapes, encode_shapes, content, tmp_path, unplugged):
-    opened, plugged, last = unplugged
-    with pytest.raises(Exception, match="pulled the plug"):
+def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encode_shapes, content, tmp_path, failure):
+    with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
-    finished, checkpoints = list(opened), Checkpoints(str(tmp_path / "t.encode"))
-    assert all(checkpoints.finished(shard).rows == 120 for shard in finished)
-    assert checkpoints.finished(last) is None
-    plugged.append(True)
-    opened.clear()
+    finished, checkpoints = list(failure.encoded), Checkpoints(str(tmp_path / "t.encode"))
+    assert all(checkpoints.load(shard).rows == 120 for shard in finished)
+    assert checkpoints.load(failure.last) is None
+    failure.repaired, failure.encoded = True, []
     table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
-    assert set(opened) == set(list_shards([str(shapes)])) - set(finished)
+    assert set(failure.encoded) == set(list_shards([str(shapes)])) - set(finished)
     assert content(table) == content(encoded)
 
 
-def test_an_unfinished_run_is_not_thrown_away_by_a_slip(shapes, encode_shapes, tmp_path, unplugged):
-    with pytest.raises(Exception, match="pulled the plug"):
+def test_an_unfinished_run_is_not_resumed_with_other_options(shapes, encode_shapes, tmp_path, failure):
+    with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance")
-    with pytest.raises(TableError, match=r"unfinished run in .*t\.encode has another image_size: type its options"):
+    changes = r"\(image_size: 32, now 64\)"
+    with pytest.raises(
+        TableError, match=rf"t\.encode holds an unfinished run with other options {changes}: rerun with"
+    ):
         encode_shapes(shapes, tmp_path / "t.lance", image_size=64)
-    unplugged[1].append(True)
+    failure.repaired = True
     assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
 
 
-COMMAND = "from pipeline.cli import main; main()"
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
+def start_encode(source: Path, table: Path, image_encoder: str, text_encoder: str, *options: str) -> subprocess.Popen:
+    """Run `pipeline encode` in a process group of its own."""
+    arguments = ["encode", str(source), "--table", str(table), "--image-size", "32", "--device", "cpu"]
+    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, *options]
     command = [sys.executable, "-c", COMMAND, *arguments]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def _holds(checkpoints, process: int) -> bool:
-    """Whether a process has begun to work: it has claimed the table."""
-    owner = checkpoints / "owner.json"
+def holds_lock(folder: Path, process: int) -> bool:
+    """Return whether a process holds the lock of a run, that is, has started to work."""
+    owner = folder / "owner.json"
     return owner.exists() and owner.read_text().find(f'"process": {process},') >= 0
 
 
-def _finished(checkpoints) -> int:
-    """How many shards are marked as finished."""
-    return len(list(checkpoints.glob("????????????????????????.json")))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_kill_9_at_random_moments_changes_nothing(
-    encode_shapes, content, image_encoder, text_encoder, tmp_path, workers
+    encode_shapes, content, image_encoder, text_encoder, tmp_path, num_workers
 ):
-    """Each life is killed after a random number of further shards; the last one reaches the end."""
-    from pipeline.demo.shapes import write_demo_data
+    """Each process is killed after a random number of further shards; the last one reaches the end."""
+    source, table = tmp_path / "source", tmp_path / "killed.lance"
+    write_demo_data(source, num_samples=200 * SHARDS, image_size=32, seed=3, samples_per_shard=200)
+    undisturbed = encode_shapes(source, tmp_path / "undisturbed.lance").table
+    shards, checkpoints = list_shards([str(source)]), Checkpoints(str(tmp_path / "killed.encode"))
+    options = ("--val-fraction", "0.2", "--batch-size", "32", "--num-workers", str(num_workers))
 
-    write_demo_data(tmp_path / "source", samples=200 * SHARDS, size=32, seed=3, per_shard=200)
-    undisturbed = encode_shapes(tmp_path / "source", tmp_path / "undisturbed.lance").table
-    checkpoints, table = tmp_path / "killed.encode", tmp_path / "killed.lance"
-    arguments = ["encode", str(tmp_path / "source"), "--table", str(table), "--image-size", "32", "--device", "cpu"]
-    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--val-fraction", "0.2"]
-    arguments += ["--batch-size", "32", "--num-workers", str(workers)]
-    uniforms, finished = random.Random(workers), [0]
+    def start() -> subprocess.Popen:
+        return start_encode(source, table, image_encoder, text_encoder, *options)
+
+    def count_finished() -> int:
+        return sum(checkpoints.load(shard) is not None for shard in shards)
+
+    uniforms, finished = random.Random(num_workers), [0]
     while len(finished) <= KILLS:
-        life, wanted = start(arguments), finished[-1] + uniforms.randrange(SHARDS // KILLS)
-        while life.poll() is None and not (_holds(checkpoints, life.pid) and _finished(checkpoints) >= wanted):
+        process, target = start(), finished[-1] + uniforms.randrange(SHARDS // KILLS)
+        folder = Path(checkpoints.folder)
+        while process.poll() is None and not (holds_lock(folder, process.pid) and count_finished() >= target):
             time.sleep(0.01)
-        with life.stderr, contextlib.suppress(subprocess.TimeoutExpired):
-            life.wait(uniforms.uniform(0.0, 0.3))
-        life.kill()
-        life.wait()
+        with process.stderr, contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(uniforms.uniform(0.0, 0.3))
+        process.kill()
+        process.wait()
         if is_table(str(table), Storage()):
             break
-        finished.append(_finished(checkpoints))
-    life = start(arguments)
-    _, told = life.communicate(timeout=300)
-    assert life.returncode == 0, told.decode()
+        finished.append(count_finished())
+    process = start()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
     assert len(finished) > 2
-    assert finished == sorted(finished)  # a mark that was there stays
+    assert finished == sorted(finished)  # no checkpoint is ever lost
     killed = open_table(table)
     assert content(killed) == content(undisturbed)
     assert killed.meta.geometry.same_as(undisturbed.meta.geometry)
-    named = {file["path"] for f in killed.dataset().get_fragments() for file in f.metadata.to_json()["files"]}
-    assert {path.name for path in (table / "data").iterdir()} == named
-    print(json.dumps({"workers": workers, "kills": len(finished) - 1, "finished_shards_at_each": finished}))
+    committed = {file["path"] for f in killed.dataset().get_fragments() for file in f.metadata.to_json()["files"]}
+    assert {path.name for path in (table / "data").iterdir()} == committed
+    print(json.dumps({"num_workers": num_workers, "kills": len(finished) - 1, "finished_shards_at_each": finished}))
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_line(shapes, image_encoder, text_encoder, tmp_path):
-    """Beam would wait for it for ever."""
-    arguments = [
-        "encode",
-        str(shapes),
-        "--table",
-        str(tmp_path / "t.lance"),
-        "--image-size",
-        "32",
-        "--num-workers",
-        "2",
-    ]
-    arguments += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--device", "cpu"]
-    life = start(arguments)
-    workers: list[psutil.Process] = []
-    while life.poll() is None and len(workers) < 2:
-        family = psutil.Process(life.pid).children(recursive=True)
-        workers = [process for process in family if "python" in process.name()]
+def test_a_killed_worker_ends_the_run_with_one_line(shapes, image_encoder, text_encoder, tmp_path):
+    """Beam would wait for it forever."""
+
+    def start() -> subprocess.Popen:
+        return start_encode(shapes, tmp_path / "t.lance", image_encoder, text_encoder, "--num-workers", "2")
+
+    process, workers = start(), list[psutil.Process]()
+    while process.poll() is None and len(workers) < 2:
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if "python" in child.name()]
     workers[0].kill()
-    _, told = life.communicate(timeout=60)
-    assert life.returncode == 2, told.decode()
-    (line,) = told.decode().splitlines()[-1:]
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr.decode()
+    (line,) = stderr.decode().splitlines()[-1:]
     assert line.startswith(f"error: {tmp_path / 't.lance'} is not finished: a worker process died")
-    assert "Traceback" not in told.decode()
-    _, told = start(arguments).communicate(timeout=60)
+    assert "rerun the same command to resume, with fewer --num-workers" in line
+    assert "Traceback" not in stderr.decode()
+    start().communicate(timeout=60)
     assert open_table(tmp_path / "t.lance").dataset().count_rows() == 360
 
 
-def test_a_reader_sees_the_old_table_or_the_new_one(shapes, encode_shapes, tmp_path, unplugged):
-    parts = list_shards([str(shapes)])
-    before = encode_shapes(parts[0], tmp_path / "t.lance").table
-    with pytest.raises(Exception, match="pulled the plug"):
+def test_readers_see_the_old_table_until_an_append_is_published(shapes, encode_shapes, tmp_path, failure):
+    first = encode_shapes(list_shards([str(shapes)])[0], tmp_path / "t.lance").table
+    with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance", append=True)
-    seen = open_table(tmp_path / "t.lance")
-    assert (seen.version, seen.dataset().count_rows()) == (before.version, 120)
+    visible = open_table(tmp_path / "t.lance")
+    assert (visible.version, visible.dataset().count_rows()) == (first.version, 120)
 
 
-def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_shapes, content, tmp_path, unplugged):
-    opened, plugged, _ = unplugged
-    plugged.append(True)
-    parts = list_shards([str(shapes)])
-    first = encode_shapes(parts[:1], tmp_path / "t.lance", keep_images=True).table
-    opened.clear()
+def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_shapes, content, tmp_path, failure):
+    failure.repaired = True
+    shards = list_shards([str(shapes)])
+    first = encode_shapes(shards[:1], tmp_path / "t.lance", keep_images=True).table
+    failure.encoded = []
     added = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
-    assert set(opened) == set(parts[1:])
+    assert set(failure.encoded) == set(shards[1:])
     assert added.report["rows"] == 240
-    assert shards_of(added.table) == set(parts)
-    # The geometry that rows are compared in stays; rows are those of one run over everything.
+    assert shards_of(added.table) == set(shards)
+    # The geometry stays that of the first shard; all other columns are those of one run over all shards.
     assert added.table.meta.geometry.same_as(first.meta.geometry)
 
-    def without(table):
+    def without_vectors(table):
         return [{name: row[name] for name in row if name != "vector"} for row in content(table)]
 
-    assert without(added.table) == without(encoded)
+    assert without_vectors(added.table) == without_vectors(encoded)
     assert {row["id"]: row["vector"] for row in content(added.table)}.items() >= {
         row["id"]: row["vector"] for row in content(first)
     }.items()
-    whole, merged = encoded.meta.moments.to_dict(), added.table.meta.moments
+    merged = added.table.meta.moments
     assert merged.count == encoded.meta.moments.count
     assert merged.latent_std == pytest.approx(encoded.meta.moments.latent_std, rel=1e-12)
-    assert whole.keys() == merged.to_dict().keys()
     again = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
-    assert (again.done_before, again.table.version) == (True, added.table.version)
+    assert (again.already_complete, again.table.version) == (True, added.table.version)
 
 
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
@@ -222,8 +227,8 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
 
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
-        patch.setattr(table_module, "update_meta", lambda *_: (_ for _ in ()).throw(KeyError("pulled the plug")))
-        with pytest.raises(Exception, match="pulled the plug"):
+        patch.setattr(table_module, "update_meta", fail)
+        with pytest.raises(Exception, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     between = open_table(first.uri)
     assert (between.dataset().count_rows(), between.meta.moments.count) == (360, first.meta.moments.count)
@@ -233,16 +238,16 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
     assert len(after.table.meta.run_ids) == 2
 
 
-def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_path):
+def test_an_index_still_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_path):
     from index.build.build_index import BuildConfig, build_index
 
-    parts = list_shards([str(shapes)])
-    first = encode_shapes(parts[:2], tmp_path / "t.lance").table
+    shards = list_shards([str(shapes)])
+    first = encode_shapes(shards[:2], tmp_path / "t.lance").table
     built = build_index(first, BuildConfig(index_type="ivf_flat", balance=True)).table
     added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
     assert added.meta.index == built.meta.index
     assert added.lancedb().index_stats("vector_idx").num_unindexed_rows == 120
-    new = added.dataset().to_table(columns=["vector"], filter=f"shard = '{parts[2]}'").num_rows
+    new = added.dataset().to_table(columns=["vector"], filter=f"shard = '{shards[2]}'").num_rows
     assert new == 120
     again = build_index(added, BuildConfig(index_type="ivf_flat"))
     assert again.report.num_unindexed_rows == 0
@@ -269,36 +274,34 @@ def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "changes"),
     [
-        ({"val_fraction": 0.5}, "--val-fraction"),
-        ({"image_size": 64}, "--image-size"),
-        ({"keep_images": True}, "--keep-images"),
-        ({"desc_scale": 7.0}, "--desc-scale"),
+        ({"val_fraction": 0.5}, "--val-fraction: 0.2, now 0.5"),
+        ({"image_size": 64}, "--image-size: 32, now 64"),
+        ({"keep_images": True}, "--keep-images: False, now True"),
+        ({"desc_scale": 7.0, "geometry": "raw"}, "--desc-scale: 4.0, now 7.0; --geometry: sphere, now raw"),
     ],
 )
-def test_append_refuses_rows_that_would_not_fit(shapes, encode_shapes, tmp_path, options, said):
-    parts = list_shards([str(shapes)])
-    encode_shapes(parts[:1], tmp_path / "t.lance")
-    with pytest.raises(TableError, match=f"another {said}: append with the same"):
+def test_append_refuses_other_options_than_the_table_has(shapes, encode_shapes, tmp_path, options, changes):
+    encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance")
+    with pytest.raises(TableError, match=rf"encoded with other options \({changes}\): append with the same"):
         encode_shapes(shapes, tmp_path / "t.lance", append=True, **options)
 
 
 def test_append_refuses_another_encoder(shapes, encode_shapes, changed_encoder, tmp_path):
-    parts = list_shards([str(shapes)])
-    encode_shapes(parts[:1], tmp_path / "t.lance")
-    with pytest.raises(TableError, match="another --image-encoder"):
+    encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance")
+    with pytest.raises(TableError, match=r"other options \(--image-encoder: [0-9a-f]+, now [0-9a-f]+\)"):
         encode_shapes(shapes, tmp_path / "t.lance", append=True, image_encoder=changed_encoder)
 
 
-def test_two_encodes_into_one_table_at_once(shapes, encode_shapes, tmp_path):
+def test_only_one_run_at_a_time_encodes_into_a_table(shapes, encode_shapes, tmp_path):
     taken = pytest.raises(TableError, match=rf"is being encoded by process {os.getpid()} on .* stop it first")
     with claim(str(tmp_path / "t.encode"), Storage()), taken:
         encode_shapes(shapes, tmp_path / "t.lance", limit=10)
     assert encode_shapes(shapes, tmp_path / "t.lance", limit=10).report["rows"] == 10
 
 
-def test_a_dead_process_holds_nothing(tmp_path):
+def test_a_killed_process_releases_its_lock(tmp_path):
     code = f"""
 import os, signal
 from index.table.lock import claim
@@ -312,8 +315,8 @@ with claim({str(tmp_path / "x")!r}, Storage()):
         pass
 
 
-def test_a_target_that_cannot_be_written_is_said_before_the_work(shapes, encode_shapes, tmp_path):
-    with pytest.raises(TableError, match=r"/proc/nowhere/t.lance cannot be written: /proc: .*name another --table"):
+def test_an_unwritable_target_is_named_before_the_work_starts(shapes, encode_shapes, tmp_path):
+    with pytest.raises(TableError, match=r"/proc/nowhere/t.lance cannot be written .*name another --table"):
         encode_shapes(shapes, "/proc/nowhere/t.lance")
     (tmp_path / "file").write_text("")
     with pytest.raises(TableError, match="cannot be written"):
@@ -322,7 +325,7 @@ def test_a_target_that_cannot_be_written_is_said_before_the_work(shapes, encode_
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB that can be filled; skips where none can be mounted."""
+    """A file system of 3 MiB that can be filled; skips if none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -334,14 +337,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
-    small_disk, encoded, shapes, encode_shapes, content, workers
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(
+    small_disk, encoded, shapes, encode_shapes, content, num_workers
 ):
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - 300 * 1024))
-    with pytest.raises(TableError, match=r"cannot be written .*No space left.*the same command goes on"):
-        encode_shapes(shapes, small_disk / "t.lance", keep_images=True, num_workers=workers)
+    with pytest.raises(TableError, match=r"cannot be written .*No space left.*rerun the same command to resume"):
+        encode_shapes(shapes, small_disk / "t.lance", keep_images=True, num_workers=num_workers)
     (small_disk / "ballast").unlink()
     assert content(encode_shapes(shapes, small_disk / "t.lance", keep_images=True).table) == content(encoded)
 
@@ -353,26 +356,24 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(small_disk, shapes
         encode_shapes(shapes, small_disk / "t.lance", keep_images=True, dry_run=True)
 
 
-def test_a_run_that_goes_wrong_is_stopped_on_the_way(write_tar, encode_shapes, tmp_path, monkeypatch):
-    """Once so much is rejected that no good sample to come could mend it."""
+def test_a_run_with_too_many_rejects_is_stopped_early(write_tar, encode_shapes, tmp_path, monkeypatch):
     for shard in range(10):
         write_tar(tmp_path / "source" / f"{shard}.tar", [(f"{n}.{e}", b"?") for n in range(5) for e in ("png", "txt")])
         (tmp_path / "source" / f"{shard}_stats.json").write_text('{"successes": 5}')
-    whole, opened = job_module.EncodeJob.open, []
+    encoded = []
 
-    def open_slowly(self, shard, **options):
-        opened.append(shard)
+    def write_slowly(job, shard, duplicates, *, write_shard=graph.write_shard):
+        encoded.append(shard)
         time.sleep(0.3)
-        return whole(self, shard, **options)
+        return write_shard(job, shard, duplicates)
 
-    monkeypatch.setattr(job_module.EncodeJob, "open", open_slowly)
-    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(watch, "STOPPING_REJECTS", 5)
-    with pytest.raises(
-        SourceError, match=r"^\d+ of 50 samples are rejected already, after \d of 10 shards: nothing was pub"
-    ):
+    monkeypatch.setattr(graph, "write_shard", write_slowly)
+    monkeypatch.setattr(monitor, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(monitor, "MIN_REJECTS_TO_STOP", 5)
+    message = r"^\d+ of 50 samples are already rejected after \d of 10 shards, above --max-reject-rate 0.2: nothing was"
+    with pytest.raises(SourceError, match=message):
         encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.2)
-    assert 3 <= len(opened) < 10
-    # Allowing more takes the stop back.
-    with pytest.raises(SourceError, match="50 of 50 samples were rejected"):
+    assert 3 <= len(encoded) < 10
+    # A higher limit lifts the stop.
+    with pytest.raises(SourceError, match=r"^no sample became a row: 50 of 50 samples were rejected"):
         encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.9)

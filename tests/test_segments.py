@@ -21,7 +21,7 @@ from index.search.lance_index import (
     without_index,
 )
 from index.table.table import column_array, open_table
-from pipeline.beam.index_segments import fragment_groups, on_beam
+from pipeline.beam.index_segments import beam_builder, fragment_groups
 from pipeline.config import RuntimeConfig
 
 
@@ -95,7 +95,7 @@ def test_merged_segments_have_the_recall_of_the_whole_index(table, index_type):
 def test_two_workers_build_one_index_while_the_old_one_serves(table):
     before = build_index(table, BuildConfig(index_type="ivf_rq")).table
     whole = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0)).report
-    on_workers, served = on_beam(RuntimeConfig(num_workers=2), "ivf_rq"), []
+    on_workers, served = beam_builder(RuntimeConfig(num_workers=2), "ivf_rq"), []
 
     def build(table, plan, log):
         served.append(open_table(table.uri, indexed=True).meta)
@@ -104,7 +104,7 @@ def test_two_workers_build_one_index_while_the_old_one_serves(table):
     first = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.5), build).report
     assert (served[0].geometry.desc_scale, served[0].index.kind) == (2.0, "ivf_rq")
     exact = build_index(
-        open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RuntimeConfig(num_workers=2), "auto")
+        open_table(table.uri), BuildConfig(desc_scale=2.0), beam_builder(RuntimeConfig(num_workers=2), "auto")
     ).report
     assert exact.index_type == "none"  # too few rows for an index
     split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), on_workers).report
@@ -116,5 +116,5 @@ def test_two_workers_build_one_index_while_the_old_one_serves(table):
 
 
 def test_types_that_lose_recall_when_merged_are_built_by_one_process():
-    with pytest.raises(OptionError, match="ivf_sq is built by one process: choose one of ivf_rq, ivf_flat"):
-        on_beam(RuntimeConfig(num_workers=2), "ivf_sq")
+    with pytest.raises(OptionError, match="ivf_sq can only be built by one process: use one of ivf_rq, ivf_flat"):
+        beam_builder(RuntimeConfig(num_workers=2), "ivf_sq")

@@ -87,7 +87,7 @@ def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encod
 
     assert without_shard(made.table) == without_shard(encoded)
     again = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
-    assert (again.done_before, again.report) == (True, made.report)
+    assert (again.already_complete, again.report) == (True, made.report)
     assert s3.names("s3://bucket/db/shapes.encode") == []
     built = build_index(open_table(made.table.uri, storage=s3), BuildConfig(index_type="ivf_flat"))
     assert built.table.report("index")["index_type"] == "ivf_flat"
@@ -154,7 +154,7 @@ def test_a_lease_holds_a_table_in_a_bucket(s3, monkeypatch):
 
 
 def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
-    with pytest.raises(TableError, match=r"s3://nowhere/t.lance cannot be written: .*--storage-option"):
+    with pytest.raises(TableError, match=r"s3://nowhere/t.lance cannot be written .*--storage-option"):
         encode_shapes(shapes, "s3://nowhere/t.lance", storage=s3)
     with pytest.raises(SourceError, match=r"s3://nowhere/\*\.tar"):
         list_shards(["s3://nowhere/*.tar"], ReadOptions(storage=s3))

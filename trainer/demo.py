@@ -17,7 +17,7 @@ import numpy as np
 
 from index.table.storage import write_json
 from index.terminal import print_table
-from pipeline.demo.checker import judge
+from pipeline.demo.checker import check_images
 from pipeline.demo.shapes import Scene, all_scenes, is_heldout
 
 JUDGED = 200
@@ -66,12 +66,12 @@ def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
     Beside them the ceiling (the autoencoder's reconstructions of true pictures) and chance (the same pictures read
     with each other's captions).
     """
-    from pipeline.demo.shapes import draw
+    from pipeline.demo.shapes import draw_scene
     from trainer.sampler import Coalescer
 
     coalescer = Coalescer.from_pretrained(run)
     drawn = [np.asarray(image) for image in coalescer(captions, steps=STEPS).images]
-    true = [draw(Scene.parse(caption), 32, np.random.default_rng([1, i])) for i, caption in enumerate(captions)]
+    true = [draw_scene(Scene.parse(caption), 32, np.random.default_rng([1, i])) for i, caption in enumerate(captions)]
     encoder = coalescer.image_encoder
     again = encoder.decode(encoder.encode(np.stack([np.asarray(image) for image in true])))
     return {
@@ -83,7 +83,7 @@ def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
 
 
 def _shares(prefix: str, pixels: Any, captions: list[str]) -> dict[str, float]:
-    verdicts = judge(pixels, captions)
+    verdicts = check_images(pixels, captions)
     return {
         f"{prefix}colors confirmed": float(np.mean([verdict.colors for verdict in verdicts])),
         f"{prefix}colors and relation": float(np.mean([verdict.relation for verdict in verdicts])),
@@ -123,7 +123,7 @@ def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     )
     return {
         "rows": encoded["rows"],
-        "rejects": encoded["rejects"],
+        "rejects": encoded["rejected"],
         "held-out PSNR, dB": image["psnr_db"],
         "held-out token accuracy": text["token_accuracy"],
         "index": f"{index['index_type']}, nprobes {index['nprobes']}",

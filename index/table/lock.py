@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from index.errors import TableError
-from index.table.storage import Storage, is_local
+from index.table.storage import Storage, is_local, unwritable
 
 LEASE_SECONDS = 60.0
 
@@ -40,7 +40,7 @@ def _locked(folder: Path, mine: dict[str, object]) -> Iterator[None]:
     except Timeout:
         raise TableError(_taken(folder, owner.read_bytes() if owner.exists() else b"{}")) from None
     except OSError as error:
-        raise TableError(f"{folder} cannot be written: {error.strerror}: name another --table") from error
+        raise unwritable(folder, error) from error
     try:
         owner.write_text(json.dumps(mine))
         yield
@@ -67,7 +67,7 @@ def _leased(folder: str, mine: dict[str, object], storage: Storage) -> Iterator[
                 raise TableError(f"{_taken(folder, content)}; its lease ends in {left:.0f} s") from None
             write("overwrite")
     except OSError as error:
-        raise TableError(f"{folder} cannot be written: {error}: name another --table") from error
+        raise unwritable(folder, error) from error
     done = threading.Event()
 
     def renew() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from index.errors import OptionError, SourceError, TableError
+from index.errors import OptionError, SourceError, TableError, one_line
 
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Where the environment names an S3 endpoint; the last counts."""
@@ -115,9 +115,7 @@ class Storage:
                 files, path = self.files(uri)
                 files.pipe_file(path, text.encode())
         except Exception as error:  # every object store has errors of its own
-            raise TableError(
-                f"{uri} cannot be written ({error}): make room there; the same command goes on where it stopped"
-            ) from error
+            raise unwritable(uri, error) from error
 
     def remove(self, uri: str) -> None:
         """Delete a file or folder with all that is in it, if it is there."""
@@ -152,3 +150,11 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def unwritable(uri: str | Path, error: Exception) -> TableError:
+    """Return the error for a target that cannot be written, whatever the reason."""
+    return TableError(
+        f"{uri} cannot be written ({one_line(error)}): check free space, permissions and --storage-option, or name "
+        "another --table; rerun the same command to resume"
+    )

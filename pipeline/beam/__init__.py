@@ -1,1 +1,1 @@
-"""Apache Beam transforms that stand on their own."""
+"""Apache Beam: run a graph on any runner, and transforms that can be reused on their own."""

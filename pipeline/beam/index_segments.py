@@ -1,9 +1,9 @@
-"""BuildSegments: a vector index built on Beam, a segment for some of the table's fragments on each worker.
+"""BuildSegments: build a vector index on Beam, one segment for each group of the table's fragments.
 
     groups of fragments -> build a segment of each -> gather -> merge and commit
 
-What crosses Beam is numbers of fragments and names of segment files. Partitions are trained once, before; workers read
-them from a file beside the table.
+What crosses Beam is ids of fragments and names of segment files. Partitions are trained once, before the graph runs;
+workers read them from a file next to the table.
 """
 
 import base64
@@ -25,82 +25,85 @@ from pipeline.config import RuntimeConfig
 ROWS_PER_SEGMENT = 2**20
 
 
-def on_beam(run: RuntimeConfig, index_type: str) -> Builder:
-    """What builds an index for `build_index` on Beam; OptionError where segments of that type cannot be merged."""
+def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
+    """Return the function with which `build_index` builds an index on Beam.
+
+    Raises OptionError if segments of this index type cannot be merged.
+    """
     if index_type not in ("auto", "none", *MERGEABLE):
         raise OptionError(
-            f"--index-type {index_type} is built by one process: choose one of {', '.join(MERGEABLE)}, "
+            f"--index-type {index_type} can only be built by one process: use one of {', '.join(MERGEABLE)}, "
             "or leave out --num-workers and --runner"
         )
 
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)
-        plan_file = f"{table.uri.removesuffix('.lance')}.plan.json"
-        table.storage.write_json(plan_file, plan.to_dict())
-        groups = fragment_groups(table, run.num_workers)
+        plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
+        table.storage.write_json(plan_uri, plan.to_dict())
+        groups = fragment_groups(table, runtime.num_workers)
         with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
             run_beam(
                 lambda pipeline: (
-                    pipeline | "Fragments" >> beam.Create(groups) | "Build segments" >> BuildSegments(table, plan_file)
+                    pipeline | "Fragments" >> beam.Create(groups) | "Build segments" >> BuildSegments(table, plan_uri)
                 ),
-                run,
+                runtime,
                 table.uri,
-                relief="fewer --num-workers",
+                memory_advice="fewer --num-workers",
             )
             bar.advance(len(groups))
-        table.storage.remove(plan_file)
+        table.storage.remove(plan_uri)
         return newest(table)
 
     return build
 
 
-def fragment_groups(table: Table, workers: int) -> list[list[int]]:
-    """Numbers of fragments, in groups of at most about a million rows, and where it can be one for each worker."""
+def fragment_groups(table: Table, num_workers: int) -> list[list[int]]:
+    """Return ids of fragments in groups of at most 2^20 rows, and of at most a worker's equal part of the table."""
     fragments = [(each.fragment_id, each.metadata.physical_rows) for each in table.dataset().get_fragments()]
-    most = min(ROWS_PER_SEGMENT, -(-sum(rows for _, rows in fragments) // workers))
-    groups, held = list[list[int]](), 0
-    for number, rows in fragments:
-        if not groups or held + rows > most:
+    max_rows = min(ROWS_PER_SEGMENT, -(-sum(rows for _, rows in fragments) // num_workers))
+    groups, group_rows = list[list[int]](), 0
+    for fragment, rows in fragments:
+        if not groups or group_rows + rows > max_rows:
             groups.append([])
-            held = 0
-        groups[-1].append(number)
-        held += rows
+            group_rows = 0
+        groups[-1].append(fragment)
+        group_rows += rows
     return groups
 
 
 class BuildSegments(beam.PTransform):  # type: ignore[misc]
-    """PCollection of groups of fragments -> PCollection with the one version number of the indexed table."""
+    """PCollection of groups of fragment ids -> PCollection with the one version number of the indexed table."""
 
-    def __init__(self, table: Table, plan_file: str) -> None:
+    def __init__(self, table: Table, plan_uri: str) -> None:
         super().__init__()
-        self.table, self.plan_file = table, plan_file
+        self.table, self.plan_uri = table, plan_uri
 
     def expand(self, groups: Any) -> Any:
-        """The graph."""
+        """Build the graph."""
         return (
             groups
             | "Spread" >> beam.Reshuffle()
-            | "Build" >> beam.ParDo(_Build(self.table, self.plan_file))
+            | "Build" >> beam.ParDo(_BuildSegment(self.table, self.plan_uri))
             | "Gather" >> beam.combiners.ToList()
-            | "Publish" >> beam.ParDo(_Publish(self.table))
+            | "Commit" >> beam.ParDo(_CommitSegments(self.table))
         )
 
 
-class _Build(beam.DoFn):  # type: ignore[misc]
-    """A group of fragments -> the segment that covers it, as text."""
+class _BuildSegment(beam.DoFn):  # type: ignore[misc]
+    """A group of fragment ids -> the segment that covers them, pickled as text."""
 
-    def __init__(self, table: Table, plan_file: str) -> None:
-        self.table, self.plan_file = table, plan_file
+    def __init__(self, table: Table, plan_uri: str) -> None:
+        self.table, self.plan_uri = table, plan_uri
 
     def setup(self) -> None:
-        self.plan = IndexPlan.from_dict(self.table.storage.read_json(self.plan_file))
+        self.plan = IndexPlan.from_dict(self.table.storage.read_json(self.plan_uri))
 
     def process(self, fragments: list[int]) -> Iterator[str]:
         yield base64.b64encode(pickle.dumps(build_segment(self.table, self.plan, fragments))).decode()
 
 
-class _Publish(beam.DoFn):  # type: ignore[misc]
-    """All segments in; the version of the table that they serve out."""
+class _CommitSegments(beam.DoFn):  # type: ignore[misc]
+    """All segments -> the version of the table that they index."""
 
     def __init__(self, table: Table) -> None:
         self.table = table

@@ -1,4 +1,4 @@
-"""Put a graph on Beam: the local runner or any other, and what goes wrong there as what the user can put right."""
+"""Run a graph on the local Beam runner or any other, and raise failures of its workers as CoalescerErrors."""
 
 import contextlib
 import logging
@@ -18,32 +18,33 @@ from index.errors import CoalescerError, TableError
 from pipeline.config import RuntimeConfig
 
 BEAM_WORKER = "run_worker"
-"""What Beam calls the thread that waits for a worker process."""
-INTERRUPTED = ("code -2", "code 130")
-"""How the end of a worker reads that Ctrl-C has reached."""
+"""Beam's name for the thread that waits for a worker process."""
 BEAM_THREADS = (BEAM_WORKER, "beam_control_read", "read_grpc_client_inputs")
+INTERRUPTED = ("code -2", "code 130")
+"""Ends of the exit messages of workers that Ctrl-C stopped."""
 
 
 def run_beam(
     graph: Callable[[Any], object],
-    run: RuntimeConfig,
+    runtime: RuntimeConfig,
     uri: str,
     *,
-    watching: contextlib.AbstractContextManager[None] | None = None,
-    relief: str,
+    monitor: contextlib.AbstractContextManager[None] | None = None,
+    memory_advice: str,
 ) -> None:
-    """Run what `graph` adds to a pipeline; a CoalescerError of a worker is raised here as what it was.
+    """Build a pipeline with `graph`, run it, and wait for its end inside the context `monitor`.
 
-    `uri` is the table that is worked on, `watching` goes on meanwhile, `relief` is what to type if memory is short.
+    `uri` is the table that errors are about, `memory_advice` the options to change if a worker ran out of memory.
+    Raises a worker's CoalescerError as it was raised there, and TableError if a worker process dies.
     """
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
     options = ["--runner=FnApiRunner"]
-    if run.num_workers > 1:
-        options += [f"--direct_num_workers={run.num_workers}", "--direct_running_mode=multi_processing"]
-    options += run.beam_options  # the last of equal options counts
-    with _worker_output(), watching or contextlib.nullcontext(), _ending_with_its_workers(uri, relief):
+    if runtime.num_workers > 1:
+        options += [f"--direct_num_workers={runtime.num_workers}", "--direct_running_mode=multi_processing"]
+    options += runtime.beam_options  # the last of equal options counts
+    with _worker_log(), monitor or contextlib.nullcontext(), _watch_workers(uri, memory_advice):
         pipeline = beam.Pipeline(options=PipelineOptions(options))
         graph(pipeline)
         try:
@@ -52,38 +53,38 @@ def run_beam(
             raise _user_error(error) or error from None
 
 
-def _wait(running: Any) -> None:
+def _wait(result: Any) -> None:
     try:
-        running.wait_until_finish()
+        result.wait_until_finish()
     finally:
-        if client := getattr(running, "client", None):  # Dask's runner leaves its client open
+        if client := getattr(result, "client", None):  # Dask's runner leaves its client open
             client.close()
 
 
 def _user_error(error: BaseException) -> CoalescerError | None:
-    """The CoalescerError behind what an engine raised: workers send it as the text of a traceback."""
-    kinds = {kind.__name__: kind for kind in CoalescerError.__subclasses__()}
-    found = re.findall(r"index\.errors\.(\w+): (.*)", f"index.errors.{type(error).__name__}: {error}")
-    for name, text in reversed(found):
-        if name in kinds:
-            return kinds[name](re.sub(r" \[while running .*", "", text))
+    """Return the CoalescerError behind a runner's exception, if any: workers send it as the text of a traceback."""
+    classes = {each.__name__: each for each in CoalescerError.__subclasses__()}
+    matches = re.findall(r"index\.errors\.(\w+): (.*)", f"index.errors.{type(error).__name__}: {error}")
+    for name, text in reversed(matches):
+        if name in classes:
+            return classes[name](re.sub(r" \[while running .*", "", text))
     return None
 
 
 @contextlib.contextmanager
-def _worker_output() -> Iterator[None]:
-    """Send what Beam and its worker processes say to a file; this process keeps the terminal for its progress.
+def _worker_log() -> Iterator[None]:
+    """Redirect the stderr of Beam and its worker processes to a file, so that the terminal is left to the progress.
 
-    Workers inherit descriptor 2, so it is the descriptor that moves, not `sys.stderr`. The file stands in the folder
-    for temporary files, since the disk of the table may be full, and is kept where the block raises.
+    Workers inherit file descriptor 2, so the descriptor is redirected, not only `sys.stderr`. The file is in the folder
+    for temporary files, since the disk of the table may be full, and is kept if the block raises an unknown error.
     """
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     with (
         os.fdopen(os.dup(2), "w", buffering=1) as terminal,
-        tempfile.NamedTemporaryFile(prefix="encode-", suffix=".log", delete=False) as file,
+        tempfile.NamedTemporaryFile(prefix="beam-", suffix=".log", delete=False) as file,
     ):
         os.dup2(file.fileno(), 2)
-        shown, sys.stderr = sys.stderr, terminal if sys.stderr is sys.__stderr__ else sys.stderr
+        stderr, sys.stderr = sys.stderr, terminal if sys.stderr is sys.__stderr__ else sys.stderr
         try:
             yield
             Path(file.name).unlink()
@@ -91,32 +92,32 @@ def _worker_output() -> Iterator[None]:
             Path(file.name).unlink()
             raise
         except Exception as error:
-            error.add_note(f"what Beam's workers said: {file.name}")
+            error.add_note(f"log of Beam's workers: {file.name}")
             raise
         finally:
-            sys.stderr = shown
+            sys.stderr = stderr
             os.dup2(terminal.fileno(), 2)
 
 
 class _WorkerDied(BaseException):
-    """Raised in the main thread, out of whatever Beam waits for."""
+    """Raised in the main thread, in the middle of Beam's waiting."""
 
 
 @contextlib.contextmanager
-def _ending_with_its_workers(uri: str, relief: str) -> Iterator[None]:
-    """TableError when a worker process of the local runner dies, for which Beam itself would wait for ever."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach no other
+def _watch_workers(uri: str, memory_advice: str) -> Iterator[None]:
+    """Raise TableError if a worker process of the local runner dies; Beam itself would wait for it forever."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
-    died, ending = list[str](), threading.Event()
+    exit_messages, leaving = list[str](), threading.Event()
 
     def on_thread_error(thrown: threading.ExceptHookArgs) -> None:
         os.write(2, "".join(traceback.format_exception(thrown.exc_value)).encode())
-        if thrown.thread is not None and thrown.thread.name == BEAM_WORKER and not died:
-            died.append(str(thrown.exc_value))
-            time.sleep(0.5)  # Ctrl-C ends the workers too: this thread's process has heard of it by then
-            _kill_workers()  # Beam waits for them before it lets go
-            if ending.is_set():
+        if thrown.thread is not None and thrown.thread.name == BEAM_WORKER and not exit_messages:
+            exit_messages.append(str(thrown.exc_value))
+            time.sleep(0.5)  # Ctrl-C ends the workers too: by then this process has received it as well
+            _kill_workers()  # Beam waits for the others before it returns
+            if leaving.is_set():
                 return
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
@@ -128,19 +129,19 @@ def _ending_with_its_workers(uri: str, relief: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ending.set()
-        # Threads that lose their workers complain: into the log, not after it is closed.
-        until = time.monotonic() + 2
+        leaving.set()
+        # Threads that lose their workers print errors: let them do so into the log, before it is closed.
+        deadline = time.monotonic() + 2
         for thread in threading.enumerate():
             if thread.name in BEAM_THREADS:
-                thread.join(max(0.0, until - time.monotonic()))
-        if not died or isinstance(error, KeyboardInterrupt):
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if not exit_messages or isinstance(error, KeyboardInterrupt):
             raise
-        if died[0].endswith(INTERRUPTED):
+        if exit_messages[0].endswith(INTERRUPTED):
             raise KeyboardInterrupt from error
         raise TableError(
-            f"{uri} is not finished: a worker process died ({died[0]}), for want of memory perhaps: "
-            f"type the same command again, with {relief}"
+            f"{uri} is not finished: a worker process died ({exit_messages[0]}), possibly out of memory: "
+            f"rerun the same command to resume, with {memory_advice}"
         ) from error
     finally:
         signal.signal(signal.SIGUSR1, handler)
@@ -148,7 +149,7 @@ def _ending_with_its_workers(uri: str, relief: str) -> Iterator[None]:
 
 
 def _kill_workers() -> None:
-    """Kill the local runner's worker processes."""
+    """Kill the worker processes of the local runner."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):

@@ -1,8 +1,8 @@
-"""Captioned shapes drawn to img2dataset-style shards: known truth, any number of them.
+"""Draw captioned shapes to img2dataset-style shards: any number of images, each with a known scene.
 
-"a small red circle left of a large blue square": two shapes of different colors on a near-white ground, at jittered
-places. One caption in ten, chosen by hash, is never drawn for training; its pictures go to OUT/heldout instead, so
-that a model can be asked for what it has not seen. Picture i depends on (seed, i) alone.
+"a small red circle left of a large blue square": two shapes of different colors on a near-white background, at
+jittered positions. One caption in ten, chosen by hash, is never drawn for training; its images go to OUT/heldout
+instead, for testing a model on unseen captions. Image i depends on (seed, i) alone.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from index.terminal import Progress
-from index.table.storage import write_json
 from index.errors import OptionError
+from index.table.storage import write_json
+from index.terminal import Progress
 
 PALETTE = {
     "red": (225, 35, 35),
@@ -33,15 +33,16 @@ PALETTE = {
     "black": (25, 25, 30),
 }
 RADII = {"small": (0.113, 0.137), "large": (0.194, 0.225)}
-"""Half the extent of a shape, as a range of shares of the picture's side."""
+"""Range of half a shape's extent, as a fraction of the image size."""
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
+MIN_IMAGE_SIZE = 16
 SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
-    """One shape."""
+class SceneObject:
+    """One shape of a scene."""
 
     size: str
     color: str
@@ -53,113 +54,128 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Two shapes and how the first lies to the second: the truth behind a caption."""
+    """Two objects and the position of the first relative to the second: the content of a caption."""
 
-    first: Thing
+    first: SceneObject
     relation: str
-    second: Thing
+    second: SceneObject
 
     @property
     def caption(self) -> str:
-        """The scene in words."""
+        """The caption that describes the scene."""
         return f"{self.first} {self.relation} {self.second}"
 
     @classmethod
     def parse(cls, caption: str) -> "Scene":
-        """The scene that a caption tells."""
+        """Return the scene that a caption describes."""
         _, *first, _, size, color, shape = caption.split()
-        return cls(Thing(*first[:3]), " ".join(first[3:]), Thing(size, color, shape))
+        return cls(SceneObject(*first[:3]), " ".join(first[3:]), SceneObject(size, color, shape))
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Every scene that can be told."""
-    things = [Thing(*words) for words in itertools.product(RADII, PALETTE, SHAPES)]
-    for first, relation, second in itertools.product(things, RELATIONS, things):
+    """Yield every scene that can be drawn."""
+    objects = [SceneObject(*words) for words in itertools.product(RADII, PALETTE, SHAPES)]
+    for first, relation, second in itertools.product(objects, RELATIONS, objects):
         if first.color != second.color:
             yield Scene(first, relation, second)
 
 
 def is_heldout(scene: Scene) -> bool:
-    """Whether a scene is kept from the training shards: one in ten."""
+    """Return whether a scene is held out from the training shards: one in ten, by a hash of its caption."""
     return int(hashlib.sha256(scene.caption.encode()).hexdigest()[:8], 16) % 10 == 0
 
 
-def draw(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
-    """A picture of the scene, the shapes at random places that agree with it and do not touch."""
-    fine = side * SUPERSAMPLING
-    ground = int(rng.integers(243, 251))
-    image = Image.new("RGB", (fine, fine), (ground,) * 3)
-    pen = ImageDraw.Draw(image)
-    radii = [rng.uniform(*RADII[thing.size]) * side for thing in (scene.first, scene.second)]
-    # Along the relation's axis: margin, shape, gap, shape, margin; what is free is shared out at random.
+def draw_scene(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
+    """Draw an image of a scene, its objects at random positions that agree with the relation and do not touch."""
+    canvas_size = image_size * SUPERSAMPLING
+    background = int(rng.integers(243, 251))
+    image = Image.new("RGB", (canvas_size, canvas_size), (background,) * 3)
+    canvas = ImageDraw.Draw(image)
+    radii = [rng.uniform(*RADII[each.size]) * image_size for each in (scene.first, scene.second)]
+    # Along the axis of the relation: margin, object, gap, object, margin; free space is divided at random.
     near, far = (0, 1) if scene.relation in ("left of", "above") else (1, 0)
-    free = max(side - 3 - 2 * sum(radii), 0.0)
+    free = max(image_size - 3 - 2 * sum(radii), 0.0)
     margin, gap, _ = rng.dirichlet((6, 6, 6)) * free
     along = [0.0, 0.0]
     along[near] = 1 + margin + radii[near]
     along[far] = along[near] + radii[near] + 1 + gap + radii[far]
-    wander = side / 16
-    for thing, radius, place in zip((scene.first, scene.second), radii, along, strict=True):
-        across = float(np.clip(side / 2 + rng.uniform(-wander, wander), radius + 1, side - radius - 1))
-        x, y = (place, across) if scene.relation in ("left of", "right of") else (across, place)
-        _draw_thing(pen, thing, x * SUPERSAMPLING, y * SUPERSAMPLING, radius * SUPERSAMPLING)
-    return image.resize((side, side), Image.Resampling.BOX)
+    jitter = image_size / 16
+    for each, radius, position in zip((scene.first, scene.second), radii, along, strict=True):
+        across = image_size / 2 + rng.uniform(-jitter, jitter)
+        across = float(np.clip(across, radius + 1, image_size - radius - 1))
+        x, y = (position, across) if scene.relation in ("left of", "right of") else (across, position)
+        _draw_object(canvas, each, x * SUPERSAMPLING, y * SUPERSAMPLING, radius * SUPERSAMPLING)
+    return image.resize((image_size, image_size), Image.Resampling.BOX)
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: float) -> None:
-    fill = PALETTE[thing.color]
-    if thing.shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif thing.shape == "square":
+def _draw_object(canvas: ImageDraw.ImageDraw, each: SceneObject, x: float, y: float, r: float) -> None:
+    fill = PALETTE[each.color]
+    if each.shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif each.shape == "square":
         r *= 0.92  # about the area of the circle
-        pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+        canvas.rectangle((x - r, y - r, x + r, y + r), fill=fill)
     else:
-        pen.polygon([(x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)], fill=fill)
+        canvas.polygon([(x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)], fill=fill)
 
 
-def write_demo_data(out: Path, *, samples: int, size: int, seed: int, per_shard: int = 1000) -> dict[str, int]:
-    """Draw `samples` training pictures to OUT/NNNNN.tar and one of each held-out scene to OUT/heldout/00000.tar."""
-    if samples < 1 or size < 16:
-        raise OptionError(f"--samples {samples} --size {size}: give at least 1 sample of at least 16 pixels")
+def write_demo_data(
+    out: Path, *, num_samples: int, image_size: int, seed: int, samples_per_shard: int = 1000
+) -> dict[str, int]:
+    """Draw training images to OUT/NNNNN.tar and one image of each held-out caption to OUT/heldout/00000.tar.
+
+    Returns the report that is also written to OUT/demo-data.json. Raises OptionError if there are shards already.
+    """
+    if num_samples < 1:
+        raise OptionError(f"--num-samples {num_samples} is out of range: use at least 1")
+    if image_size < MIN_IMAGE_SIZE:
+        raise OptionError(f"--image-size {image_size} is too small: use at least {MIN_IMAGE_SIZE} pixels")
     if any(out.glob("*.tar")):
-        raise OptionError(f"{out} holds shards already: name another folder, or delete it first")
+        raise OptionError(f"{out} already holds shards: name another folder, or delete it first")
     scenes = list(all_scenes())
     heldout = [scene for scene in scenes if is_heldout(scene)]
-    known = [scene for scene in scenes if not is_heldout(scene)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "heldout").mkdir(exist_ok=True)
-    with Progress("draw shapes", total=samples, unit="pictures", log=out / "demo-data.jsonl") as bar:
-        for number, start in enumerate(range(0, samples, per_shard)):
-            shard = range(start, min(start + per_shard, samples))
-            chosen = [known[np.random.default_rng([seed, i, 0]).integers(len(known))] for i in shard]
-            _write_shard(out / f"{number:05d}.tar", chosen, shard, size, seed)
-            bar.advance(len(chosen))
-    _write_shard(out / "heldout" / "00000.tar", heldout, range(samples, samples + len(heldout)), size, seed)
-    report = {"samples": samples, "captions": len(known), "heldout_captions": len(heldout), "size": size, "seed": seed}
+    train = [scene for scene in scenes if not is_heldout(scene)]
+    (out / "heldout").mkdir(parents=True, exist_ok=True)
+    with Progress("draw shapes", total=num_samples, unit="images", log=out / "demo-data.jsonl") as bar:
+        for shard, start in enumerate(range(0, num_samples, samples_per_shard)):
+            numbers = range(start, min(start + samples_per_shard, num_samples))
+            drawn = [train[np.random.default_rng([seed, i, 0]).integers(len(train))] for i in numbers]
+            _write_shard(out / f"{shard:05d}.tar", drawn, numbers, image_size, seed)
+            bar.advance(len(drawn))
+    numbers = range(num_samples, num_samples + len(heldout))
+    _write_shard(out / "heldout" / "00000.tar", heldout, numbers, image_size, seed)
+    report = {
+        "num_samples": num_samples,
+        "num_train_captions": len(train),
+        "num_heldout_captions": len(heldout),
+        "image_size": image_size,
+        "seed": seed,
+    }
     write_json(out / "demo-data.json", report)
     return report
 
 
-def _write_shard(path: Path, scenes: list[Scene], numbers: range, size: int, seed: int) -> None:
+def _write_shard(path: Path, scenes: list[Scene], numbers: range, image_size: int, seed: int) -> None:
+    """Write one image per scene with its caption and JSON sidecar, next to the parquet and stats of img2dataset."""
     rows: list[dict[str, Any]] = []
-    aside = path.with_suffix(".tar.tmp")
-    with tarfile.open(aside, "w") as tar:
+    temporary = path.with_suffix(".tar.tmp")
+    with tarfile.open(temporary, "w") as tar:
         for scene, number in zip(scenes, numbers, strict=True):
             key = f"{number:08d}"
-            picture = io.BytesIO()
-            draw(scene, size, np.random.default_rng([seed, number, 1])).save(picture, "png")
-            row = {"key": key, "caption": scene.caption, "status": "success", "width": size, "height": size}
+            png = io.BytesIO()
+            draw_scene(scene, image_size, np.random.default_rng([seed, number, 1])).save(png, "png")
+            row = {"key": key, "caption": scene.caption, "status": "success", "width": image_size, "height": image_size}
             truth = {"first": asdict(scene.first), "relation": scene.relation, "second": asdict(scene.second)}
-            for ending, data in (
-                ("png", picture.getvalue()),
+            for extension, data in (
+                ("png", png.getvalue()),
                 ("txt", scene.caption.encode()),
                 ("json", json.dumps(row | {"truth": truth}).encode()),
             ):
-                member = tarfile.TarInfo(f"{key}.{ending}")
+                member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
     stats = {"count": len(rows), "successes": len(rows), "status_dict": {"success": len(rows)}}
     path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(stats))
-    aside.replace(path)
+    temporary.replace(path)

@@ -1,1 +1,1 @@
-"""Encode the shards of a source into a table."""
+"""Encode image-caption shards into a table: run, plan, job, graph, shard, checkpoints, monitor, dedup."""

@@ -1,11 +1,11 @@
-"""Which samples of a run are copies of earlier ones, found before anything is decoded.
+"""FindDuplicates: which samples of a run are copies of earlier ones, found before anything is decoded.
 
-    shards -> hash samples -> group by hash -> all but the first -> group by shard
+    shards -> hash samples -> group by hash -> drop the first of each group -> group by shard
 
-Every sample that the cheap filters let through is hashed where it is read; 16 bytes of hash and its place are all
-that is shuffled. The first of equal samples is the one with the smallest (shard, number), so the answer does not
-depend on workers, batches or resuming. Hashes of a shard are kept with the run's checkpoints: a stopped run reads no shard
-twice for them.
+Every sample that the caption and metadata filters keep is hashed in the worker that reads its shard; only the hash and
+the (shard, position) are shuffled. The first of equal samples is the one with the smallest (shard, position), so the
+result depends neither on the number of workers nor on batches or resuming. A shard's hashes are kept with the run's
+checkpoints: a resumed run does not read the shard again for them.
 """
 
 import hashlib
@@ -15,72 +15,73 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.encode.checkpoints import name_of
+from pipeline.encode.checkpoints import file_name
 from pipeline.encode.job import EncodeJob
-from pipeline.encode.shard import wanted_caption
+from pipeline.encode.shard import valid_caption
 from pipeline.filters import Filtered
 from pipeline.rejects import Rejected
 from pipeline.sources.read import read_samples
 from pipeline.sources.sample import Unreadable
 
-Place = tuple[str, int]
+ShardPosition = tuple[str, int]
+"""A shard, and the position of a sample in it."""
 
 
 class FindDuplicates(beam.PTransform):  # type: ignore[misc]
-    """PCollection of shard names -> PCollection of (shard, the numbers of its samples that are copies)."""
+    """PCollection of shard names -> PCollection of (shard, positions of its samples that are duplicates)."""
 
     def __init__(self, job: EncodeJob) -> None:
         super().__init__()
         self.job = job
 
     def expand(self, shards: Any) -> Any:
-        """The graph."""
-        copies = (
+        """Build the graph."""
+        duplicates = (
             shards
             | "Spread" >> beam.Reshuffle()
             | "Hash samples" >> beam.ParDo(_HashSamples(self.job))
             | "Group by hash" >> beam.GroupByKey()
-            | "All but the first" >> beam.FlatMap(_all_but_first)
+            | "Drop the first" >> beam.FlatMap(_all_but_first)
         )
-        every = shards | "Every shard" >> beam.Map(lambda shard: (shard, -1))
+        no_duplicates = shards | "Every shard" >> beam.Map(lambda shard: (shard, -1))
         return (
-            (every, copies)
+            (no_duplicates, duplicates)
             | "With every shard" >> beam.Flatten()
             | "Group by shard" >> beam.GroupByKey()
-            | "Numbers" >> beam.MapTuple(lambda shard, numbers: (shard, sorted(n for n in numbers if n >= 0)))
+            | "Positions" >> beam.MapTuple(lambda shard, positions: (shard, sorted(p for p in positions if p >= 0)))
         )
 
 
 class _HashSamples(beam.DoFn):  # type: ignore[misc]
-    """Shard -> (hash, (shard, number)) for each of its samples that could be a row."""
+    """Shard -> (hash, (shard, position)) of each sample that could become a row."""
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
 
-    def process(self, shard: str) -> Iterator[tuple[str, Place]]:
-        job, name = self.job, name_of(shard, "hashes")
-        hashes = job.checkpoints.read(name)
+    def process(self, shard: str) -> Iterator[tuple[str, ShardPosition]]:
+        checkpoints, name = self.job.checkpoints, file_name(shard, "hashes")
+        hashes = checkpoints.read(name)
         if hashes is None:
             hashes = list(self._hashes(shard))
-            job.checkpoints.write(name, hashes)
-        for number, content in hashes:
-            yield content, (shard, number)
+            checkpoints.write(name, hashes)
+        for position, digest in hashes:
+            yield digest, (shard, position)
 
     def _hashes(self, shard: str) -> Iterator[tuple[int, str]]:
-        config, run = self.job.config, self.job.run
-        samples = islice(read_samples(shard, run.reading(config)), self.job.takes.get(shard))
-        for number, sample in enumerate(samples):
+        filters = self.job.config.filters
+        samples = islice(read_samples(shard, self.job.read_options), self.job.samples_per_shard.get(shard))
+        for position, sample in enumerate(samples):
             if isinstance(sample, Unreadable) or not sample.image:
                 continue
             try:
-                caption = wanted_caption(sample, config.filters)
+                caption = valid_caption(sample, filters)
             except (Rejected, Filtered):
                 continue
             digest = hashlib.sha256(sample.image)
-            if config.filters.dedup == "pair":
+            if filters.dedup == "pair":
                 digest.update(b"\0" + caption.encode())
-            yield number, digest.hexdigest()[:32]
+            yield position, digest.hexdigest()[:32]
 
 
-def _all_but_first(group: tuple[str, Iterable[Place]]) -> Iterator[Place]:
+def _all_but_first(group: tuple[str, Iterable[ShardPosition]]) -> Iterator[ShardPosition]:
     yield from sorted(group[1])[1:]

@@ -1,10 +1,12 @@
-"""The job that is sent to every worker: which encoders, which columns, and what a table's metadata is made of."""
+"""The job that every worker of a run receives: configuration, encoders to load, columns, and the table's metadata."""
 
+import hashlib
+import json
 import threading
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,134 +17,152 @@ from index.space.moments import Moments
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import Checkpoints, EncodedShard
-from pipeline.encode.shard import EncodeShard
+from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
+from pipeline.sources.sample import ReadOptions
+
+Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 
 _loading = threading.Lock()
 
 
-def open_encoders(
-    image_encoder: str, text_encoder: str, device: str, dtype: str
-) -> tuple[DiffusersAutoencoder, TransformersTextEncoder]:
-    """Both encoders, loaded once per process, whatever number of threads asks for them."""
-    with _loading:
-        return _open_encoders(image_encoder, text_encoder, resolve_device(device), dtype)
-
-
 @lru_cache(maxsize=1)
-def _open_encoders(
-    image_encoder: str, text_encoder: str, device: str, dtype: str
-) -> tuple[DiffusersAutoencoder, TransformersTextEncoder]:
+def _load_encoders(image_encoder: str, text_encoder: str, device: str, dtype: str) -> Encoders:
     return DiffusersAutoencoder(image_encoder, device, dtype), TransformersTextEncoder(text_encoder, device, dtype)
+
+
+def cached_encoders(config: EncodeConfig, runtime: RuntimeConfig) -> Encoders:
+    """Return both encoders on the runtime's device, loaded once per process for any number of threads."""
+    with _loading:
+        return _load_encoders(config.image_encoder, config.text_encoder, resolve_device(runtime.device), config.dtype)
 
 
 @dataclass(slots=True)
 class EncodeJob:
-    """Pickled to every worker, so it holds config and loads its encoders there."""
+    """Everything that a worker needs for a shard. It is pickled, so it holds names and loads the encoders there."""
 
     config: EncodeConfig
-    run: RuntimeConfig
+    runtime: RuntimeConfig
     uri: str
-    """The table."""
+    """Of the table."""
     checkpoints: Checkpoints
     run_id: str
     image_ref: EncoderRef
     text_ref: EncoderRef
     latent_shape: tuple[int, int, int]
+    """C, H, W."""
     text_dim: int
-    takes: dict[str, int] = field(default_factory=dict)
-    """Samples to read of each shard, where a limit was set."""
+    samples_per_shard: dict[str, int] = field(default_factory=dict)
+    """How many samples to read of each shard if `limit` is set; empty: all."""
     base: TableMeta | None = None
-    """The table that rows are appended to."""
+    """Metadata of the table that rows are appended to; None for a new table."""
+
+    @classmethod
+    def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str) -> "EncodeJob":
+        """Load the encoders, measure their output shapes, and derive the run id from settings and weights."""
+        image_encoder, text_encoder = cached_encoders(config, runtime)
+        blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+        job = cls(
+            config=config,
+            runtime=runtime,
+            uri=uri,
+            checkpoints=Checkpoints(uri.removesuffix(".lance") + ".encode", runtime.storage),
+            run_id="",
+            image_ref=image_encoder.ref,
+            text_ref=text_encoder.ref,
+            latent_shape=image_encoder.encode(blank).shape[1:],
+            text_dim=text_encoder.encode(["a"]).shape[1],
+        )
+        identity = json.dumps(run_identity(job.settings), sort_keys=True)
+        job.run_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return job
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options by name and the digests of both encoders, JSON-ready."""
+        digests = {"image_digest": self.image_ref.digest, "text_digest": self.text_ref.digest}
+        return {**self.config.settings, **digests}
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """The options with which readers open a shard."""
+        return self.runtime.read_options(self.config)
 
     @property
     def schema(self) -> pa.Schema:
         """The columns of a row without its search vector."""
-        return encoded_schema(self.text_dim, int(np.prod(self.latent_shape)), keep_images=self.config.keep_images)
+        return encoded_schema(self.text_dim, self.latent_dim, keep_images=self.config.keep_images)
 
-    def open(self, shard: str, *, take: int | None = None, duplicates: frozenset[int] = frozenset()) -> EncodeShard:
-        """Begin one shard."""
+    @property
+    def latent_dim(self) -> int:
+        """Dimensions of a flattened latent, C*H*W."""
+        return int(np.prod(self.latent_shape))
+
+    def load_encoders(self) -> Encoders:
+        """Load both encoders in a worker, with one torch thread."""
         import torch
 
-        # Processes are the way to use more cores, and what a latent's last bits are must not depend on their number.
+        # More cores are used by more processes, and the last bits of a latent must not depend on the thread count.
         torch.set_num_threads(1)
-        config, run = self.config, self.run
-        encoders = open_encoders(config.image_encoder, config.text_encoder, run.device, config.dtype)
-        take = self.takes.get(shard) if take is None else take
-        return EncodeShard(shard, config, run, self.schema, *encoders, take=take, duplicates=duplicates)
+        return cached_encoders(self.config, self.runtime)
 
-    def table(self) -> Table:
-        """The table as it is now."""
-        return open_table(self.uri, storage=self.run.storage)
+    def open_table(self) -> Table:
+        """Open the newest version of the table."""
+        return open_table(self.uri, storage=self.runtime.storage)
 
-    def meta(self, parts: Iterable[EncodedShard]) -> TableMeta:
-        """The table's metadata from all parts, one after the other; SourceError where too much was rejected."""
-        tally, moments = Counts(), None if self.base is None else self.base.moments
-        for part in parts:
-            tally.add(part)
-            if part.summary["moments"]:
-                more = Moments.from_dict(part.summary["moments"])
-                moments = more if moments is None else moments + more
-        if not tally.rows or tally.reject_rate > self.config.max_reject_rate:
-            raise SourceError(f"{tally}: nothing was published; mend the source, or raise --max-reject-rate")
+    def table_meta(self, checkpoints: Iterable[ShardCheckpoint]) -> TableMeta:
+        """Return the table's metadata from the checkpoints of all shards, consumed one by one.
+
+        Raises SourceError if no row is left, if all rows are held out, or if too many samples were rejected.
+        """
+        counts, moments = SampleCounts(), None if self.base is None else self.base.moments
+        for checkpoint in checkpoints:
+            counts.add(checkpoint)
+            if checkpoint.moments is not None:
+                shard_moments = Moments.from_dict(checkpoint.moments)
+                moments = shard_moments if moments is None else moments + shard_moments
+        self._check_counts(counts)
         if moments is None:
-            raise SourceError(f"all {tally.rows:,} rows are held out: add samples or lower --val-fraction")
+            raise SourceError(f"all {counts.rows:,} rows are held out: add samples or lower --val-fraction")
         if self.base is not None:
             return replace(self.base, moments=moments, run_ids=(*self.base.run_ids, self.run_id))
+        return self._new_meta(moments)
+
+    def _check_counts(self, counts: SampleCounts) -> None:
+        if not counts.rows:
+            raise SourceError(
+                f"no sample became a row: {counts}: nothing was published; fix the source or relax the filters"
+            )
+        if counts.reject_rate > self.config.max_reject_rate:
+            raise SourceError(
+                f"{counts}, above --max-reject-rate {self.config.max_reject_rate:g}: nothing was published; "
+                "fix the source or raise --max-reject-rate"
+            )
+
+    def _new_meta(self, moments: Moments) -> TableMeta:
+        config = self.config
         return TableMeta(
             image_encoder=self.image_ref,
             text_encoder=self.text_ref,
-            image_size=self.config.image_size,
+            image_size=config.image_size,
             crop="center",
             latent_shape=self.latent_shape,
             text_dim=self.text_dim,
-            val_fraction=self.config.val_fraction,
+            val_fraction=config.val_fraction,
             moments=moments,
             geometry=Geometry.fit(
                 moments,
-                kind=self.config.geometry or GEOMETRY,
-                desc_scale=self.config.desc_scale or DESC_SCALE,
-                allow_small_desc_scale=self.config.allow_small_desc_scale,
+                kind=config.geometry or GEOMETRY,
+                desc_scale=config.desc_scale or DESC_SCALE,
+                allow_small_desc_scale=config.allow_small_desc_scale,
             ),
             run_ids=(self.run_id,),
         )
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of the samples of some shards."""
+def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that tell one run from another.
 
-    shards: int = 0
-    rows: int = 0
-    rejected: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    filtered: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, part: EncodedShard) -> None:
-        """Count one shard."""
-        self.shards += 1
-        self.rows += part.rows
-        self.rejected += part.rejected
-        self.rejects.update(part.summary["rejects"])
-        self.filtered.update(part.summary["filtered"])
-        for step, seconds in part.summary["seconds"].items():
-            self.seconds[step] = self.seconds.get(step, 0.0) + seconds
-
-    @property
-    def reject_rate(self) -> float:
-        """Share of the samples that were wanted and could not be encoded."""
-        return self.rejected / max(1, self.rows + self.rejected)
-
-    def __str__(self) -> str:
-        """In words."""
-        read = self.rows + self.rejected + self.filtered.total()
-        told = [f"{self.rejected:,} of {read:,} samples were rejected{_listed(self.rejects)}"]
-        if self.filtered:
-            told.append(f"{self.filtered.total():,} filtered{_listed(self.filtered)}")
-        return ", ".join(told)
-
-
-def _listed(counts: Counter[str]) -> str:
-    return f" ({', '.join(f'{name} {count:,}' for name, count in sorted(counts.items()))})" if counts else ""
+    A run that stopped for too many rejects resumes under a higher limit, so `max_reject_rate` is not one of them.
+    """
+    return {name: value for name, value in settings.items() if name != "max_reject_rate"}

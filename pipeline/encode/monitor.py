@@ -1,4 +1,4 @@
-"""An encode run seen from outside: progress by the checkpoints that shards leave, and an end where nothing good can come."""
+"""Monitor an encode run through its checkpoints: show progress, and stop it once too many samples are rejected."""
 
 import contextlib
 import threading
@@ -6,52 +6,39 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from index.terminal import Progress
-from pipeline.encode.checkpoints import EncodedShard
-from pipeline.encode.graph import STOPPED
+from pipeline.encode.checkpoints import STOP, SampleCounts, ShardCheckpoint
 from pipeline.encode.job import EncodeJob
 
-LOOK_SECONDS = 0.5
-STOPPING_REJECTS = 1000
-"""So many rejects at least, before a run is stopped on the way."""
+POLL_SECONDS = 0.5
+MIN_REJECTS_TO_STOP = 1000
+"""A run is never stopped early for fewer rejects."""
 
 
 @contextlib.contextmanager
-def watching(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[None]:
-    """Show progress, and stop a run that rejects more than is allowed whatever is still to come.
+def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[None]:
+    """Show progress while the block runs, and stop the run once --max-reject-rate cannot be met any more.
 
-    `samples` is what there is to do; where it is not known, the finished shards' mean stands in for the others.
+    `samples` is the number of samples to read; None estimates it from the finished shards and never stops the run.
     """
-    shards, finished = job.config.shards, dict[str, EncodedShard]()
-    with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.look(shards, finished)) as bar:
+    shards, finished = job.config.shards, dict[str, ShardCheckpoint]()
+    with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.poll(shards, finished)) as bar:
         stop = threading.Event()
 
         def show() -> None:
-            done = job.checkpoints.look(shards, finished)
-            ended = sum(part.samples for part in finished.values())
-            rejects = sum(part.rejected for part in finished.values())
+            done = job.checkpoints.poll(shards, finished)
+            counts = SampleCounts()
+            for checkpoint in finished.values():
+                counts.add(checkpoint)
             if samples is None and finished:
-                bar.expect(max(done, round(ended / len(finished) * len(shards))))
+                bar.expect(max(done, round(counts.samples / len(finished) * len(shards))))
             elif samples is not None and (done > samples or len(finished) == len(shards)):
                 bar.expect(done)
-            success = round(1 - rejects / max(1, ended), 4)
-            filtered = sum(part.filtered for part in finished.values())
-            bar.advance(
-                done - bar.done,
-                shards=f"{len(finished)}/{len(shards)}",
-                success=success,
-                rejects=rejects,
-                **({"filtered": filtered} if filtered else {}),
-            )
-            allowed = job.config.max_reject_rate * (samples or 0)
-            if samples is not None and rejects > max(allowed, STOPPING_REJECTS):
-                job.checkpoints.write(
-                    STOPPED,
-                    f"{rejects:,} of {samples:,} samples are rejected already, after {len(finished):,} of "
-                    f"{len(shards):,} shards: nothing was published; mend the source, or raise --max-reject-rate",
-                )
+            _advance(bar, done, counts, len(shards))
+            if samples is not None:
+                _stop_if_hopeless(job, samples, counts)
 
         def follow() -> None:
-            while not stop.wait(LOOK_SECONDS):
+            while not stop.wait(POLL_SECONDS):
                 show()
 
         thread = threading.Thread(target=follow, daemon=True)
@@ -62,3 +49,26 @@ def watching(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[
             stop.set()
             thread.join()
             show()
+
+
+def _advance(bar: Progress, done: int, counts: SampleCounts, shards: int) -> None:
+    rejected, filtered = counts.rejects.total(), counts.filtered.total()
+    bar.advance(
+        done - bar.done,
+        shards=f"{counts.shards}/{shards}",
+        success_rate=round(1 - rejected / max(1, counts.samples), 4),
+        rejected=rejected,
+        **({"filtered": filtered} if filtered else {}),
+    )
+
+
+def _stop_if_hopeless(job: EncodeJob, samples: int, counts: SampleCounts) -> None:
+    """Keep further shards from starting if more is rejected than the whole run may reject."""
+    rejected, rate = counts.rejects.total(), job.config.max_reject_rate
+    if rejected > max(rate * samples, MIN_REJECTS_TO_STOP):
+        job.checkpoints.write(
+            STOP,
+            f"{rejected:,} of {samples:,} samples are already rejected after {counts.shards:,} of "
+            f"{len(job.config.shards):,} shards, above --max-reject-rate {rate:g}: nothing was published; "
+            "fix the source or raise --max-reject-rate",
+        )

@@ -1,120 +1,131 @@
-"""What can fail is tried before the work starts: the source, the encoders, the device, the target, the space.
+"""Plan an encode run: list its shards, and check source, target and free space before the work starts.
 
-A few real samples go the whole way, except that nothing is written; so the plan knows what a row weighs and how many
-rows to expect.
+A dry run takes a few real samples through the encoders without writing anything, so that it can tell how large a row
+is and how many rows to expect.
 """
 
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from index.errors import SourceError, TableError
-from index.table.storage import Storage, is_local
+from index.table.storage import Storage, is_local, unwritable
+from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encode.job import EncodeJob
+from pipeline.encode.shard import ShardEncoder
+from pipeline.sources.listing import list_shards
 from pipeline.sources.read import count_samples, read_samples
 from pipeline.sources.sample import ReadOptions, Unreadable
 
-TRIED_SAMPLES = 8
+TRIAL_SAMPLES = 8
 COUNTED_SHARDS = 256
+"""Shards whose samples are counted; more are estimated from as many of them, evenly spaced."""
+COUNTING_THREADS = 16
+FLOAT16_BYTES = 2
+
+
+def plan_encode(sources: Sequence[str], options: Mapping[str, Any], runtime: RuntimeConfig) -> EncodeConfig:
+    """Check the options of a run, given by name, list the shards of its sources, and return its config.
+
+    Raises OptionError if an option's value is not allowed, SourceError if a source has no shards.
+    """
+    config = EncodeConfig.from_options(options)
+    return replace(config, shards=tuple(list_shards(sources, runtime.read_options(config))))
 
 
 def check_target(uri: str, storage: Storage) -> int | None:
-    """The free bytes beside `uri`, None where there is no end of them; TableError where nothing can be written."""
+    """Return the free bytes of the disk of `uri`, None on an object store. Raises TableError if it is not writable."""
     if not is_local(uri):
         files, path = storage.files(uri + ".probe")
         try:
             files.pipe_file(path, b"")
             files.rm_file(path)
-        except Exception as error:  # every object store has errors of its own
-            raise TableError(f"{uri} cannot be written: {error}: check bucket, rights and --storage-option") from error
+        except Exception as error:  # every object store has its own exceptions
+            raise unwritable(uri, error) from error
         return None
     folder = next(parent for parent in Path(uri).parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise TableError(f"{uri} cannot be written: {folder}: {error.strerror}: name another --table") from error
+        raise unwritable(uri, error) from error
     return shutil.disk_usage(folder).free
 
 
-def check_source(shards: tuple[str, ...], reading: ReadOptions) -> None:
-    """SourceError where no shard holds a sample, be it a broken one."""
-    trouble = "nothing in it"
+def check_source(shards: Sequence[str], options: ReadOptions) -> None:
+    """Raise SourceError if no shard holds a sample, readable or not."""
+    fault = "it is empty"
     for shard in shards:
-        for sample in read_samples(shard, reading):
+        for sample in read_samples(shard, options):
             if sample.key:
                 return
-            trouble = sample.detail if isinstance(sample, Unreadable) else trouble
-    raise SourceError(f"no samples in {len(shards)} shards; {shard}: {trouble[:300]}")
+            fault = sample.detail if isinstance(sample, Unreadable) else fault
+    raise SourceError(f"no samples in {len(shards)} shards; {shard}: {fault[:300]}")
 
 
-def first_samples(shards: tuple[str, ...], limit: int, reading: ReadOptions) -> dict[str, int]:
-    """How many samples to read of each shard, so that all together are the first `limit`."""
-    takes = dict.fromkeys(shards, 0)
+def samples_within_limit(shards: Sequence[str], limit: int, options: ReadOptions) -> dict[str, int]:
+    """Return how many samples to read of each shard, so that all together are the first `limit` samples."""
+    counts = dict.fromkeys(shards, 0)
     for shard in shards:
-        for _ in read_samples(shard, reading):
+        for _ in read_samples(shard, options):
             if limit == 0:
-                return takes
-            takes[shard] += 1
+                return counts
+            counts[shard] += 1
             limit -= 1
-    return takes
+    return counts
 
 
 def expected_samples(job: EncodeJob) -> int | None:
-    """How many samples there are, as far as shards tell without being read; of many shards some stand for all."""
+    """Return the number of samples to read, estimated from the shards' metadata; None if no shard tells it."""
     shards = job.config.shards
-    if job.takes:
-        return sum(job.takes.values())
-    some = shards[:: -(-len(shards) // COUNTED_SHARDS)]
-    with ThreadPoolExecutor(16) as pool:
-        counts = list(pool.map(lambda shard: count_samples(shard, job.run.reading(job.config)), some))
+    if job.samples_per_shard:
+        return sum(job.samples_per_shard.values())
+    counted = shards[:: -(-len(shards) // COUNTED_SHARDS)]
+    with ThreadPoolExecutor(COUNTING_THREADS) as pool:
+        counts = list(pool.map(lambda shard: count_samples(shard, job.read_options), counted))
     known = [count for count in counts if count is not None]
     return round(sum(known) / len(known) * len(shards)) if known else None
 
 
-def plan(job: EncodeJob, free: int | None) -> dict[str, Any]:
-    """What a run would do, from the first samples; TableError where there is no room for it."""
-    began = time.perf_counter()
-    trial = job.open(next(iter(job.config.shards)), take=TRIED_SAMPLES)
-    batches = list(trial.batches())
-    seconds = time.perf_counter() - began
-    rows = sum(len(batch) for batch in batches)
-    # The search vector is as wide as text and latent together.
-    row = sum(batch.nbytes for batch in batches) / rows + 2 * (job.text_dim + _size(job)) if rows else None
+def plan_run(job: EncodeJob, bytes_free: int | None) -> dict[str, Any]:
+    """Return what a run would do, measured on its first samples. Raises TableError if it would not fit on the disk."""
+    start = time.perf_counter()
+    trial = ShardEncoder(job, next(iter(job.config.shards)), max_samples=TRIAL_SAMPLES)
+    bytes_encoded = sum(batch.nbytes for batch in trial.batches())
+    seconds = time.perf_counter() - start
+    # A search vector is about as long as text embedding and latent together.
+    vector_bytes = FLOAT16_BYTES * (job.text_dim + job.latent_dim)
+    bytes_per_row = bytes_encoded / trial.rows + vector_bytes if trial.rows else None
     samples = expected_samples(job)
-    needed = round(row * samples) if row and samples else None
-    if free is not None and needed is not None and needed > free:
+    bytes_needed = round(bytes_per_row * samples) if bytes_per_row and samples else None
+    if bytes_free is not None and bytes_needed is not None and bytes_needed > bytes_free:
         raise TableError(
-            f"{job.uri} needs about {needed / 2**30:.1f} GiB for {samples:,} samples and {free / 2**30:.1f} GiB are "
-            "free: make room there, name another --table, or --limit the run"
+            f"{job.uri} needs about {bytes_needed / 2**30:.1f} GiB for {samples:,} samples and "
+            f"{bytes_free / 2**30:.1f} GiB are free: make room, name another --table, or set --limit"
         )
-    summary = trial.summary
     return {
         "table": job.uri,
         "shards": len(job.config.shards),
         "samples": samples,
-        "tried_rows": rows,
-        "tried_rejects": summary["rejects"],
-        "tried_filtered": summary["filtered"],
-        "tried_seconds": round(seconds, 3),
+        "trial_rows": trial.rows,
+        "trial_rejects_by_reason": trial.rejects_by_reason,
+        "trial_filtered_by_reason": trial.filtered_by_reason,
+        "trial_seconds": round(seconds, 3),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
-        "bytes_per_row": row and round(row),
-        "bytes_needed": needed,
-        "bytes_free": free,
-        "device": job.run.device,
+        "bytes_per_row": bytes_per_row and round(bytes_per_row),
+        "bytes_needed": bytes_needed,
+        "bytes_free": bytes_free,
+        "device": job.runtime.device,
         "dtype": job.config.dtype,
-        "workers": job.run.num_workers,
-        "decode_threads": job.run.decode_threads,
-        "cores": os.cpu_count(),
-        "beam": " ".join(job.run.beam_options),
+        "num_workers": job.runtime.num_workers,
+        "decode_threads": job.runtime.decode_threads,
+        "cpu_cores": os.cpu_count(),
+        "beam_options": " ".join(job.runtime.beam_options),
     }
-
-
-def _size(job: EncodeJob) -> int:
-    channels, height, width = job.latent_shape
-    return channels * height * width

@@ -1,6 +1,7 @@
-"""One shard's samples become rows: read and decode ahead in threads, encode in batches, keep what was wrong.
+"""Encode one shard: read and decode its samples ahead, encode them in batches, write rows and rejects.
 
-Every sample becomes a row, or is counted as filtered, or stands in the rejects table with a reason.
+Every sample becomes a row, is counted as filtered, or goes to the rejects table with a reason. Reading and decoding
+run in threads while the encoders work on the batch before.
 """
 
 import time
@@ -13,26 +14,70 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Float16, UInt8
 
 from index.background import ahead
 from index.space.moments import Moments
-from index.table.schema import TRAIN, row_id, split_of
-from index.table.table import list_array
-from pipeline.config import EncodeConfig, RuntimeConfig
-from pipeline.encoders import ImageEncoder, TextEncoder
+from index.table.schema import REJECTS, TRAIN, row_id, split_of
+from index.table.storage import is_local
+from index.table.table import list_array, rejects_uri
+from pipeline.beam.write_lance import write_fragments
+from pipeline.encode.checkpoints import ShardCheckpoint
+from pipeline.encode.job import EncodeJob
 from pipeline.filters import Filtered, FilterReason, Filters
 from pipeline.images import decode_image, quiet_pillow
 from pipeline.rejects import Rejected, RejectReason
 from pipeline.sources.read import read_samples
 from pipeline.sources.sample import Sample, Unreadable, decode_caption, decode_meta
 
-BATCHES_AHEAD = 2
+PREFETCHED_BATCHES = 2
+MAX_DETAIL = 500
+"""Characters of a reject's detail."""
+
+
+def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozenset()) -> ShardCheckpoint:
+    """Encode one shard to files that no commit refers to yet, and save its checkpoint.
+
+    `duplicates` are the positions of samples in the shard that --dedup excludes.
+    """
+    encoder, storage = ShardEncoder(job, shard, duplicates=duplicates), job.runtime.storage
+    interval = 0.5 if is_local(job.uri) else 5.0
+    saved_at = compute_seconds = 0.0
+    start = time.perf_counter()
+
+    # Lance pulls this generator in its own thread, where Beam's metrics would be lost: time and progress are kept here.
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal saved_at, compute_seconds
+        resumed = time.perf_counter()
+        for batch in encoder.batches():
+            if time.perf_counter() - saved_at > interval:
+                job.checkpoints.save_progress(shard, encoder.samples)
+                saved_at = time.perf_counter()
+            compute_seconds += time.perf_counter() - resumed
+            yield batch
+            resumed = time.perf_counter()
+        compute_seconds += time.perf_counter() - resumed
+
+    fragments = write_fragments(job.uri, job.schema, batches(), storage)
+    write_seconds = time.perf_counter() - start - compute_seconds
+    rejects = pa.RecordBatch.from_pylist(encoder.rejects, schema=REJECTS)
+    checkpoint = ShardCheckpoint(
+        shard,
+        rows=encoder.rows,
+        rejects_by_reason=encoder.rejects_by_reason,
+        filtered_by_reason=encoder.filtered_by_reason,
+        seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
+        moments=encoder.moments.to_dict() if encoder.moments else None,
+        fragments=fragments,
+        reject_fragments=write_fragments(rejects_uri(job.uri), REJECTS, iter([rejects]), storage),
+    )
+    job.checkpoints.save(checkpoint)
+    return checkpoint
 
 
 @dataclass(slots=True)
-class _Ready:
-    """A sample that was decoded and waits for its batch."""
+class _DecodedSample:
+    """A sample that is ready to be encoded."""
 
     sample: Sample
     caption: str
@@ -42,153 +87,155 @@ class _Ready:
 
 
 @dataclass(slots=True)
-class _Decoded:
-    """One batch, and what fell out on the way to it."""
+class _DecodedBatch:
+    """Samples to encode together, and those that were rejected or filtered among them."""
 
-    ready: list[_Ready]
+    samples: list[_DecodedSample]
     rejects: list[dict[str, str]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
 
 
-class EncodeShard:
-    """One shard on its way. Iterate `batches` to its end, then read the rest."""
+class ShardEncoder:
+    """Turns the samples of one shard into record batches. Counts are complete once `batches` is exhausted."""
 
     def __init__(
         self,
+        job: EncodeJob,
         shard: str,
-        config: EncodeConfig,
-        run: RuntimeConfig,
-        schema: pa.Schema,
-        image: ImageEncoder,
-        text: TextEncoder,
         *,
-        take: int | None = None,
+        max_samples: int | None = None,
         duplicates: frozenset[int] = frozenset(),
     ) -> None:
-        """Read `take` samples (None: all) without those numbered in `duplicates`; nothing is read before `batches`."""
-        self.shard, self.config, self.run, self.schema = shard, config, run, schema
-        self._image, self._text, self._take, self._duplicates = image, text, take, duplicates
+        """Load the encoders; nothing is read before `batches`. `max_samples` defaults to the job's own limit."""
+        self.job, self.shard = job, shard
+        self.max_samples = job.samples_per_shard.get(shard) if max_samples is None else max_samples
+        self.duplicates = duplicates
+        self.image_encoder, self.text_encoder = job.load_encoders()
+        self.rows = 0
         self.rejects: list[dict[str, str]] = []
         self.filtered: Counter[str] = Counter()
+        self.moments: Moments | None = None
+        """Of the training rows."""
         self.seconds = dict.fromkeys(("read", "decode", "wait", "encode"), 0.0)
-        """ReadOptions and decoding run ahead of encoding; `wait` is what encoding waited for them."""
-        self._moments: Moments | None = None
+        """By step. Reading and decoding run while the encoders work; `wait` is how long encoding waited for them."""
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """Statistics of the training rows, rejects and filtered by reason, seconds by step; JSON-ready."""
-        return {
-            "moments": self._moments.to_dict() if self._moments else None,
-            "rejects": dict(Counter(reject["reason"] for reject in self.rejects)),
-            "filtered": {str(reason): count for reason, count in self.filtered.items()},
-            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-        }
+    def samples(self) -> int:
+        """Number of samples that were read so far."""
+        return self.rows + len(self.rejects) + self.filtered.total()
+
+    @property
+    def rejects_by_reason(self) -> dict[str, int]:
+        """Number of rejected samples for each reason."""
+        return dict(Counter(reject["reason"] for reject in self.rejects))
+
+    @property
+    def filtered_by_reason(self) -> dict[str, int]:
+        """Number of filtered samples for each reason."""
+        return {str(reason): count for reason, count in self.filtered.items()}
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The shard's rows."""
+        """Yield the shard's rows in the order of its samples."""
         quiet_pillow()
-        began = time.perf_counter()
-        for decoded in ahead(self._decoded(), BATCHES_AHEAD):
-            self.seconds["wait"] += time.perf_counter() - began
+        start = time.perf_counter()
+        for decoded in ahead(self._decode_batches(), PREFETCHED_BATCHES):
+            self.seconds["wait"] += time.perf_counter() - start
             self.rejects += decoded.rejects
             self.filtered += decoded.filtered
-            if decoded.ready:
-                yield self._encode(decoded.ready)
-            began = time.perf_counter()
+            if decoded.samples:
+                batch = self._encode(decoded.samples)
+                self.rows += len(batch)
+                yield batch
+            start = time.perf_counter()
 
-    def _decoded(self) -> Iterator[_Decoded]:
-        """The shard in batches, decoded in threads, in its order."""
-        size = self.run.batch_size
-        samples = enumerate(islice(read_samples(self.shard, self.run.reading(self.config)), self._take))
-        batch = _Decoded([])
-        with ThreadPoolExecutor(self.run.decode_threads, thread_name_prefix="decode") as pool:
+    def _decode_batches(self) -> Iterator[_DecodedBatch]:
+        runtime, size = self.job.runtime, self.job.runtime.batch_size
+        samples = enumerate(islice(read_samples(self.shard, self.job.read_options), self.max_samples))
+        batch = _DecodedBatch([])
+        with ThreadPoolExecutor(runtime.decode_threads, thread_name_prefix="decode") as pool:
             while True:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 chunk = list(islice(samples, size))
-                self.seconds["read"] += time.perf_counter() - began
+                self.seconds["read"] += time.perf_counter() - start
                 if not chunk:
                     break
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for (_, sample), outcome in zip(chunk, pool.map(self._decode, chunk), strict=True):
-                    if isinstance(outcome, _Ready):
-                        batch.ready.append(outcome)
+                    if isinstance(outcome, _DecodedSample):
+                        batch.samples.append(outcome)
                     elif isinstance(outcome, Filtered):
                         batch.filtered[outcome.reason] += 1
                     else:
-                        batch.rejects.append(_reject(sample, outcome))
-                self.seconds["decode"] += time.perf_counter() - began
-                if len(batch.ready) >= size:
-                    yield _Decoded(batch.ready[:size], batch.rejects, batch.filtered)
-                    batch = _Decoded(batch.ready[size:])
+                        batch.rejects.append(_reject_row(sample, outcome))
+                self.seconds["decode"] += time.perf_counter() - start
+                if len(batch.samples) >= size:
+                    yield _DecodedBatch(batch.samples[:size], batch.rejects, batch.filtered)
+                    batch = _DecodedBatch(batch.samples[size:])
         yield batch
 
-    def _decode(self, numbered: tuple[int, Sample | Unreadable]) -> _Ready | Rejected | Filtered:
-        number, sample = numbered
+    def _decode(self, element: tuple[int, Sample | Unreadable]) -> _DecodedSample | Rejected | Filtered:
+        position, sample = element
         if isinstance(sample, Unreadable):
             return Rejected(sample.reason, sample.detail)
-        filters = self.config.filters
+        config = self.job.config
         try:
-            caption = wanted_caption(sample, filters)
-            if number in self._duplicates:
+            caption = valid_caption(sample, config.filters)
+            if position in self.duplicates:
                 return Filtered(FilterReason.DUPLICATE)
-            picture = decode_image(sample.image, self.config.image_size, filters.check_size)
+            image = decode_image(sample.image, config.image_size, config.filters.check_size)
         except (Rejected, Filtered) as outcome:
             return outcome
-        return _Ready(sample, caption, picture.pixels, picture.width, picture.height)
+        return _DecodedSample(sample, caption, image.pixels, image.width, image.height)
 
-    def _encode(self, ready: list[_Ready]) -> pa.RecordBatch:
-        began = time.perf_counter()
-        latent = self._image.encode(np.stack([r.pixels for r in ready])).reshape(len(ready), -1)
-        text = self._text.encode([r.caption for r in ready])
-        good = self._sound(ready, latent, RejectReason.BAD_LATENT)
-        ready, latent, text = [r for r, g in zip(ready, good, strict=True) if g], latent[good], text[good]
-        good = self._sound(ready, text, RejectReason.BAD_EMBEDDING)
-        ready, latent, text = [r for r, g in zip(ready, good, strict=True) if g], latent[good], text[good]
-        batch = self._batch(ready, text, latent)
-        self.seconds["encode"] += time.perf_counter() - began
+    def _encode(self, samples: list[_DecodedSample]) -> pa.RecordBatch:
+        start = time.perf_counter()
+        latent = self.image_encoder.encode(np.stack([each.pixels for each in samples])).reshape(len(samples), -1)
+        text = self.text_encoder.encode([each.caption for each in samples])
+        with np.errstate(over="ignore"):
+            latent, text = latent.astype(np.float16), text.astype(np.float16)
+        valid = np.ones(len(samples), bool)
+        for row, each in enumerate(samples):
+            fault = _fault(latent[row], RejectReason.BAD_LATENT) or _fault(text[row], RejectReason.BAD_EMBEDDING)
+            if fault is not None:
+                self.rejects.append(_reject_row(each.sample, fault))
+                valid[row] = False
+        kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
+        batch = self._record_batch(kept, text[valid], latent[valid])
+        self.seconds["encode"] += time.perf_counter() - start
         return batch
 
-    def _sound(
-        self, ready: list[_Ready], rows: Float32[np.ndarray, "B D"], reason: RejectReason
-    ) -> Bool[np.ndarray, "B"]:
-        """Which rows are finite in float16 and not zero; the others are rejected."""
-        with np.errstate(over="ignore"):
-            half = rows.astype(np.float16)
-        good = np.asarray(np.isfinite(half).all(1) & half.any(1))
-        for r, row in zip(np.array(ready, dtype=object)[~good], half[~good], strict=True):
-            detail = "all zero" if not row.any() else "not finite in float16"
-            self.rejects.append(_reject(r.sample, Rejected(reason, detail)))
-        return good
-
-    def _batch(
-        self, ready: list[_Ready], text: Float32[np.ndarray, "B T"], latent: Float32[np.ndarray, "B L"]
+    def _record_batch(
+        self, samples: list[_DecodedSample], text: Float16[np.ndarray, "B T"], latent: Float16[np.ndarray, "B L"]
     ) -> pa.RecordBatch:
-        ids = [row_id(r.sample.key, r.sample.image or b"") for r in ready]
-        splits = [split_of(row, self.config.val_fraction) for row in ids]
-        # Statistics are those of the stored float16 values, so that they can be recomputed from the table.
-        text, latent = text.astype(np.float16), latent.astype(np.float16)
+        ids = [row_id(each.sample.key, each.sample.image or b"") for each in samples]
+        splits = [split_of(each, self.job.config.val_fraction) for each in ids]
+        # Of the float16 values, so that they can be recomputed from the table.
         train = np.array(splits) == TRAIN
         if train.any():
             moments = Moments.of(text[train], latent[train])
-            self._moments = moments if self._moments is None else self._moments + moments
+            self.moments = moments if self.moments is None else self.moments + moments
         columns: dict[str, Any] = {
             "id": ids,
-            "caption": [r.caption for r in ready],
-            "key": [r.sample.key for r in ready],
-            "shard": [r.sample.shard for r in ready],
+            "caption": [each.caption for each in samples],
+            "key": [each.sample.key for each in samples],
+            "shard": [each.sample.shard for each in samples],
             "split": splits,
-            "width": [r.width for r in ready],
-            "height": [r.height for r in ready],
-            "meta": [r.sample.meta.decode() for r in ready],
-            "image": [r.sample.image for r in ready],
+            "width": [each.width for each in samples],
+            "height": [each.height for each in samples],
+            "meta": [each.sample.meta.decode() for each in samples],
+            "image": [each.sample.image for each in samples],
             "text": list_array(text),
             "latent": list_array(latent),
         }
-        return pa.RecordBatch.from_pydict({name: columns[name] for name in self.schema.names}, schema=self.schema)
+        schema = self.job.schema
+        return pa.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def wanted_caption(sample: Sample, filters: Filters) -> str:
-    """The caption of a sample whose text and metadata are sound and wanted; Rejected or Filtered otherwise."""
+def valid_caption(sample: Sample, filters: Filters) -> str:
+    """Return a sample's caption.
+
+    Raises Rejected if its caption or metadata is invalid, Filtered if a filter on either excludes it.
+    """
     caption = decode_caption(sample.caption)
     fields = decode_meta(sample.meta)
     filters.check_caption(caption)
@@ -196,10 +243,17 @@ def wanted_caption(sample: Sample, filters: Filters) -> str:
     return caption
 
 
-def _reject(sample: Sample | Unreadable, rejected: Rejected) -> dict[str, str]:
+def _fault(encoded: Float16[np.ndarray, "D"], reason: RejectReason) -> Rejected | None:
+    """Return why an encoder's output cannot be stored, or None if it can."""
+    if not np.isfinite(encoded).all():
+        return Rejected(reason, "not finite in float16")
+    return None if encoded.any() else Rejected(reason, "all zero")
+
+
+def _reject_row(sample: Sample | Unreadable, rejected: Rejected) -> dict[str, str]:
     return {
         "key": sample.key,
         "shard": sample.shard,
         "reason": str(rejected.reason),
-        "detail": rejected.detail[:500],
+        "detail": rejected.detail[:MAX_DETAIL],
     }

@@ -26,7 +26,7 @@ from index.space.queries import draw_points, draw_rows
 from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
 from index.table.storage import Storage
 from index.table.table import Table, add_vectors, column_array, list_array, publish
-from pipeline.beam.write_lance import fragment_of, write_fragments
+from pipeline.beam.write_lance import fragment_from_dict, write_fragments
 
 BATCH, NUM_QUERIES, TARGET = 1024, 8192, 0.95
 TEXT_DIM, LATENT = 127, (8, 4, 4)
@@ -213,7 +213,7 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
             columns |= {"text": list_array(text), "latent": list_array(latent)}
             yield pa.RecordBatch.from_pydict(columns, schema=encoded)
 
-    fragments = [fragment_of(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
+    fragments = [fragment_from_dict(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
     assert moments is not None
     geometry = Geometry.fit(moments, kind="sphere", desc_scale=2.0)
     encoder = EncoderRef(name="synthetic", kind="none", digest="0" * 64)

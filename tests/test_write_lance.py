@@ -1,4 +1,4 @@
-"""WriteLance alone: any PCollection of record batches becomes a Lance table, in one commit."""
+"""WriteLance: any PCollection of record batches becomes a Lance table in one commit."""
 
 from pathlib import Path
 
@@ -14,23 +14,23 @@ from pipeline.beam.write_lance import WriteLance
 SCHEMA = pa.schema([("number", pa.int64()), ("word", pa.string())])
 
 
-def batch_of(first: int) -> pa.RecordBatch:
-    numbers = list(range(first, first + 10))
+def batch_of(start: int) -> pa.RecordBatch:
+    numbers = list(range(start, start + 10))
     return pa.RecordBatch.from_pydict({"number": numbers, "word": [f"w{n}" for n in numbers]}, schema=SCHEMA)
 
 
-def failing(batch: pa.RecordBatch) -> pa.RecordBatch:
+def fail_at_30(batch: pa.RecordBatch) -> pa.RecordBatch:
     if batch["number"][0].as_py() == 30:
-        raise KeyError("pulled the plug")
+        raise KeyError("worker failure")
     return batch
 
 
-def write(uri, firsts, *, step=None, options=(), **how):
+def write(uri, starts, *, step=None, options=(), **arguments):
     with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner", *options])) as pipeline:
-        batches = pipeline | beam.Create(firsts) | beam.Reshuffle() | beam.Map(batch_of)
+        batches = pipeline | beam.Create(starts) | beam.Reshuffle() | beam.Map(batch_of)
         if step is not None:
             batches = batches | beam.Map(step)
-        batches | WriteLance(str(uri), SCHEMA, **how)
+        batches | WriteLance(str(uri), SCHEMA, **arguments)
 
 
 def numbers(uri) -> list[int]:
@@ -38,8 +38,8 @@ def numbers(uri) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    """Worker processes import this file for its functions."""
+def importable(monkeypatch):
+    """Let worker processes import this file for its functions."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
@@ -77,19 +77,21 @@ def test_the_same_run_twice_is_committed_once(tmp_path):
 def test_a_failed_run_leaves_the_table_as_it_was(tmp_path):
     uri = tmp_path / "t.lance"
     write(uri, [0])
-    with pytest.raises(Exception, match="pulled the plug"):
-        write(uri, range(0, 60, 10), step=failing, mode="append")
+    with pytest.raises(Exception, match="worker failure"):
+        write(uri, range(0, 60, 10), step=fail_at_30, mode="append")
     assert numbers(uri) == list(range(10))
 
 
-def test_what_is_there_is_not_overwritten_by_accident(tmp_path):
+def test_an_existing_table_is_only_overwritten_on_demand(tmp_path):
     write(tmp_path / "t.lance", [0])
-    with pytest.raises(TableError, match="choose mode overwrite or append"):
+    with pytest.raises(TableError, match="exists: use mode overwrite or append"):
         WriteLance(str(tmp_path / "t.lance"), SCHEMA)
-    with pytest.raises(TableError, match="mode 'upsert' is unknown"):
+    with pytest.raises(TableError, match="mode 'upsert' is unknown: use one of create"):
         WriteLance(str(tmp_path / "u.lance"), SCHEMA, mode="upsert")
 
 
-def test_a_target_that_cannot_be_written_is_one_line():
-    with pytest.raises(Exception, match=r"/proc/nowhere/t.lance cannot be written .*make room there"):
+def test_an_unwritable_target_is_named():
+    with pytest.raises(
+        Exception, match=r"/proc/nowhere/t.lance cannot be written \(.*\): check free space, permissions"
+    ):
         write("/proc/nowhere/t.lance", [0])
