@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from index.errors import OptionError
-from index.space.geometry import KINDS, check_desc_scale
+from index.space.geometry import GEOMETRIES, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
 from pipeline.sources.read import ReadOptions
@@ -52,8 +52,8 @@ class EncodeConfig:
         """Refuse what cannot be encoded before anything is read."""
         if self.desc_scale is not None:
             check_desc_scale(self.desc_scale, allow_small=self.allow_small_desc_scale)
-        if self.geometry is not None and self.geometry not in KINDS:
-            raise OptionError(f"--geometry {self.geometry!r} is unknown: choose one of {', '.join(KINDS)}")
+        if self.geometry is not None and self.geometry not in GEOMETRIES:
+            raise OptionError(f"--geometry {self.geometry!r} is unknown: choose one of {', '.join(GEOMETRIES)}")
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         for name in ("val_fraction", "max_reject_rate"):

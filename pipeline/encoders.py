@@ -136,7 +136,7 @@ class TransformersTextEncoder:
         with torch.inference_mode():
             out = self.model(input_ids=given["input_ids"], attention_mask=mask)
             states = out.last_hidden_state
-            pooled = out.pooler_output if self.ref.kind.startswith("CLIP") else mean_pool(states, mask)
+            pooled = out.pooler_output if self.ref.class_name.startswith("CLIP") else mean_pool(states, mask)
             states = (states * mask[..., None])[:, :tokens]
             whole = torch.cat([pooled[:, None], pad(states, (0, 0, 0, tokens - states.shape[1]))], 1)
         place = {caption: i for i, caption in enumerate(each)}
@@ -192,7 +192,7 @@ def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
             output_loading_info=True,
         )
     _refuse_mismatch(name, info)
-    return model, EncoderRef(name=name, kind=kind, digest=digest_of(model))
+    return model, EncoderRef(name=name, class_name=kind, digest=digest_of(model))
 
 
 def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
@@ -221,7 +221,7 @@ def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=words, trust_remote_code=False)
     _refuse_mismatch(name, info, without=UNUSED_WEIGHTS)
     digest = digest_of(model, without=UNUSED_WEIGHTS)
-    return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
+    return model, tokenizer, EncoderRef(name=name, class_name=type(model).__name__, digest=digest)
 
 
 def _place(name: str) -> dict[str, str]:

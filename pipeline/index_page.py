@@ -147,11 +147,10 @@ def _draw_hits(axes: "Axes", report: dict[str, Any]) -> None:
 
 
 def _draw_recall(axes: "Axes", report: dict[str, Any]) -> None:
-    for kind, refine_factor in dict.fromkeys((line["kind"], line["refine_factor"]) for line in report["alternatives"]):
-        lines = [
-            line for line in report["alternatives"] if (line["kind"], line["refine_factor"]) == (kind, refine_factor)
-        ]
-        label = kind if refine_factor == 1 else f"{kind}, {refine_factor} rows re-ranked"
+    tried = report["alternatives"]
+    for name, refine_factor in dict.fromkeys((line["index_type"], line["refine_factor"]) for line in tried):
+        lines = [line for line in tried if (line["index_type"], line["refine_factor"]) == (name, refine_factor)]
+        label = name if refine_factor == 1 else f"{name}, {refine_factor} rows re-ranked"
         axes.plot([line["p50_ms"] for line in lines], [line["recall_at_1"] for line in lines], marker="o", label=label)
         for line in lines:
             axes.annotate(str(line["nprobes"]), (line["p50_ms"], line["recall_at_1"]), fontsize=7)

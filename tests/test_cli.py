@@ -118,7 +118,7 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
     shown = json.loads(call("pipeline", "inspect", "db/t.lance", "--json", cwd=tmp_path).stdout)
-    assert (shown["rows"], shown["index_kind"], shown["indexed"]) == (360, "ivf_flat", True)
+    assert (shown["rows"], shown["index_type"], shown["indexed"]) == (360, "ivf_flat", True)
     again = call(
         "pipeline", "encode", shapes, "--table", "db/t.lance", *encoders, "--val-fraction", "0.2", cwd=tmp_path
     )

@@ -53,7 +53,7 @@ def test_autoencoders_open_encode_and_decode(tmp_path, kind):
     model = autoencoder(kind).eval()
     model.save_pretrained(tmp_path)
     encoder = DiffusersAutoencoder(str(tmp_path))
-    assert encoder.ref.kind == kind
+    assert encoder.ref.class_name == kind
     latent = encoder.encode(PIXELS)
     assert latent.shape[:2] == (3, model.config.latent_channels)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def alone(model, tokenizer, caption):
 
 def test_bert_is_mean_pooled_and_padding_does_not_matter(text_encoder):
     encoder = TransformersTextEncoder(text_encoder)
-    assert encoder.ref.kind == "BertModel"
+    assert encoder.ref.class_name == "BertModel"
     both = encoder.encode(CAPTIONS)
     for row, caption in zip(both, CAPTIONS, strict=True):
         states = alone(encoder.model, encoder.tokenizer, caption).last_hidden_state
@@ -120,14 +120,14 @@ def test_bert_is_mean_pooled_and_padding_does_not_matter(text_encoder):
 
 def test_clip_gives_its_pooled_output(text_models):
     encoder = TransformersTextEncoder(str(text_models["clip"]))
-    assert encoder.ref.kind == "CLIPTextModel"
+    assert encoder.ref.class_name == "CLIPTextModel"
     expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).pooler_output
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 
 
 def test_t5_is_mean_pooled(text_models):
     encoder = TransformersTextEncoder(str(text_models["t5"]))
-    assert encoder.ref.kind == "T5EncoderModel"
+    assert encoder.ref.class_name == "T5EncoderModel"
     expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state.mean(1)
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 

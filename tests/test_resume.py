@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from index.errors import SourceError, TableError
-from index.table.lock import claim
+from index.table.codec import to_json_dict
+from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import is_table, open_table, shards_of
 from pipeline.encode import job as job_module
@@ -207,10 +208,10 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
     assert {row["id"]: row["vector"] for row in content(added.table)}.items() >= {
         row["id"]: row["vector"] for row in content(first)
     }.items()
-    whole, merged = encoded.meta.moments.to_dict(), added.table.meta.moments
+    whole, merged = to_json_dict(encoded.meta.moments), added.table.meta.moments
     assert merged.count == encoded.meta.moments.count
     assert merged.latent_std == pytest.approx(encoded.meta.moments.latent_std, rel=1e-12)
-    assert whole.keys() == merged.to_dict().keys()
+    assert whole.keys() == to_json_dict(merged).keys()
     again = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     assert (again.done_before, again.table.version) == (True, added.table.version)
 
@@ -218,11 +219,11 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
-    from index.table import table as table_module
+    from index.table import commit as commit_module
 
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
-        patch.setattr(table_module, "update_meta", lambda *_: (_ for _ in ()).throw(KeyError("pulled the plug")))
+        patch.setattr(commit_module, "update_meta", lambda *_: (_ for _ in ()).throw(KeyError("pulled the plug")))
         with pytest.raises(Exception, match="pulled the plug"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     between = open_table(first.uri)
@@ -290,7 +291,7 @@ def test_append_refuses_another_encoder(shapes, encode_shapes, changed_encoder, 
 
 def test_two_encodes_into_one_table_at_once(shapes, encode_shapes, tmp_path):
     taken = pytest.raises(TableError, match=rf"is being encoded by process {os.getpid()} on .* stop it first")
-    with claim(str(tmp_path / "t.encode"), Storage()), taken:
+    with hold_lock(str(tmp_path / "t.encode"), Storage()), taken:
         encode_shapes(shapes, tmp_path / "t.lance", limit=10)
     assert encode_shapes(shapes, tmp_path / "t.lance", limit=10).report["rows"] == 10
 
@@ -298,14 +299,14 @@ def test_two_encodes_into_one_table_at_once(shapes, encode_shapes, tmp_path):
 def test_a_dead_process_holds_nothing(tmp_path):
     code = f"""
 import os, signal
-from index.table.lock import claim
+from index.table.lock import hold_lock
 from index.table.storage import Storage
-with claim({str(tmp_path / "x")!r}, Storage()):
+with hold_lock({str(tmp_path / "x")!r}, Storage()):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert (tmp_path / "x" / "lock").exists()
-    with claim(str(tmp_path / "x"), Storage()):
+    with hold_lock(str(tmp_path / "x"), Storage()):
         pass
 
 

@@ -93,7 +93,7 @@ def test_where_memory_is_short_the_index_is_coarser(shapes, encode_shapes, tmp_p
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     built = build_index(table, BuildConfig(index_type="ivf_rq", max_memory=4_000, target_recall=1.0))
     assert built.table.meta.index.num_bits == 5
-    assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_rq"}
+    assert {line["index_type"] for line in built.report["alternatives"]} == {"ivf_rq"}
     assert "ivf_rq of 5 bits finds" in built.report["index_choice"]
 
 
@@ -118,14 +118,14 @@ def test_what_a_query_finds_does_not_depend_on_its_batch(indexed, size):
 def test_small_tables_are_searched_exactly_unless_asked(encoded, shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     built = build_index(table, BuildConfig())
-    assert built.report["index_kind"] == "none"
+    assert built.report["index_type"] == "none"
     assert built.report["recall_at_1"] == 1
     assert isinstance(open_search(built.table), ExactSearch)
     assert open_table(table.uri, indexed=True).meta.index == built.table.meta.index
 
 
 REPORT_KEYS = {
-    "rows", "dims", "index_kind", "index_bytes", "build_seconds", "index_nprobes", "recall_at_1", "recall_at_10",
+    "rows", "dims", "index_type", "index_bytes", "build_seconds", "index_nprobes", "recall_at_1", "recall_at_10",
     "p50_ms", "p99_ms", "queries_per_second", "num_unindexed_rows", "anti_hub_rate", "largest_share",
     "effective_share", "chi_square", "self_retrieval_rate", "perplexity", "text_distance", "ladder", "linear_probe_r2",
     "nan_vectors", "zero_vectors", "duplicate_vectors", "relative_distance_error", "prior_skew",
@@ -151,8 +151,8 @@ def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, enco
     monkeypatch.setattr(choose, "RERANKED", 1)
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     built = build_index(table, BuildConfig(index_type="ivf_pq", target_recall=1.0))
-    assert built.table.meta.index.kind == "ivf_flat"
-    assert {line["kind"] for line in built.report["alternatives"]} == {"ivf_pq", "ivf_flat"}
+    assert built.table.meta.index.index_type == "ivf_flat"
+    assert {line["index_type"] for line in built.report["alternatives"]} == {"ivf_pq", "ivf_flat"}
     assert built.report["recall_at_1"] > 0.99
     assert "ivf_pq finds 0." in built.report["index_choice"]
     assert "more do not help; ivf_flat finds" in built.report["index_choice"]
@@ -161,7 +161,7 @@ def test_where_a_coarse_index_falls_short_the_finer_one_replaces_it(shapes, enco
 def test_a_new_desc_scale_rewrites_and_the_index_must_be_built_again(shapes, encode_shapes, tmp_path):
     table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
     after = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="standard")).table
-    assert (after.meta.geometry.desc_scale, after.meta.geometry.kind) == (2.0, "standard")
+    assert (after.meta.geometry.desc_scale, after.meta.geometry.name) == (2.0, "standard")
     assert np.array_equal(
         after.column("vector", None),
         after.meta.geometry.vectors(after.column("text", None), after.column("latent", None)).astype(np.float16),

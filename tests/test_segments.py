@@ -19,6 +19,7 @@ from index.search.lance_index import (
     publish_segments,
     without_index,
 )
+from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import column_array, open_table
 from pipeline.beam.index_segments import fragment_groups, on_beam
 from pipeline.config import RuntimeConfig
@@ -48,7 +49,7 @@ def test_the_same_plan_gives_the_same_index(table, kind):
         table = build_whole(table, plan, None)
         rows.append(found(table, queries, nprobes=2))
     assert np.array_equal(*rows)
-    assert IndexPlan.from_dict(plans[0].to_dict()).options().keys() == plans[0].options().keys()
+    assert from_json_dict(IndexPlan, to_json_dict(plans[0])).options().keys() == plans[0].options().keys()
 
 
 def test_each_row_is_assigned_to_its_nearest_partition(table):
@@ -98,11 +99,11 @@ def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
         return beam(table, plan, log)
 
     built = build_index(open_table(table.uri), config, build)
-    assert (served[0].geometry.desc_scale, served[0].index.kind) == (2.0, "ivf_rq")
+    assert (served[0].geometry.desc_scale, served[0].index.index_type) == (2.0, "ivf_rq")
     again = build_index(
         open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RuntimeConfig(num_workers=2), "auto")
     )
-    assert again.report["index_kind"] == "none"  # small enough
+    assert again.report["index_type"] == "none"  # small enough
     split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), beam)
     assert split.report["recall_at_1"] == pytest.approx(alone.report["recall_at_1"], abs=0.01)
     assert split.report["index_num_partitions"] == alone.report["index_num_partitions"]

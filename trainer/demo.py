@@ -126,7 +126,7 @@ def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "rejects": encoded["rejects"],
         "held-out PSNR, dB": image["psnr_db"],
         "held-out token accuracy": text["token_accuracy"],
-        "index": f"{index['index_kind']}, {index['index_nprobes']} probes",
+        "index": f"{index['index_type']}, {index['index_nprobes']} probes",
         "recall@1": index["recall_at_1"],
         "training steps": trained["steps"],
         "waiting share": trained["waiting_fraction"],

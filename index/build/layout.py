@@ -19,8 +19,9 @@ from index.search.exact import MOST_QUERIES, VectorBlocks
 from index.space.centering import Centering, fit_centering
 from index.space.geometry import Geometry
 from index.space.queries import draw_points, draw_rows
+from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array, rewrite_vectors
+from index.table.table import Table, column_array
 from index.terminal import Progress
 
 MAX_CENTERING = 2**24
@@ -52,7 +53,7 @@ def wanted_geometry(
     def fit(centering: Centering | None) -> Geometry:
         return Geometry.fit(
             table.meta.moments,
-            kind=kind or now.kind,
+            name=kind or now.name,
             desc_scale=scale,
             allow_small_desc_scale=allowed,
             centering=centering,
@@ -60,7 +61,7 @@ def wanted_geometry(
 
     wanted = fit(None)
     if center:
-        wanted = fit(now.centering if wanted.kind == now.kind and now.centering else _centering(table, wanted))
+        wanted = fit(now.centering if wanted.name == now.name and now.centering else _centering(table, wanted))
     if desc_scale == "auto":
         scale = _auto_desc_scale(table, wanted, perplexity, allow_small=allow_small, seed=seed)
         return replace(wanted, desc_scale=scale)
@@ -75,7 +76,7 @@ def _centering(table: Table, geometry: Geometry) -> Centering:
             f"--center keeps {geometry.text_dim} x {geometry.latent_dim} numbers in the table's metadata, "
             f"{MAX_CENTERING:,} are the most: choose encoders with smaller latents or embeddings, or leave it out"
         )
-    batches = table.dataset().to_batches(columns=["text", "latent"], filter=f"split = '{TRAIN}'", batch_size=8192)
+    batches = table.scan(["text", "latent"], TRAIN, batch_size=8192)
     rows = ([column_array(batch[name]) for name in ("text", "latent")] for batch in batches)
     return fit_centering((text, geometry.to_coordinates(latent)) for text, latent in rows)
 
@@ -142,7 +143,7 @@ def settle_vectors(
 
 def _balance_coordinate(table: Table) -> Float32[np.ndarray, "N"]:
     """The balance coordinate of every row, in the table's order."""
-    batches = table.dataset().to_batches(columns=["vector"], batch_size=65_536, batch_readahead=1)
+    batches = table.scan(["vector"], batch_readahead=1)
     parts = [table.meta.geometry.balance_of(column_array(batch["vector"])).astype(np.float32) for batch in batches]
     return np.concatenate([np.empty(0, np.float32), *parts])
 

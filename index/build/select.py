@@ -17,8 +17,9 @@ from index.errors import OptionError
 from index.report.recall import GroundTruth, Recall, measure_recall
 from index.search.ann import ApproximateSearch
 from index.search.lance_index import VECTOR_INDEX, IndexPlan, build_whole
+from index.table.commit import tag_indexed, update_meta
 from index.table.schema import IndexRef
-from index.table.table import Table, tag_indexed, update_meta
+from index.table.table import Table
 from index.terminal import Progress
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
@@ -62,19 +63,19 @@ def choose_index(
         raise OptionError(f"--index-type ivf_pq learns {PQ_CENTROIDS} centroids, the table has {n} rows: choose none")
     if kind == "none" or (kind == "auto" and n < SMALL_TABLE):
         recall = measure_recall(truth.exact, truth)
-        ref = IndexRef(kind="none", num_partitions=None, nprobes=None, recall=recall.recall_at_1)
+        ref = IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=recall.recall_at_1)
         return Choice(_served_by(table, ref), recall, f"every query is compared with all {n:,} rows", [])
     now = table.meta.index
     if (
         now is not None
         and now.num_partitions is not None
-        and kind in ("auto", now.kind)
+        and kind in ("auto", now.index_type)
         and n <= 4 * now.num_partitions**2
     ):
         table, added = _with_later_rows(table)
         tried, (ref, recall) = _measure(table, now, truth, target_recall, log)
         if recall.recall_at_1 >= target_recall:
-            why = f"{now.kind} is kept, {added:,} rows were added to it; {_said(ref)}"
+            why = f"{now.index_type} is kept, {added:,} rows were added to it; {_said(ref)}"
             return Choice(_served_by(table, ref), recall, why, _lines(tried))
     lines, why = list[dict[str, Any]](), ""
     for candidate, num_bits in _candidates(kind, n, table.meta.geometry.vector_dim, memory):
@@ -82,7 +83,9 @@ def choose_index(
         partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
         table = build(table, IndexPlan.train(table, candidate, partitions, num_bits=num_bits, seed=seed), log)
         built = {"build_seconds": round(time.monotonic() - began, 2), "bytes": index_bytes(table)}
-        blank = IndexRef(kind=candidate, num_partitions=partitions, nprobes=None, recall=0.0, num_bits=num_bits)
+        blank = IndexRef(
+            index_type=candidate, num_partitions=partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
+        )
         tried, (ref, recall) = _measure(table, blank, truth, target_recall, log)
         lines += [line | built for line in _lines(tried)]
         why += ("" if not why else ", more do not help; ") + _said(ref)
@@ -101,9 +104,11 @@ def _candidates(kind: str, rows: int, width: int, memory: int) -> list[tuple[str
 
 def _said(ref: IndexRef) -> str:
     """What an index finds, in words."""
-    name = ref.kind if ref.num_bits is None else f"{ref.kind} of {ref.num_bits} bits"
+    name = ref.index_type if ref.num_bits is None else f"{ref.index_type} of {ref.num_bits} bits"
     ranked = f", {ref.refine_factor} rows re-ranked for each," if ref.refine_factor > 1 else ""
-    return f"{name} finds {ref.recall:.3f} of the nearest{ranked} with {ref.nprobes} of {ref.num_partitions} probes"
+    return (
+        f"{name} finds {ref.recall_at_1:.3f} of the nearest{ranked} with {ref.nprobes} of {ref.num_partitions} probes"
+    )
 
 
 def _with_later_rows(table: Table) -> tuple[Table, int]:
@@ -112,12 +117,12 @@ def _with_later_rows(table: Table) -> tuple[Table, int]:
     dataset = table.dataset()
     if added:
         dataset.optimize.optimize_indices()
-    return Table(table.uri, dataset.version, table.meta, table.storage), added
+    return table.at(dataset), added
 
 
 def _lines(tried: list[Measured]) -> list[dict[str, Any]]:
     """What was measured of an index, a line for each number of probes and rows re-ranked."""
-    kept = ("kind", "num_bits", "num_partitions", "nprobes", "refine_factor")
+    kept = ("index_type", "num_bits", "num_partitions", "nprobes", "refine_factor")
     return [{name: getattr(ref, name) for name in kept} | asdict(recall) for ref, recall in tried]
 
 
@@ -131,18 +136,19 @@ def _measure(
     assert index.num_partitions is not None
     tried = list[Measured]()
     # IVF_FLAT's distances are exact already.
-    refines = (1,) if index.kind == "ivf_flat" else (1, RERANKED)
+    refines = (1,) if index.index_type == "ivf_flat" else (1, RERANKED)
 
     def reaches(nprobes: int, refine_factor: int) -> bool:
         recall = measure_recall(ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor), truth)
-        tried.append((replace(index, nprobes=nprobes, refine_factor=refine_factor, recall=recall.recall_at_1), recall))
+        ref = replace(index, nprobes=nprobes, refine_factor=refine_factor, recall_at_1=recall.recall_at_1)
+        tried.append((ref, recall))
         bar.advance(len(truth.queries), nprobes=nprobes, refine_factor=refine_factor, recall=recall.recall_at_1)
         return recall.recall_at_1 >= target_recall
 
     with Progress("measure recall", total=None, unit="queries", log=log) as bar:
         nprobes, before = 1, -1.0
         while not any(reaches(nprobes, refine_factor) for refine_factor in refines):
-            recall = tried[-1][0].recall
+            recall = tried[-1][0].recall_at_1
             if nprobes == index.num_partitions or recall == before:
                 return tried, tried[-1]
             nprobes, before = min(2 * nprobes, index.num_partitions), recall

@@ -1,10 +1,10 @@
 """What is said of a table beside the measurements: its settings, its bad vectors, its last report."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from index.table.codec import to_json_dict
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
 
@@ -13,7 +13,7 @@ def count_bad_vectors(table: Table) -> dict[str, int]:
     """How many training vectors are not finite, zero, or equal to an earlier one, from one pass over them."""
     weights = np.random.default_rng(0).integers(2**64, size=table.meta.geometry.vector_dim, dtype=np.uint64)
     hashes, bad, zero = [np.empty(0, np.uint64)], 0, 0
-    for batch in table.dataset().to_batches(columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=65_536):
+    for batch in table.scan(["vector"], TRAIN):
         vectors = column_array(batch["vector"])
         bad += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())
@@ -30,13 +30,13 @@ def settings_of(table: Table) -> dict[str, Any]:
     return {
         "table": table.uri,
         "version": table.version,
-        "geometry": geometry.kind,
+        "geometry": geometry.name,
         "center": geometry.centering is not None,
-        "variance_told_by_descriptions": geometry.centering and geometry.centering.explained,
+        "variance_told_by_descriptions": geometry.centering and geometry.centering.explained_variance,
         "desc_scale": geometry.desc_scale,
         "kappa": geometry.kappa,
         "dims": geometry.vector_dim,
-        **{f"index_{name}": value for name, value in asdict(index).items() if name != "recall"},
+        **{f"index_{n.removeprefix('index_')}": v for n, v in to_json_dict(index).items() if n != "recall_at_1"},
     }
 
 
@@ -48,12 +48,12 @@ def describe(table: Table) -> dict[str, Any]:
         "version": table.version,
         "rows": table.dataset().count_rows(),
         "train_rows": table.dataset().count_rows(filter=f"split = '{TRAIN}'"),
-        "image_encoder": f"{meta.image_encoder.kind} {meta.image_encoder.name}",
-        "text_encoder": f"{meta.text_encoder.kind} {meta.text_encoder.name}",
+        "image_encoder": f"{meta.image_encoder.class_name} {meta.image_encoder.name}",
+        "text_encoder": f"{meta.text_encoder.class_name} {meta.text_encoder.name}",
         "image_size": meta.image_size,
         "latent_shape": list(meta.latent_shape),
         "text_dim": meta.text_dim,
-        "geometry": meta.geometry.kind,
+        "geometry": meta.geometry.name,
         "desc_scale": meta.geometry.desc_scale,
         "indexed": meta.index is not None,
         **((table.report("index") or {}) if meta.index is not None else {}),

@@ -158,9 +158,7 @@ class VectorBlocks:
         import torch
 
         seen, start = 0, 0
-        batches = self._table.dataset().to_batches(
-            columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=self._rows, batch_readahead=1
-        )
+        batches = self._table.scan(["vector"], TRAIN, batch_size=self._rows, batch_readahead=1)
         for batch in batches:
             rows = self._prepared(column_array(batch["vector"])[(-seen) % self._every :: self._every])
             seen += len(batch)

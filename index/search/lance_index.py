@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.search.kmeans import assigned, train_partitions
-from index.table.codec import pack, unpack
-from index.table.table import Table, update_meta
+from index.table.commit import update_meta
+from index.table.table import Table
 from index.terminal import Progress
 
 if TYPE_CHECKING:
@@ -44,15 +44,6 @@ class IndexPlan:
         centroids = train_partitions(table, partitions, seed=seed)
         rotation = None if num_bits is None else _draw_rotation(centroids.shape[1], num_bits, seed)
         return cls(kind=kind, centroids=centroids, num_bits=num_bits, rotation=rotation)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; exact."""
-        return {name: pack(getattr(self, name)) for name in self.__slots__}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "IndexPlan":
-        """The inverse of `to_dict`."""
-        return cls(**{name: unpack(value) for name, value in content.items()})
 
     def options(self) -> dict[str, Any]:
         """As Lance takes them."""
@@ -93,17 +84,17 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
             dataset.create_index(
                 replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
             )
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def without_index(table: Table) -> Table:
     """The table as segments are built for: Lance builds none beside an index, and the last tagged version serves on."""
     dataset = index_splits(table).dataset()
     if any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
-        table = Table(table.uri, dataset.version, table.meta, table.storage)
+        table = table.at(dataset)
         dataset = update_meta(table, replace(table.meta, index=None)).dataset()
         dataset.drop_index(VECTOR_INDEX)
-    return Table(table.uri, dataset.version, replace(table.meta, index=None), table.storage)
+    return table.at(dataset, replace(table.meta, index=None))
 
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
@@ -120,7 +111,7 @@ def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:
     if not any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
         merged = dataset.merge_existing_index_segments(list(segments)) if len(segments) > 1 else segments[0]
         dataset = dataset.commit_existing_index_segments(VECTOR_INDEX, "vector", [merged])
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def newest(table: Table) -> Table:
@@ -128,7 +119,7 @@ def newest(table: Table) -> Table:
     import lance
 
     dataset = lance.dataset(table.uri, storage_options=table.storage.lance)
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def index_splits(table: Table) -> Table:
@@ -136,4 +127,4 @@ def index_splits(table: Table) -> Table:
     dataset = table.dataset()
     if not any("split" in index.field_names for index in dataset.describe_indices()):
         dataset.create_scalar_index("split", "BITMAP")
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)

@@ -17,6 +17,7 @@ import apache_beam as beam
 from index.build.select import Builder
 from index.errors import OptionError
 from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest, publish_segments, without_index
+from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
 from pipeline.beam.runner import run_beam
@@ -36,7 +37,7 @@ def on_beam(run: RuntimeConfig, index_type: str) -> Builder:
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)
         plan_file = f"{table.uri.removesuffix('.lance')}.plan.json"
-        table.storage.write_json(plan_file, plan.to_dict())
+        table.storage.write_json(plan_file, to_json_dict(plan))
         groups = fragment_groups(table, run.num_workers)
         with Progress(f"build {plan.kind}", total=len(groups), unit="segments", log=log) as bar:
             run_beam(
@@ -93,7 +94,7 @@ class _Build(beam.DoFn):  # type: ignore[misc]
         self.table, self.plan_file = table, plan_file
 
     def setup(self) -> None:
-        self.plan = IndexPlan.from_dict(self.table.storage.read_json(self.plan_file))
+        self.plan = from_json_dict(IndexPlan, self.table.storage.read_json(self.plan_file))
 
     def process(self, fragments: list[int]) -> Iterator[str]:
         yield base64.b64encode(pickle.dumps(build_segment(self.table, self.plan, fragments))).decode()

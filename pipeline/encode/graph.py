@@ -17,9 +17,10 @@ import apache_beam as beam
 import pyarrow as pa
 
 from index.errors import SourceError
+from index.table.commit import add_vectors, append_rows, commit_fragments, neutral_balance, publish
 from index.table.schema import REJECTS, TableMeta
 from index.table.storage import is_local
-from index.table.table import add_vectors, append_rows, commit_fragments, neutral_balance, publish, rejects_uri
+from index.table.table import rejects_uri
 from pipeline.beam.write_lance import fragment_of, unwritable, write_fragments
 from pipeline.encode.checkpoints import EncodedShard
 from pipeline.encode.dedup import FindDuplicates

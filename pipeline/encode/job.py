@@ -12,6 +12,7 @@ import pyarrow as pa
 from index.errors import SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
+from index.table.codec import from_json_dict
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
@@ -82,7 +83,7 @@ class EncodeJob:
         for part in parts:
             tally.add(part)
             if part.summary["moments"]:
-                more = Moments.from_dict(part.summary["moments"])
+                more = from_json_dict(Moments, part.summary["moments"])
                 moments = more if moments is None else moments + more
         if not tally.rows or tally.reject_rate > self.config.max_reject_rate:
             raise SourceError(f"{tally}: nothing was published; mend the source, or raise --max-reject-rate")
@@ -101,7 +102,7 @@ class EncodeJob:
             moments=moments,
             geometry=Geometry.fit(
                 moments,
-                kind=self.config.geometry or GEOMETRY,
+                name=self.config.geometry or GEOMETRY,
                 desc_scale=self.config.desc_scale or DESC_SCALE,
                 allow_small_desc_scale=self.config.allow_small_desc_scale,
             ),

@@ -1,10 +1,10 @@
 """An encode run seen from outside: progress by the checkpoints that shards leave, and an end where nothing good can come."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from index.background import repeat
 from index.terminal import Progress
 from pipeline.encode.checkpoints import EncodedShard
 from pipeline.encode.graph import STOPPED
@@ -23,7 +23,6 @@ def watching(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[
     """
     shards, finished = job.config.shards, dict[str, EncodedShard]()
     with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.look(shards, finished)) as bar:
-        stop = threading.Event()
 
         def show() -> None:
             done = job.checkpoints.look(shards, finished)
@@ -50,15 +49,8 @@ def watching(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[
                     f"{len(shards):,} shards: nothing was published; mend the source, or raise --max-reject-rate",
                 )
 
-        def follow() -> None:
-            while not stop.wait(LOOK_SECONDS):
-                show()
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         try:
-            yield
+            with repeat(LOOK_SECONDS, show):
+                yield
         finally:
-            stop.set()
-            thread.join()
             show()

@@ -8,14 +8,15 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
 from index.errors import TableError
-from index.table.lock import claim
+from index.table.codec import to_json_dict
+from index.table.lock import hold_lock
 from index.table.table import Table, is_table, log_of, open_table, shards_of, table_uri
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
@@ -72,7 +73,7 @@ def encode(config: EncodeConfig, run: RuntimeConfig, table: str, *, dry_run: boo
         latent_shape=image.encode(blank).shape[1:],
         text_dim=text.encode(["a"]).shape[1],
     )
-    with contextlib.nullcontext() if dry_run else claim(checkpoints.folder, run.storage):
+    with contextlib.nullcontext() if dry_run else hold_lock(checkpoints.folder, run.storage):
         there = open_table(uri, storage=run.storage) if is_table(uri, run.storage) else None
         begun = _begun(checkpoints, identity)
         done_before = there is not None and job.run_id in there.meta.run_ids
@@ -130,7 +131,7 @@ def _appending(job: EncodeJob, table: Table, begun: list[str] | None) -> EncodeJ
         "heldout-share": (meta.val_fraction, config.val_fraction),
         "keep-images": ("image" in table.dataset().schema.names, config.keep_images),
         "desc-scale": (geometry.desc_scale, config.desc_scale or geometry.desc_scale),
-        "geometry": (geometry.kind, config.geometry or geometry.kind),
+        "geometry": (geometry.name, config.geometry or geometry.name),
     }
     changed = [f"--{name}" for name, (before, now) in pairs.items() if before != now]
     if changed:
@@ -198,8 +199,8 @@ def _report(job: EncodeJob, done: Counts, seconds: float | None) -> dict[str, An
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(done.rows / seconds, 1),
         "seconds_by_step": {name: round(value, 2) for name, value in done.seconds.items()},
-        "image_encoder": asdict(job.image_ref),
-        "text_encoder": asdict(job.text_ref),
+        "image_encoder": to_json_dict(job.image_ref),
+        "text_encoder": to_json_dict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
         "run_id": job.run_id,

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, UInt8
 
-from index.background import ahead
+from index.background import prefetch
 from index.space.moments import Moments
-from index.table.schema import TRAIN, row_id, split_of
+from index.table.codec import to_json_dict
+from index.table.schema import TRAIN, sample_id, split_of
 from index.table.table import list_array
 from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encoders import ImageEncoder, TextEncoder
@@ -76,7 +77,7 @@ class EncodeShard:
     def summary(self) -> dict[str, Any]:
         """Statistics of the training rows, rejects and filtered by reason, seconds by step; JSON-ready."""
         return {
-            "moments": self._moments.to_dict() if self._moments else None,
+            "moments": to_json_dict(self._moments) if self._moments else None,
             "rejects": dict(Counter(reject["reason"] for reject in self.rejects)),
             "filtered": {str(reason): count for reason, count in self.filtered.items()},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -86,7 +87,7 @@ class EncodeShard:
         """The shard's rows."""
         quiet_pillow()
         began = time.perf_counter()
-        for decoded in ahead(self._decoded(), BATCHES_AHEAD):
+        for decoded in prefetch(self._decoded(), BATCHES_AHEAD):
             self.seconds["wait"] += time.perf_counter() - began
             self.rejects += decoded.rejects
             self.filtered += decoded.filtered
@@ -161,7 +162,7 @@ class EncodeShard:
     def _batch(
         self, ready: list[_Ready], text: Float32[np.ndarray, "B T"], latent: Float32[np.ndarray, "B L"]
     ) -> pa.RecordBatch:
-        ids = [row_id(r.sample.key, r.sample.image or b"") for r in ready]
+        ids = [sample_id(r.sample.key, r.sample.image or b"") for r in ready]
         splits = [split_of(row, self.config.val_fraction) for row in ids]
         # Statistics are those of the stored float16 values, so that they can be recomputed from the table.
         text, latent = text.astype(np.float16), latent.astype(np.float16)

@@ -22,9 +22,10 @@ from index.search.ann import ApproximateSearch, ExactSearch
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
+from index.table.commit import add_vectors, publish
 from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
 from index.table.storage import Storage
-from index.table.table import Table, add_vectors, column_array, list_array, publish
+from index.table.table import Table, column_array, list_array
 from pipeline.beam.write_lance import fragment_of, write_fragments
 
 BATCH, ASKED, TARGET = 1024, 8192, 0.95
@@ -70,7 +71,7 @@ def types(data: Path, work: Path, rounds: int) -> list[dict[str, Any]]:
         # So little memory that neither 8 bits nor, where the target is missed, IVF_FLAT comes into question.
         memory = 1 if bits == 5 else 2**40
         choice = choose_index(table, _truth(table), kind=kind, target_recall=TARGET, memory=memory, seed=0, log=None)
-        ours = [line for line in choice.tried if line["kind"] == kind]
+        ours = [line for line in choice.tried if line["index_type"] == kind]
         for refine_factor in sorted({line["refine_factor"] for line in ours}):
             reached = [
                 line for line in ours if line["refine_factor"] == refine_factor and line["recall_at_1"] >= TARGET
@@ -217,8 +218,8 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
 
     fragments = [fragment_of(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
     assert moments is not None
-    geometry = Geometry.fit(moments, kind="sphere", desc_scale=2.0)
-    nobody = EncoderRef(name="synthetic", kind="none", digest="0" * 64)
+    geometry = Geometry.fit(moments, name="sphere", desc_scale=2.0)
+    nobody = EncoderRef(name="synthetic", class_name="none", digest="0" * 64)
     meta = TableMeta(
         image_encoder=nobody,
         text_encoder=nobody,

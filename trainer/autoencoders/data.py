@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from index.errors import SourceError
-from index.table.schema import HELDOUT, TRAIN, row_id, split_of
+from index.table.schema import HELDOUT, TRAIN, sample_id, split_of
 from index.terminal import Progress
 from pipeline.images import Rejected, decode_caption, decode_image, quiet_pillow
 from pipeline.sources.read import Sample, list_shards, read_samples
@@ -41,7 +41,7 @@ def load_pictures(
                 pixels = decode_image(sample.image, size).pixels
             except Rejected:
                 continue
-            parts[split_of(row_id(sample.key, sample.image or b""), val_fraction)].append(pixels)
+            parts[split_of(sample_id(sample.key, sample.image or b""), val_fraction)].append(pixels)
             bar.advance()
             if bar.done == limit:
                 break
@@ -63,7 +63,7 @@ def load_captions(
                 caption = decode_caption(sample.caption)
             except Rejected:
                 continue
-            seen.setdefault(caption, split_of(row_id(caption, b""), val_fraction))
+            seen.setdefault(caption, split_of(sample_id(caption, b""), val_fraction))
             bar.advance()
             if bar.done == limit:
                 break

@@ -96,7 +96,7 @@ def labels_of(table: Table) -> list[str] | None:
     """The captions of training rows, sorted, if they can be classes."""
     seen: set[str] = set()
     rows = 0
-    for batch in table.dataset().to_batches(columns=["caption"], filter=f"split = '{TRAIN}'", batch_size=8192):
+    for batch in table.scan(["caption"], TRAIN, batch_size=8192):
         seen.update(column_array(batch["caption"]).tolist())
         rows += len(batch)
         if len(seen) > MOST_LABELS:
