@@ -176,7 +176,7 @@ def test_options_are_named_as_lance_names_them():
         "aws_secret_access_key": "s",
         "other": "1",
     }
-    with pytest.raises(OptionError, match="--storage-option 'region': is not of the form name=value"):
+    with pytest.raises(OptionError, match="--storage-option 'region' is not of the form name=value"):
         Storage.of(["region"])
 
 
