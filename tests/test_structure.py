@@ -3,7 +3,8 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a folder or a file of a package. It may import itself, rooms before it, and packages before its own.
 ORDER = {
-    "index": ["errors", "background", "terminal", "space", "table", "search", "report", "build"],
+    "index": ["errors", "options", "background", "terminal", "space", "table", "search", "report", "build"],
     "pipeline": [
         *("rejects", "filters", "images", "sources", "config", "encoders"),
         *("beam", "encode", "index_page", "demo", "cli"),
@@ -33,8 +34,8 @@ def room_of(path: Path) -> tuple[str, str]:
     return package, room
 
 
-def imported_rooms(path: Path) -> Iterator[tuple[str, str, int]]:
-    """The (package, room, line) of each import of our own packages, wherever in the file it is."""
+def imported_names(path: Path) -> Iterator[tuple[str, int]]:
+    """The dotted name and the line of each import of our own packages, wherever in the file it is."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -43,10 +44,13 @@ def imported_rooms(path: Path) -> Iterator[tuple[str, str, int]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package in ORDER:
-                yield package, rest.partition(".")[0], node.lineno
+        yield from ((name, node.lineno) for name in names if name.partition(".")[0] in ORDER)
+
+
+def imported_files(path: Path, files: Container[str]) -> Iterator[str]:
+    """The modules among `files` that a file imports, or imports names of."""
+    for name, _ in imported_names(path):
+        yield from (module for module in (name, name.rpartition(".")[0]) if module in files)
 
 
 @pytest.mark.parametrize("package", ORDER)
@@ -57,13 +61,20 @@ def test_packages_and_rooms_import_one_way(package):
     for path in paths:
         _, room = room_of(path)
         assert room in ORDER[package], f"{path.relative_to(ROOT)}: write {room!r} into ORDER, after what it imports"
-        for other, other_room, line in imported_rooms(path):
+        for name, line in imported_names(path):
+            other, other_room = name.split(".")[:2]
             here = f"{path.relative_to(ROOT)}:{line}"
             if packages.index(other) > packages.index(package):
                 wrong.append(f"{here} imports {other}, which comes after {package}")
             elif other == package and ORDER[package].index(other_room) > ORDER[package].index(room):
                 wrong.append(f"{here} imports {other}.{other_room}, which comes after {room}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_import_each_other_in_no_circle():
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for name in ORDER for path in modules(name)}
+    imports = {name: {each for each in imported_files(path, paths) if each != name} for name, path in paths.items()}
+    assert len(list(TopologicalSorter(imports).static_order())) == len(paths)  # CycleError names the circle
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "trainer.cli", "index.space.geometry", "index.table.schema"])

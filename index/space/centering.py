@@ -63,11 +63,11 @@ def fit_centering(batches: Iterable[tuple[Float[np.ndarray, "_B T"], Float[np.nd
     penalties = PENALTIES * max(eigenvalues.max(), 1e-12)
     penalty = min(penalties, key=cross_validated)
     weight = directions @ (covariance / (eigenvalues + penalty)[:, None])
-    remaining = residual_variance(penalty)
-    constant = remaining <= 1e-12 * np.maximum(variance, 1e-12)
+    left = residual_variance(penalty)
+    constant = left <= 1e-12 * np.maximum(variance, 1e-12)
     return Centering(
         weight=weight.astype(np.float32),
         bias=(x_mean - t_mean @ weight).astype(np.float32),
-        std=np.sqrt(np.where(constant, 1.0, remaining)).astype(np.float32),
+        std=np.sqrt(np.where(constant, 1.0, left)).astype(np.float32),
         explained_variance=float(1 - cross_validated(penalty) / max(variance.sum(), 1e-12)),
     )

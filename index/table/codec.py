@@ -31,11 +31,11 @@ def to_json_dict(instance: "DataclassInstance") -> dict[str, Any]:
 def from_json_dict(cls: type[T], content: Mapping[str, Any]) -> T:
     """Invert `to_json_dict`; fields that `content` lacks get their defaults."""
     hints = get_type_hints(cls)
-    extra = hints.pop(UNKNOWN, None)
-    known = {name: _decode(hint, content[name]) for name, hint in hints.items() if name in content}
-    if extra is not None:
-        known[UNKNOWN] = {name: value for name, value in content.items() if name not in hints}
-    return cls(**known)
+    keeps_unknown = hints.pop(UNKNOWN, None) is not None
+    values = {name: _decode(hint, content[name]) for name, hint in hints.items() if name in content}
+    if keeps_unknown:
+        values[UNKNOWN] = {name: value for name, value in content.items() if name not in hints}
+    return cls(**values)
 
 
 def _encode(value: Any) -> Any:
@@ -54,11 +54,11 @@ def _decode(hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == ARRAY:
         flat = np.frombuffer(base64.b64decode(value["base64"]), dtype=value["dtype"])
         return flat.reshape(value["shape"]).astype(flat.dtype.newbyteorder("="))
-    kind, arguments = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
         (hint,) = (each for each in arguments if each is not NoneType)
         return _decode(hint, value)
-    if kind is tuple:
-        each = repeat(arguments[0], len(value)) if arguments[-1] is Ellipsis else arguments
-        return tuple(_decode(one, part) for one, part in zip(each, value, strict=True))
+    if origin is tuple:
+        hints = repeat(arguments[0], len(value)) if arguments[-1] is Ellipsis else arguments
+        return tuple(_decode(each, part) for each, part in zip(hints, value, strict=True))
     return from_json_dict(hint, value) if isinstance(hint, type) and is_dataclass(hint) else value

@@ -61,13 +61,13 @@ def add_vectors(
             writer.write_batch(pa.record_batch([list_array(vectors)], schema=schema))
             done += len(text)
     assert done == content["physical_rows"], (done, content["physical_rows"])
-    others = [
+    other_files = [
         {**file, "fields": [DROPPED if field == vector_id else field for field in file["fields"]]}
         for file in content["files"]
         if file["fields"] != [vector_id]
     ]
-    added = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0], "file_size_bytes": None}
-    return lance.FragmentMetadata.from_json(json.dumps({**content, "files": [*others, added]}))
+    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0], "file_size_bytes": None}
+    return lance.FragmentMetadata.from_json(json.dumps({**content, "files": [*other_files, vector_file]}))
 
 
 def commit_fragments(

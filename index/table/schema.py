@@ -167,10 +167,10 @@ def check_table(schema: pa.Schema) -> TableMeta:
     for name, dim in dims.items():
         if name not in schema.names:
             raise TableError(f"the table has no column `{name}`: encode it again with `pipeline encode`")
-        stored = schema.field(name).type
-        if stored != pa.list_(pa.float16(), dim):
+        column_type = schema.field(name).type
+        if column_type != pa.list_(pa.float16(), dim):
             raise TableError(
-                f"column `{name}` is {stored}, but the metadata says {dim} float16: "
+                f"column `{name}` is {column_type}, but the metadata says {dim} float16: "
                 "encode the table again with `pipeline encode`"
             )
     return meta

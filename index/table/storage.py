@@ -72,10 +72,11 @@ class Storage:
 
         options: Mapping[str, Any] = {}
         if uri.startswith("s3://"):
-            known = {theirs: value for ours, value in self.options if (theirs := S3_NAMES.get(ours))}
-            region = known.pop("region_name", None)
+            renamed = {S3_NAMES[name]: value for name, value in self.options if name in S3_NAMES}
+            region = renamed.pop("region_name", None)
             # Other processes write the files that we look for: a cached listing would hide them.
-            options = {**known, "use_listings_cache": False, "client_kwargs": {"region_name": region} if region else {}}
+            client = {"region_name": region} if region else {}
+            options = {**renamed, "use_listings_cache": False, "client_kwargs": client}
         elif not is_local(uri):
             options = dict(self.options)
         try:

@@ -116,9 +116,9 @@ class Table:
         """Read one column of the rows with some Lance row ids, in their order, with repeats."""
         distinct = ", ".join(str(each) for each in np.unique(row_ids))
         rows = self.dataset().to_table(columns=[column], filter=f"_rowid IN ({distinct})", with_row_id=True)
-        stored = rows["_rowid"].to_numpy().astype(np.int64)
-        order = np.argsort(stored)
-        return column_array(rows[column])[order[np.searchsorted(stored, row_ids, sorter=order)]]
+        ids = rows["_rowid"].to_numpy().astype(np.int64)
+        order = np.argsort(ids)
+        return column_array(rows[column])[order[np.searchsorted(ids, row_ids, sorter=order)]]
 
     def report(self, name: str) -> Any:
         """Read the report DB/NAME.reports/`name`.json; None if there is none."""
@@ -159,10 +159,10 @@ def open_table(
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
     if not indexed or table.meta.index is not None:
         return table
-    tagged = [int(tag.removeprefix(INDEXED)) for tag in dataset.tags.list() if tag.startswith(INDEXED)]
-    if version is not None or not tagged:
+    versions = [int(tag.removeprefix(INDEXED)) for tag in dataset.tags.list() if tag.startswith(INDEXED)]
+    if version is not None or not versions:
         raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
-    return open_table(uri, version=max(tagged), storage=storage)
+    return open_table(uri, version=max(versions), storage=storage)
 
 
 def table_uri(path: str | Path) -> str:
