@@ -193,14 +193,17 @@ def build_index(
 
     pipeline build-index s3://mine/db/laion.lance --runner DataflowRunner -- --project=P --region=R
     """
+    from dataclasses import asdict
+
     from index.build.build_index import BuildConfig
     from index.build.build_index import build_index as run_build
     from index.build.select import Builder
     from index.errors import OptionError
+    from index.report.page import index_page, keeps_images
     from index.search.lance_index import build_whole
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.index_page import index_page
+    from pipeline.encoders import open_decoder
 
     config = BuildConfig(
         desc_scale=_scale(desc_scale),
@@ -226,8 +229,9 @@ def build_index(
     elif beam_options:
         raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --num-workers N")
     built = run_build(open_table(table, storage=storage), config, build)
-    page = built.table.write_page("index", index_page(built.table, built.report))
-    _show(table, built.report, as_json)
+    decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
+    page = built.table.write_page("index", index_page(built.table, built.report, decode=decode))
+    _show(table, asdict(built.report), as_json)
     if not as_json:
         print(f"\n{page}")
 
@@ -264,10 +268,13 @@ def _show(title: str, report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    plain = {name: value for name, value in report.items() if name not in ("warnings", "hits")}
+    plain = {name: value for name, value in report.items() if name not in ("warnings", "hit_counts")}
     lists = {name: lines for name, lines in plain.items() if isinstance(lines, list) and lines}
     tables = {name: lines for name, lines in lists.items() if isinstance(lines[0], dict)}
-    print_table(title, {name: value for name, value in plain.items() if name not in tables})
+    nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    print_table(title, {name: value for name, value in plain.items() if name not in tables | nested})
+    for name, value in nested.items():
+        _show(f"\n{name}", value, as_json=False)
     for name, lines in tables.items():
         print_columns(f"\n{name}", {str(number): line for number, line in enumerate(lines, 1)})
     for warning in report.get("warnings", ()):

@@ -98,6 +98,15 @@ class DiffusersAutoencoder:
         self.model.save_pretrained(folder)
 
 
+def open_decoder(ref: EncoderRef) -> Callable[[Float32[np.ndarray, "B C h w"]], UInt8[np.ndarray, "B H W 3"]] | None:
+    """Return the decoder of the autoencoder that made a table; None if it cannot be opened or its weights changed."""
+    try:
+        autoencoder = DiffusersAutoencoder(ref.name)
+    except EncoderError:
+        return None
+    return autoencoder.decode if autoencoder.ref.digest == ref.digest else None
+
+
 def latent_of(encoded: Any) -> "torch.Tensor":
     """The latent tensor in whatever a diffusers autoencoder's `encode` returns."""
     if hasattr(encoded, "latent_dist"):

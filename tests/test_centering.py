@@ -73,7 +73,7 @@ def test_a_table_is_centered_and_restored(shapes, encode_shapes, tmp_path):
     plain = table.meta.geometry
     centered = build_index(table, BuildConfig(center=True, index_type="none"))
     geometry = centered.table.meta.geometry
-    assert centered.report["center"]
+    assert centered.report.center
     assert geometry.centering.weight.shape == (16, 32)
     stored = centered.table.column("vector").astype(np.float32)
     expected = geometry.vectors(centered.table.column("text"), centered.table.column("latent"))

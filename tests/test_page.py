@@ -1,16 +1,22 @@
-"""The index report in words and pictures."""
+"""The index report in words and as a page, and the HTML that all pages are made of."""
 
 import re
 import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from index.build.build_index import BuildConfig, build_index
-from index.report.advice import advise
+from index.report import html
+from index.report.page import Example, index_page, retrieve_examples
+from index.report.report import find_warnings
 from index.table.table import open_table
-from pipeline.index_page import find_examples, index_page
+from pipeline.encoders import open_decoder
 
-WELL = {
+PNG = b"\x89PNG\r\n\x1a\n"
+SOUND = {
     "anti_hub_rate": 0.14,
     "expected_anti_hub_rate": 0.13,
     "chi_square": 0.02,
@@ -25,79 +31,136 @@ WELL = {
 }
 
 
-def test_a_sound_table_needs_no_advice():
-    assert advise(WELL) == []
+@pytest.fixture(scope="module")
+def built(indexed, tmp_path_factory):
+    """A table with an index, without images, and its report."""
+    uri = tmp_path_factory.mktemp("page") / "shapes.lance"
+    shutil.copytree(indexed.uri, uri)
+    return build_index(open_table(uri), BuildConfig(index_type="ivf_rq"))
+
+
+def decode(latents):
+    """Gray images as bright as the latents' mean."""
+    level = (128 + 8 * latents.mean((1, 2, 3))).clip(0, 255).astype(np.uint8)
+    return np.broadcast_to(level[:, None, None, None], (len(latents), 4, 4, 3)).copy()
+
+
+class Tags(HTMLParser):
+    """Count tags, collect their attributes, and check that they are nested."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, page):
+        super().__init__()
+        self.count, self.open, self.attributes, self.text = {}, [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_sound_table_has_no_warnings(built):
+    assert find_warnings(replace(built.report, **SOUND)) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"anti_hub_rate": 0.5}, "37% of the training rows are never targets .* try --balance"),
-        (
-            {"recall_at_1": 0.9},
-            "finds 0.900 of the nearest pairs, less than --target-recall 0.95: give more --max-memory-gb",
-        ),
-        ({"perplexity": 1.03}, r"chooses among 1\.03 rows.*a smaller --desc-scale"),
-        ({"text_distance": 0.9}, "hardly followed: try a larger --desc-scale"),
-        ({"linear_probe_r2": 0.001}, "lottery to a network: try --center"),
-        ({"zero_vectors": 4}, "4 vectors are zero"),
-        ({"duplicate_vectors": 400}, "400 vectors repeat others.*--dedup pair"),
+        ({"anti_hub_rate": 0.5}, "anti-hub rate is 50%, 37% above uniform sampling .* try --balance"),
+        ({"recall_at_1": 0.9}, "recall@1 is 0.900, below --target-recall 0.95: raise --max-memory-gb"),
+        ({"perplexity": 1.03}, r"perplexity is 1\.03 targets per caption.*a smaller --desc-scale"),
+        ({"text_distance": 0.9}, "0.90 apart.*try a larger --desc-scale"),
+        ({"linear_probe_r2": 0.001}, r"R\^2 = 0\.001 of the targets.*try --center"),
+        ({"zero_vectors": 4}, "4 search vectors are zero"),
+        ({"duplicate_vectors": 400}, "400 search vectors are duplicates.*--dedup pair"),
     ],
 )
-def test_what_looks_wrong_is_said_with_what_to_try(change, said):
-    (warning,) = advise(WELL | change)
-    assert re.search(said, warning)
+def test_a_bad_metric_is_warned_of_with_what_to_try(built, change, message):
+    (warning,) = find_warnings(replace(built.report, **SOUND | change))
+    assert re.search(message, warning)
 
 
-@pytest.fixture
-def copied(tmp_path):
-    """A function that gives a copy of a table, to be changed."""
-
-    def copy(table):
-        shutil.copytree(table.uri, tmp_path / "copy.lance")
-        return open_table(tmp_path / "copy.lance")
-
-    return copy
-
-
-def test_the_page_is_whole_and_needs_nothing_else(indexed, copied):
-    built = build_index(copied(indexed), BuildConfig(index_type="ivf_rq"))
-    page = index_page(built.table, built.report)
-    assert page.count("<svg") == 3
-    assert page.count("<figure>") == page.count("<img") == 24
-    assert not re.search(r"(src|href)=.?(http|/|file)", page.replace('src="data:', ""))
-    assert all(f"<th>{name}</th>" in page for name in ("recall_at_1", "anti_hub_rate", "index_bytes"))
+def test_the_page_is_complete_and_refers_to_nothing_else(built):
+    page = index_page(built.table, replace(built.report, warnings=["<mind> this"]), decode=decode)
+    tags = Tags(page)
+    assert tags.count["svg"] == 3
+    assert tags.count["figure"] == tags.count["img"] == 6 * 4
+    links = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href")]
+    assert links
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in links)
+    assert {"recall_at_1", "anti_hub_rate", "index_bytes", "perplexity", "<mind> this"} <= set(tags.text)
+    assert f"{built.report.recall_at_1:.4g}" in tags.text
 
 
-def test_a_table_searched_exactly_has_no_probes_to_plot(encoded, copied):
-    report = build_index(copied(encoded), BuildConfig(index_type="none")).report
-    assert sum(report["hits"]) == report["train_rows"]
-    assert index_page(encoded, report).count("<svg") == 2
+def test_a_table_searched_exactly_has_no_recall_plot(encoded, tmp_path):
+    shutil.copytree(encoded.uri, tmp_path / "copy.lance")
+    built = build_index(open_table(tmp_path / "copy.lance"), BuildConfig(index_type="none"))
+    assert sum(built.report.hit_counts) == built.report.train_rows
+    assert Tags(index_page(built.table, built.report)).count["svg"] == 2
 
 
-def test_examples_come_nearest_first_with_the_pictures_kept(encoded):
-    for found in find_examples(encoded):
-        assert found.distances == sorted(found.distances)
-        assert len(found.captions) == len(found.pictures) == 4
-        assert all(picture.startswith(b"\x89PNG") for picture in found.pictures)
+def test_examples_come_nearest_first_with_the_originals(encoded):
+    examples = retrieve_examples(encoded)
+    assert examples
+    for example in examples:
+        assert example.distances == sorted(example.distances)
+        assert len(example.captions) == len(example.images) == 4
+        assert all(image.startswith(PNG) for image in example.images)
 
 
-def test_captions_are_text_and_not_markup(indexed):
-    from dataclasses import replace
-
-    from pipeline import index_page as page
-
-    found = replace(find_examples(indexed)[0], asked="<b>bold</b>", captions=["<script>"] * 4)
-    assert "<b>" not in page._shown(found)
-    assert "<script>" not in page._shown(found)
+def test_without_originals_latents_are_decoded_if_there_is_a_decoder(built):
+    examples, decoded = retrieve_examples(built.table), retrieve_examples(built.table, decode)
+    assert [example.captions for example in examples] == [example.captions for example in decoded]
+    assert {example.images for example in examples} == {None}
+    assert all(image.startswith(PNG) for example in decoded for image in example.images)
+    assert "img" not in Tags(index_page(built.table, built.report)).count
 
 
-def test_without_its_encoder_a_page_has_captions_alone(indexed, monkeypatch):
-    from index.errors import EncoderError
-    from pipeline import encoders
+def test_a_decoder_is_opened_for_the_same_weights_only(built, changed_encoder):
+    ref = built.table.meta.image_encoder
+    latents = built.table.column("latent")[:2].reshape(-1, *built.table.meta.latent_shape).astype(np.float32)
+    assert open_decoder(ref)(latents).shape == (2, 32, 32, 3)
+    assert open_decoder(replace(ref, name="/no/such/folder")) is None
+    assert open_decoder(replace(ref, name=changed_encoder)) is None
 
-    def missing(name):
-        raise EncoderError("gone")
 
-    monkeypatch.setattr(encoders, "DiffusersAutoencoder", missing)
-    assert all(found.pictures is None for found in find_examples(indexed))
+def test_captions_are_text_and_not_markup():
+    example = Example(caption="<b>bold</b>", captions=["<script>", 'a "b"'], distances=[1.0, 2.0], images=[PNG, PNG])
+    tags = Tags(example.to_html())
+    assert not {"b", "script"} & tags.count.keys()
+    assert {"<b>bold</b>", "<script>"} <= set(tags.text)
+    assert [value for name, value in tags.attributes if name == "alt"] == ["<script>", 'a "b"']
+
+
+def test_the_page_skeleton_escapes_its_title_and_keeps_its_body():
+    page = html.page("a < b & c", "<p>body</p>", style="p{color:red}")
+    assert page.count("a &lt; b &amp; c") == 2
+    tags = Tags(page)
+    assert (tags.count["h1"], tags.count["p"]) == (1, 1)
+    assert any("p{color:red}" in text and "color-scheme" in text for text in tags.text)
+
+
+def test_tables_escape_their_cells():
+    tags = Tags(html.table([("<x>", 0.123456), ("n", None)], head=("name", "value")))
+    assert (tags.count["tr"], tags.count["th"], tags.count["td"]) == (3, 4, 2)
+    assert {"<x>", "0.1235", "None", "value"} <= set(tags.text)
+
+
+@pytest.mark.parametrize(("data", "media_type"), [(PNG, "png"), (b"\xff\xd8\xff\xe0", "jpeg"), (b"other", "*")])
+def test_images_are_data_uris(data, media_type):
+    assert f'src="data:image/{media_type};base64,' in html.image_tag(data, alt='"')
+    assert 'alt="&quot;"' in html.image_tag(data, alt='"')

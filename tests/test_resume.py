@@ -246,24 +246,27 @@ def test_an_index_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_pat
     new = added.dataset().to_table(columns=["vector"], filter=f"shard = '{parts[2]}'").num_rows
     assert new == 120
     again = build_index(added, BuildConfig(index_type="ivf_flat"))
-    assert again.report["num_unindexed_rows"] == 0
-    assert "ivf_flat is kept, 120 rows were added to it" in again.report["index_choice"]
-    assert again.report["index_num_partitions"] == built.meta.index.num_partitions
+    assert again.report.num_unindexed_rows == 0
+    assert again.report.index_choice.startswith("kept, with 120 rows added; IVF_FLAT: recall@1 ")
+    assert again.report.num_partitions == built.meta.index.num_partitions
     assert again.table.meta.geometry.same_as(built.meta.geometry)
 
 
-def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path, monkeypatch):
-    from index.build import select as choose
+def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path):
     from index.build.build_index import BuildConfig, build_index
+    from index.build.select import select_index
+    from index.report.recall import evaluation_queries, find_ground_truth
+    from index.search.exact import ExactSearch
 
-    monkeypatch.setattr(choose, "RERANKED", 1)
     first = encode_shapes(list_shards([str(shapes)])[:2], tmp_path / "t.lance").table
     build_index(first, BuildConfig(index_type="ivf_rq", target_recall=0.1))
     added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
-    again = build_index(added, BuildConfig(index_type="ivf_rq", target_recall=0.99))
-    assert again.report["recall_at_1"] >= 0.99
-    assert again.report["num_unindexed_rows"] == 0
-    assert "is kept" not in again.report["index_choice"]
+    truth = find_ground_truth(ExactSearch(added), evaluation_queries(added, 1024))
+    options = {"index_type": "ivf_rq", "target_recall": 0.99, "memory": 2**30, "seed": 0, "refine_factors": (1,)}
+    again = select_index(added, truth, **options)
+    assert again.recall.recall_at_1 >= 0.99
+    assert again.table.lancedb().index_stats("vector_idx").num_unindexed_rows == 0
+    assert "kept" not in again.reason
 
 
 @pytest.mark.parametrize(

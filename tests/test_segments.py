@@ -1,4 +1,4 @@
-"""An index built in parts, by several processes, finds what the index built at once finds."""
+"""An index built in segments, by several processes, retrieves what the index built at once retrieves."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError
 from index.report.recall import evaluation_queries, find_ground_truth, measure_recall
-from index.search.ann import ApproximateSearch, ExactSearch
-from index.search.kmeans import assigned, train_partitions
+from index.search.ann import ApproximateSearch
+from index.search.exact import ExactSearch
+from index.search.kmeans import partition_file, train_centroids
 from index.search.lance_index import (
     VECTOR_INDEX,
     IndexPlan,
@@ -27,87 +28,90 @@ from pipeline.config import RuntimeConfig
 
 @pytest.fixture
 def table(encoded, tmp_path):
-    """A copy of the shapes, to be changed."""
+    """A copy of the shapes that a test may change."""
     shutil.copytree(encoded.uri, tmp_path / "shapes.lance")
     return open_table(tmp_path / "shapes.lance")
 
 
-def found(table, queries, **how):
-    return ApproximateSearch(table, **how).nearest(queries, 3).row
+def train_plan(table, index_type, seed=0):
+    return IndexPlan.train(table, index_type, 12, num_bits=8 if index_type == "ivf_rq" else None, seed=seed)
 
 
-@pytest.mark.parametrize("kind", ["ivf_rq", "ivf_flat"])
-def test_the_same_plan_gives_the_same_index(table, kind):
+def retrieved(table, queries):
+    return ApproximateSearch(table, nprobes=2).nearest(queries, 3).row_id
+
+
+@pytest.mark.parametrize("index_type", ["ivf_rq", "ivf_flat"])
+def test_the_same_plan_builds_the_same_index(table, index_type):
     queries = evaluation_queries(table, 200)
-    plans = [
-        IndexPlan.train(table, kind, 12, num_bits=8 if kind == "ivf_rq" else None, seed=seed) for seed in (3, 3, 4)
-    ]
-    assert np.array_equal(plans[0].centroids, plans[1].centroids)
-    assert not np.array_equal(plans[0].centroids, plans[2].centroids)
-    rows = []
-    for plan in plans[:2]:
-        table = build_whole(table, plan, None)
-        rows.append(found(table, queries, nprobes=2))
-    assert np.array_equal(*rows)
-    assert from_json_dict(IndexPlan, to_json_dict(plans[0])).options().keys() == plans[0].options().keys()
+    plan, same, other = (train_plan(table, index_type, seed) for seed in (3, 3, 4))
+    assert np.array_equal(plan.centroids, same.centroids)
+    assert not np.array_equal(plan.centroids, other.centroids)
+    first = build_whole(table, plan, None)
+    second = build_whole(first, from_json_dict(IndexPlan, to_json_dict(same)), None)
+    assert second.version > first.version
+    assert np.array_equal(retrieved(first, queries), retrieved(second, queries))
 
 
-def test_each_row_is_assigned_to_its_nearest_partition(table):
+def test_each_row_is_assigned_to_its_nearest_centroid(table):
     import lance
 
-    centroids = train_partitions(table, 7)
-    with assigned(table, centroids, [1, 2]) as path:
-        given = lance.dataset(path).to_table()
+    centroids = train_centroids(table, 7)
+    with partition_file(table, centroids, [1, 2]) as path:
+        partitions = lance.dataset(path).to_table()
     rows = table.dataset().to_table(columns=["vector"], with_row_id=True)
     vectors = column_array(rows["vector"]).astype(np.float32)
     nearest = np.square(vectors[:, None] - centroids[None]).sum(-1).argmin(1)
-    expected = dict(zip(rows["_rowid"].to_pylist(), nearest.tolist(), strict=True))
-    assert len(given) == sum(row >> 32 in (1, 2) for row in expected)
-    assert all(expected[line["row_id"]] == line["partition"] for line in given.to_pylist())
+    expected = {
+        row_id: partition
+        for row_id, partition in zip(rows["_rowid"].to_pylist(), nearest.tolist(), strict=True)
+        if row_id >> 32 in (1, 2)
+    }
+    assert expected
+    assert {line["row_id"]: line["partition"] for line in partitions.to_pylist()} == expected
     assert not Path(path).exists()
 
 
-@pytest.mark.parametrize("kind", ["ivf_rq", "ivf_flat"])
-def test_merged_segments_find_what_the_whole_index_finds(table, kind):
+@pytest.mark.parametrize("index_type", ["ivf_rq", "ivf_flat"])
+def test_merged_segments_have_the_recall_of_the_whole_index(table, index_type):
     queries = evaluation_queries(table, 400)
     truth = find_ground_truth(ExactSearch(table), queries)
-    plan = IndexPlan.train(table, kind, 12, num_bits=8 if kind == "ivf_rq" else None, seed=0)
+    plan = train_plan(table, index_type)
     whole = build_whole(table, plan, None)
-    alone = measure_recall(ApproximateSearch(whole, nprobes=1), truth)
+    expected = measure_recall(ApproximateSearch(whole, nprobes=1), truth)
     bare = without_index(whole)
     segments = [build_segment(bare, plan, group) for group in fragment_groups(bare, 3)]
     assert len(segments) == 3
     merged = publish_segments(bare, segments)
-    together = measure_recall(ApproximateSearch(merged, nprobes=1), truth)
-    assert 0.2 < alone.recall_at_1 < 1
-    assert together.recall_at_1 == pytest.approx(alone.recall_at_1, abs=0.01)
-    assert "ANNIvfBatch" in ApproximateSearch(merged, nprobes=1).plan(queries)
+    recall = measure_recall(ApproximateSearch(merged, nprobes=1), truth)
+    assert 0.2 < expected.recall_at_1 < 1
+    assert recall.recall_at_1 == pytest.approx(expected.recall_at_1, abs=0.01)
+    assert "ANNIvfBatch" in ApproximateSearch(merged, nprobes=1).explain_plan(queries)
     stats = merged.lancedb().index_stats(VECTOR_INDEX)
     assert (stats.num_indices, stats.num_unindexed_rows) == (1, 0)
-    # An engine may run a step twice.
+    # A runner may repeat a step.
     assert publish_segments(bare, segments).version == merged.version
 
 
-def test_two_worker_processes_build_one_index_while_the_old_one_serves(table):
+def test_two_workers_build_one_index_while_the_old_one_serves(table):
     before = build_index(table, BuildConfig(index_type="ivf_rq")).table
-    alone = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0))
-    config, served = BuildConfig(index_type="ivf_rq", desc_scale=2.5), []
-    beam = on_beam(RuntimeConfig(num_workers=2), "ivf_rq")
+    whole = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0)).report
+    on_workers, served = on_beam(RuntimeConfig(num_workers=2), "ivf_rq"), []
 
     def build(table, plan, log):
         served.append(open_table(table.uri, indexed=True).meta)
-        return beam(table, plan, log)
+        return on_workers(table, plan, log)
 
-    built = build_index(open_table(table.uri), config, build)
+    first = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.5), build).report
     assert (served[0].geometry.desc_scale, served[0].index.index_type) == (2.0, "ivf_rq")
-    again = build_index(
+    exact = build_index(
         open_table(table.uri), BuildConfig(desc_scale=2.0), on_beam(RuntimeConfig(num_workers=2), "auto")
-    )
-    assert again.report["index_type"] == "none"  # small enough
-    split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), beam)
-    assert split.report["recall_at_1"] == pytest.approx(alone.report["recall_at_1"], abs=0.01)
-    assert split.report["index_num_partitions"] == alone.report["index_num_partitions"]
-    assert built.report["num_unindexed_rows"] == split.report["num_unindexed_rows"] == 0
+    ).report
+    assert exact.index_type == "none"  # too few rows for an index
+    split = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq"), on_workers).report
+    assert split.recall_at_1 == pytest.approx(whole.recall_at_1, abs=0.01)
+    assert split.num_partitions == whole.num_partitions
+    assert first.num_unindexed_rows == split.num_unindexed_rows == 0
     assert open_table(table.uri, version=before.version).meta.index == before.meta.index
     assert not list(Path(table.uri).parent.glob("*.plan.json"))
 

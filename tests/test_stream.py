@@ -11,7 +11,8 @@ import torch
 
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError
-from index.search.ann import ExactSearch, open_search
+from index.search.ann import open_search
+from index.search.exact import ExactSearch
 from index.table.schema import TRAIN
 from index.table.table import open_table
 from pipeline.encoders import TransformersTextEncoder

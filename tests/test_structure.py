@@ -16,7 +16,7 @@ ORDER = {
     "index": ["errors", "options", "background", "terminal", "space", "table", "search", "report", "build"],
     "pipeline": [
         *("rejects", "filters", "images", "sources", "config", "encoders"),
-        *("beam", "encode", "index_page", "demo", "cli"),
+        *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [
         *("models", "optimizer", "run_folder", "folder", "stream", "reuse", "objectives", "config"),

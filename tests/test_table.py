@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from index.errors import TableError
-from index.report.report import count_bad_vectors
+from index.report.integrity import check_vectors
 from index.space.centering import fit_centering
 from index.space.geometry import Geometry
 from index.space.moments import Moments
@@ -245,13 +245,13 @@ def test_vectors_that_no_index_can_serve_are_counted(encoded, tmp_path):
     import lance
 
     rows = encoded.dataset().to_table(filter=f"split = '{TRAIN}'")
-    expected = count_bad_vectors(encoded)
+    expected = check_vectors(encoded)
     vectors = column_array(rows["vector"]).copy()
     vectors[0, 3], vectors[1, 0], vectors[2] = np.nan, np.inf, 0
     vectors[4:7] = vectors[3]
     vectors[3, -1], vectors[5, -1] = 0.0, -0.0  # equal numbers of different bits
     rows = rows.set_column(rows.schema.get_field_index("vector"), "vector", list_array(vectors))
     lance.write_dataset(rows.replace_schema_metadata(encoded.dataset().schema.metadata), tmp_path / "bad.lance")
-    counts = count_bad_vectors(open_table(tmp_path / "bad.lance"))
-    assert (counts["nan_vectors"], counts["zero_vectors"]) == (2, 1)
-    assert counts["duplicate_vectors"] == expected["duplicate_vectors"] + 3
+    counts = check_vectors(open_table(tmp_path / "bad.lance"))
+    assert (counts.nonfinite_vectors, counts.zero_vectors) == (2, 1)
+    assert counts.duplicate_vectors == expected.duplicate_vectors + 3

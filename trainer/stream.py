@@ -21,7 +21,7 @@ from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from index.errors import OptionError
-from index.search.ann import NeighborSearch
+from index.search.neighbors import NeighborSearch
 from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
 from index.table.schema import TRAIN
 from index.table.table import Table
@@ -155,7 +155,7 @@ class NeighborStream:
         """Row ids, descriptions and latents of the close pairs."""
         pairs = self._neighbors.nearest(self._table.meta.geometry.queries(query, r), self._k)
         chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, die)
-        return pairs.row[chosen], pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
+        return pairs.row_id[chosen], pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
 
     def _dice(self, step: int) -> Float32[np.ndarray, "B D"]:
         return draw_uniforms(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]

@@ -1,1 +1,1 @@
-"""What `pipeline build-index` decides."""
+"""What `build-index` decides: how the table is laid out, and which index serves it."""

@@ -1,133 +1,178 @@
-"""Build what a trainer searches, from geometry to index, and report what came out."""
+"""Prepare a table for training: lay it out, build its index, and report on both."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from index.build.layout import settle_vectors, wanted_geometry
-from index.build.select import INDEX_TYPES, Builder, choose_index, index_bytes
+from index.build.layout import choose_geometry, lay_out
+from index.build.select import INDEX_TYPES, Builder, Selection, index_bytes, select_index
 from index.errors import OptionError, TableError
-from index.report.advice import advise
-from index.report.hubness import draws_for, measure_shares
-from index.report.recall import evaluation_queries, find_ground_truth
-from index.report.report import count_bad_vectors, settings_of
-from index.report.sweep import LADDER, measure_ladder, sample_rows
-from index.search.ann import ApproximateSearch, ExactSearch
+from index.report.hubness import Hubness, measure_hubness, num_hubness_queries
+from index.report.integrity import VectorIntegrity, check_vectors
+from index.report.recall import Recall, evaluation_queries, find_ground_truth
+from index.report.report import BalanceReport, IndexReport, SearchSettings, find_warnings
+from index.report.sweep import DESC_SCALES, SweepPoint, sample_rows, sweep_desc_scale
+from index.search.ann import ApproximateSearch
+from index.search.exact import ExactSearch
 from index.search.lance_index import VECTOR_INDEX, build_whole
 from index.table.schema import TRAIN
 from index.table.table import Table
 from index.terminal import Progress
 
+NUM_RECALL_QUERIES = 1024
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
-    """What the user wants of the search; None keeps what the table has."""
+    """Options of `build-index`; None keeps what the table has."""
 
     desc_scale: float | int | str | None = None
-    """Weight of the description in the search; `auto` picks it by `perplexity`."""
+    """Weight of the text embedding in the search; `auto` finds the one that reaches `target_perplexity`."""
     geometry: str | None = None
+    """sphere, standard or raw."""
     center: bool | None = None
-    """Compare what descriptions do not tell of a latent, instead of the latent."""
+    """Regress latents on text embeddings and search the residuals."""
     balance: bool | None = None
-    """Fit dual potentials, so that every row is drawn equally often; goes on from those that the table has."""
+    """Fit dual potentials, so that every row is retrieved equally often; resumes from those that the table has."""
     balance_time_limit: float = 300.0
-    """What fitting them may take."""
+    """Seconds that the fit may take."""
     max_memory: int = 4 * 2**30
-    """Bytes of vectors that are held at a time; a larger table is read again and again, and gets a coarser index."""
+    """Bytes of vectors held in memory at a time. A larger table is read again for each pass and gets an index of lower
+    precision."""
     index_type: str = "auto"
-    """auto: exact search for small tables, IVF_RQ otherwise, and IVF_FLAT where that misses the target."""
+    """auto: exact search for small tables, otherwise IVF_RQ, or IVF_FLAT if that misses the target recall."""
     target_recall: float = 0.95
-    """recall@1 against exact search, on held-out descriptions with random points."""
+    """recall@1 against exact search, on held-out captions with random R."""
     target_perplexity: float = 100.0
-    """For `auto`: how many targets a description should choose among, over random points."""
+    """For desc_scale `auto`: the number of targets that R chooses among for one caption."""
     allow_small_desc_scale: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built before anything is read."""
+        """Raise OptionError for values out of range, before anything is read."""
         if self.index_type not in INDEX_TYPES:
             raise OptionError(f"--index-type {self.index_type!r} is unknown: choose one of {', '.join(INDEX_TYPES)}")
         if not 0 < self.target_recall <= 1:
-            raise OptionError(f"--target-recall {self.target_recall:g} is not in (0, 1]: try 0.95")
+            raise OptionError(
+                f"--target-recall {self.target_recall:g} is out of range: use a number above 0 and at most 1"
+            )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Built:
-    """The table as it can be trained on now, and its report."""
+    """A table that can be trained on, and its report."""
 
     table: Table
-    report: dict[str, Any]
+    report: IndexReport
 
 
 def build_index(table: Table, config: BuildConfig, build: Builder = build_whole) -> Built:
-    """Do all of it; `build` makes the index itself. The report is also written to DB/NAME.reports/index.json."""
-    began = time.monotonic()
-    log = table.log("index")
+    """Lay a table out, select and build its index, and write the report to DB/NAME.reports/index.json.
+
+    `build` makes the index itself, here or on a Beam runner. Raises TableError if the table has no training rows or
+    has vectors that are not finite, OptionError if an option does not fit the table.
+    """
+    began, log = time.monotonic(), table.log("index")
     if len(table.positions(TRAIN)) == 0:
-        raise TableError(f"{table.uri} holds no training rows: encode more samples or lower --val-fraction")
-    geometry = wanted_geometry(
+        raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")
+    geometry = choose_geometry(
         table,
-        kind=config.geometry,
+        name=config.geometry,
         desc_scale=config.desc_scale,
         center=config.center,
         allow_small=config.allow_small_desc_scale,
-        perplexity=config.target_perplexity,
+        target_perplexity=config.target_perplexity,
         seed=config.seed,
     )
-    table, balanced = settle_vectors(
+    table, balance = lay_out(
         table,
         geometry,
         balance=config.balance,
         memory=config.max_memory,
-        seconds=config.balance_time_limit,
+        time_limit=config.balance_time_limit,
         seed=config.seed,
         log=log,
     )
-    bad = count_bad_vectors(table)
-    if bad["nan_vectors"]:
-        raise TableError(f"{bad['nan_vectors']} vectors of {table.uri} are not finite: encode the table again")
+    integrity = check_vectors(table)
+    if integrity.nonfinite_vectors:
+        raise TableError(f"{integrity.nonfinite_vectors} vectors of {table.uri} are not finite: encode the table again")
     exact = ExactSearch(table, memory=config.max_memory)
-    truth = find_ground_truth(exact, evaluation_queries(table, 1024, seed=config.seed))
-    choice = choose_index(
+    selection = select_index(
         table,
-        truth,
-        kind=config.index_type,
+        find_ground_truth(exact, evaluation_queries(table, NUM_RECALL_QUERIES, seed=config.seed)),
+        index_type=config.index_type,
         target_recall=config.target_recall,
         memory=config.max_memory,
         seed=config.seed,
         build=build,
         log=log,
     )
-    table = choice.table
+    report = _measure(selection, exact, integrity, balance, config, began)
+    selection.table.write_report("index", asdict(report))
+    return Built(selection.table, report)
+
+
+def _measure(
+    selection: Selection,
+    exact: ExactSearch,
+    integrity: VectorIntegrity,
+    balance: BalanceReport | None,
+    config: BuildConfig,
+    began: float,
+) -> IndexReport:
+    """Measure hubness and the sweep of desc_scale, and complete the report."""
+    table, geometry = selection.table, selection.table.meta.geometry
     neighbors = exact if table.meta.uses_exact_search else ApproximateSearch(table)
-    with Progress("measure shares", total=draws_for(len(exact.row)), unit="draws", log=log) as bar:
-        shares = measure_shares(table.meta.geometry, neighbors, exact, seed=config.seed, drawn=bar.advance)
-    scales = (*LADDER, geometry.desc_scale)
-    *ladder, at_scale = measure_ladder(table.meta.geometry, sample_rows(table, seed=config.seed), scales)
-    report = {
-        **settings_of(table),
-        "index_choice": choice.why,
-        "rows": table.dataset().count_rows(),
-        "train_rows": len(exact.row),
-        **_index_state(table),
-        "build_seconds": round(time.monotonic() - began, 2),
-        "target_recall": config.target_recall,
-        **asdict(choice.recall),
-        **asdict(shares),
-        **{name: value for name, value in asdict(at_scale).items() if name != "desc_scale"},
-        **bad,
-        **{f"balance_{name}": value for name, value in (asdict(balanced) if balanced else {}).items()},
-        "ladder": [asdict(rung) for rung in ladder],
-        "alternatives": choice.tried,
-    }
-    report["warnings"] = advise(report)
-    table.write_report("index", report)
-    return Built(table, report)
+    total = num_hubness_queries(len(exact.row_ids))
+    with Progress("measure hubness", total=total, unit="queries", log=table.log("index")) as bar:
+        hubness = measure_hubness(geometry, neighbors, exact, seed=config.seed, progress=bar.advance)
+    scales = (*DESC_SCALES, geometry.desc_scale)
+    *sweep, at_scale = sweep_desc_scale(geometry, sample_rows(table, seed=config.seed), scales)
+    settings = _settings(selection, len(exact.row_ids), config.target_recall, time.monotonic() - began)
+    report = IndexReport(
+        **_values(SearchSettings, settings),
+        **_values(Recall, selection.recall),
+        **_values(Hubness, hubness),
+        **_values(SweepPoint, at_scale),
+        **_values(VectorIntegrity, integrity),
+        balance=balance,
+        sweep=sweep,
+        candidates=selection.candidates,
+    )
+    return replace(report, warnings=find_warnings(report))
 
 
-def _index_state(table: Table) -> dict[str, int]:
-    """How large the index is and how many rows it misses; an exact search has nothing of either."""
-    if table.meta.uses_exact_search:
-        return {"index_bytes": 0, "num_unindexed_rows": 0}
-    missed = table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows
-    return {"index_bytes": index_bytes(table), "num_unindexed_rows": int(missed)}
+def _values(group: type, record: Any) -> dict[str, Any]:
+    """Return the fields of a group of metrics from a record that has them."""
+    return {field.name: getattr(record, field.name) for field in fields(group)}
+
+
+def _settings(selection: Selection, train_rows: int, target_recall: float, seconds: float) -> SearchSettings:
+    """Collect what the metrics of a report were measured at."""
+    table, geometry, index = selection.table, selection.table.meta.geometry, selection.table.meta.index
+    assert index is not None
+    size, num_unindexed = 0, 0
+    if not table.meta.uses_exact_search:
+        size = index_bytes(table)
+        num_unindexed = int(table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows)
+    return SearchSettings(
+        table=table.uri,
+        version=table.version,
+        rows=table.dataset().count_rows(),
+        train_rows=train_rows,
+        geometry=geometry.name,
+        center=geometry.centering is not None,
+        explained_variance=None if geometry.centering is None else geometry.centering.explained_variance,
+        kappa=geometry.kappa,
+        vector_dim=geometry.vector_dim,
+        index_type=index.index_type,
+        num_partitions=index.num_partitions,
+        nprobes=index.nprobes,
+        num_bits=index.num_bits,
+        refine_factor=index.refine_factor,
+        index_choice=selection.reason,
+        index_bytes=size,
+        num_unindexed_rows=num_unindexed,
+        build_seconds=round(seconds, 2),
+        target_recall=target_recall,
+    )

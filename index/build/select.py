@@ -1,20 +1,20 @@
-"""Choose and build the index: the user asks for recall; type, partitions, probes and re-ranking are found here.
+"""Select and build the index: the user sets a target recall; type, partitions, nprobes and refine factor follow.
 
-IVF_RQ in 8 bits, 5 where 8 would not fit into memory, gets the fewest probes that reach the target, with or without
-re-ranking some rows by their exact distance. Where it cannot reach it at any number of probes IVF_FLAT takes its place.
-What a trainer may rely on is tagged, so that a clean-up of old versions leaves it alone.
+IVF_RQ with 8 bits (5 if 8 do not fit into memory) gets the fewest nprobes that reach the target, with or without a
+refine factor. If it misses the target at any nprobes, IVF_FLAT replaces it. The selected version is tagged, so that
+cleaning up old versions keeps what a trainer relies on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from index.errors import OptionError
 from index.report.recall import GroundTruth, Recall, measure_recall
+from index.report.report import IndexCandidate
 from index.search.ann import ApproximateSearch
 from index.search.lance_index import VECTOR_INDEX, IndexPlan, build_whole
 from index.table.commit import tag_indexed, update_meta
@@ -24,95 +24,112 @@ from index.terminal import Progress
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
 PQ_CENTROIDS = 256
-SMALL_TABLE = 10_000
-"""Training rows below which comparing with all of them costs less than an index."""
-RERANKED = 4
-"""Rows re-ranked per row wanted; at equal probes this costs a few percent and finds what IVF_FLAT finds
+MIN_INDEXED_ROWS = 10_000
+"""Training rows below which exact search costs less than an index."""
+REFINE_FACTORS = (1, 4)
+"""Refine factors that are tried. At equal nprobes 4 costs a few percent of the speed and reaches the recall of IVF_FLAT
 (tests/bench/bench_index.py)."""
 
 Builder = Callable[[Table, IndexPlan, Path | None], Table]
-Measured = tuple[IndexRef, Recall]
+"""Builds the index of a plan, with a progress log, and returns the version that has it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Choice:
-    """The index that serves a table now."""
+class Selection:
+    """The index that serves a table."""
 
     table: Table
     recall: Recall
-    why: str
-    """In words, for the report."""
-    tried: list[dict[str, Any]]
-    """Everything that was measured."""
+    reason: str
+    """Why it was selected, in words."""
+    candidates: list[IndexCandidate]
+    """Everything that was measured; empty for exact search."""
 
 
-def choose_index(
+def select_index(
     table: Table,
     truth: GroundTruth,
     *,
-    kind: str,
+    index_type: str,
     target_recall: float,
     memory: int,
     seed: int,
     build: Builder = build_whole,
-    log: Path | None,
-) -> Choice:
-    """Build the index that was asked for, or a finer one where it cannot reach the target; store and tag the choice."""
-    n = len(truth.exact.row)
-    if kind == "ivf_pq" and n < PQ_CENTROIDS:
-        raise OptionError(f"--index-type ivf_pq learns {PQ_CENTROIDS} centroids, the table has {n} rows: choose none")
-    if kind == "none" or (kind == "auto" and n < SMALL_TABLE):
+    log: Path | None = None,
+    refine_factors: Sequence[int] = REFINE_FACTORS,
+) -> Selection:
+    """Keep, build or replace the index of a table until one reaches the target recall; store and tag it.
+
+    `memory` is what the vectors of an index may take, in bytes. Raises OptionError if IVF_PQ has too few rows to train.
+    """
+    n = len(truth.exact.row_ids)
+    if index_type == "ivf_pq" and n < PQ_CENTROIDS:
+        raise OptionError(
+            f"--index-type ivf_pq trains {PQ_CENTROIDS} centroids, but the table has {n} training rows: "
+            "use --index-type none"
+        )
+    if index_type == "none" or (index_type == "auto" and n < MIN_INDEXED_ROWS):
         recall = measure_recall(truth.exact, truth)
         ref = IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=recall.recall_at_1)
-        return Choice(_served_by(table, ref), recall, f"every query is compared with all {n:,} rows", [])
-    now = table.meta.index
-    if (
-        now is not None
-        and now.num_partitions is not None
-        and kind in ("auto", now.index_type)
-        and n <= 4 * now.num_partitions**2
-    ):
-        table, added = _with_later_rows(table)
-        tried, (ref, recall) = _measure(table, now, truth, target_recall, log)
-        if recall.recall_at_1 >= target_recall:
-            why = f"{now.index_type} is kept, {added:,} rows were added to it; {_said(ref)}"
-            return Choice(_served_by(table, ref), recall, why, _lines(tried))
-    lines, why = list[dict[str, Any]](), ""
-    for candidate, num_bits in _candidates(kind, n, table.meta.geometry.vector_dim, memory):
+        return Selection(_served_by(table, ref), recall, f"exact search over {n:,} rows", [])
+    kept = _kept_index(table.meta.index, index_type, n)
+    if kept is not None:
+        table, added = _index_new_rows(table)
+        candidates, best = _tune(table, kept, truth, target_recall, refine_factors, log)
+        if best.recall_at_1 >= target_recall:
+            reason = f"kept, with {added:,} rows added; {summarize(best)}"
+            return Selection(_served_by(table, best.ref()), best, reason, candidates)
+    candidates, reasons = [], []
+    for candidate, num_bits in _types_to_try(index_type, n, table.meta.geometry.vector_dim, memory):
         began = time.monotonic()
-        partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
-        table = build(table, IndexPlan.train(table, candidate, partitions, num_bits=num_bits, seed=seed), log)
-        built = {"build_seconds": round(time.monotonic() - began, 2), "bytes": index_bytes(table)}
-        blank = IndexRef(
-            index_type=candidate, num_partitions=partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
+        num_partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
+        table = build(table, IndexPlan.train(table, candidate, num_partitions, num_bits=num_bits, seed=seed), log)
+        index = IndexRef(
+            index_type=candidate, num_partitions=num_partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
         )
-        tried, (ref, recall) = _measure(table, blank, truth, target_recall, log)
-        lines += [line | built for line in _lines(tried)]
-        why += ("" if not why else ", more do not help; ") + _said(ref)
-        if recall.recall_at_1 >= target_recall:
+        seconds = round(time.monotonic() - began, 2)
+        measured, best = _tune(table, index, truth, target_recall, refine_factors, log, build_seconds=seconds)
+        candidates += measured
+        if best.recall_at_1 >= target_recall:
+            reasons.append(summarize(best))
             break
-    return Choice(_served_by(table, ref), recall, why, lines)
+        reasons.append(f"{summarize(best)}, below the target")
+    return Selection(_served_by(table, best.ref()), best, "; ".join(reasons), candidates)
 
 
-def _candidates(kind: str, rows: int, width: int, memory: int) -> list[tuple[str, int | None]]:
-    """Types to try in turn, with their bits: the one asked for, and IVF_FLAT if it fits into memory."""
-    coarse = "ivf_rq" if kind == "auto" else kind
-    bits = None if coarse != "ivf_rq" else 8 if rows * width <= memory else 5
-    finer = [("ivf_flat", None)] if 2 * rows * width <= memory else []
-    return list(dict.fromkeys([(coarse, bits), *finer]))
-
-
-def _said(ref: IndexRef) -> str:
-    """What an index finds, in words."""
-    name = ref.index_type if ref.num_bits is None else f"{ref.index_type} of {ref.num_bits} bits"
-    ranked = f", {ref.refine_factor} rows re-ranked for each," if ref.refine_factor > 1 else ""
+def summarize(index: IndexCandidate) -> str:
+    """Return the recall of an index at its search parameters, in words."""
+    bits = "" if index.num_bits is None else f" ({index.num_bits} bits)"
+    refine = f", refine factor {index.refine_factor}" if index.refine_factor > 1 else ""
     return (
-        f"{name} finds {ref.recall_at_1:.3f} of the nearest{ranked} with {ref.nprobes} of {ref.num_partitions} probes"
+        f"{index.index_type.upper()}{bits}: recall@1 {index.recall_at_1:.3f} "
+        f"at nprobes {index.nprobes} of {index.num_partitions}{refine}"
     )
 
 
-def _with_later_rows(table: Table) -> tuple[Table, int]:
-    """The table with the rows that came after its index assigned to the index's partitions, and how many they were."""
+def index_bytes(table: Table) -> int:
+    """Return the size of the vector index on disk."""
+    (index,) = (index for index in table.lancedb().list_indices() if index.name == VECTOR_INDEX)
+    return int(index.size_bytes or 0)
+
+
+def _kept_index(index: IndexRef | None, index_type: str, rows: int) -> IndexRef | None:
+    """Return the table's index if it has the requested type and the table has not outgrown its partitions."""
+    if index is None or index.num_partitions is None or index_type not in ("auto", index.index_type):
+        return None
+    return index if rows <= 4 * index.num_partitions**2 else None
+
+
+def _types_to_try(index_type: str, rows: int, dim: int, memory: int) -> list[tuple[str, int | None]]:
+    """Return index types in the order to try, with their bits: the requested one, then IVF_FLAT if it fits."""
+    first = "ivf_rq" if index_type == "auto" else index_type
+    bits = None if first != "ivf_rq" else 8 if rows * dim <= memory else 5
+    flat = [("ivf_flat", None)] if 2 * rows * dim <= memory else []
+    return list(dict.fromkeys([(first, bits), *flat]))
+
+
+def _index_new_rows(table: Table) -> tuple[Table, int]:
+    """Add the rows that are not indexed yet to the partitions of the index; return the table and their number."""
     added = int(table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows)
     dataset = table.dataset()
     if added:
@@ -120,56 +137,61 @@ def _with_later_rows(table: Table) -> tuple[Table, int]:
     return table.at(dataset), added
 
 
-def _lines(tried: list[Measured]) -> list[dict[str, Any]]:
-    """What was measured of an index, a line for each number of probes and rows re-ranked."""
-    kept = ("index_type", "num_bits", "num_partitions", "nprobes", "refine_factor")
-    return [{name: getattr(ref, name) for name in kept} | asdict(recall) for ref, recall in tried]
+def _tune(
+    table: Table,
+    index: IndexRef,
+    truth: GroundTruth,
+    target_recall: float,
+    refine_factors: Sequence[int],
+    log: Path | None,
+    build_seconds: float | None = None,
+) -> tuple[list[IndexCandidate], IndexCandidate]:
+    """Find the fewest nprobes that reach the target, to within an eighth; return everything measured, and the best.
 
-
-def _measure(
-    table: Table, index: IndexRef, truth: GroundTruth, target_recall: float, log: Path | None
-) -> tuple[list[Measured], Measured]:
-    """Double the probes until the target is reached or more of them change nothing, then halve the last step.
-
-    All that was measured, and what to take: the fewest probes that reach the target, to an eighth.
+    nprobes doubles until the target is reached or recall stops rising; the last doubling is then bisected.
     """
-    assert index.num_partitions is not None
-    tried = list[Measured]()
-    # IVF_FLAT's distances are exact already.
-    refines = (1,) if index.index_type == "ivf_flat" else (1, RERANKED)
+    most, size = index.num_partitions, index_bytes(table)
+    assert most is not None
+    candidates = list[IndexCandidate]()
 
     def reaches(nprobes: int, refine_factor: int) -> bool:
         recall = measure_recall(ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor), truth)
-        ref = replace(index, nprobes=nprobes, refine_factor=refine_factor, recall_at_1=recall.recall_at_1)
-        tried.append((ref, recall))
-        bar.advance(len(truth.queries), nprobes=nprobes, refine_factor=refine_factor, recall=recall.recall_at_1)
+        candidates.append(
+            IndexCandidate(
+                **asdict(recall),
+                index_type=index.index_type,
+                num_bits=index.num_bits,
+                num_partitions=most,
+                nprobes=nprobes,
+                refine_factor=refine_factor,
+                build_seconds=build_seconds,
+                index_bytes=size,
+            )
+        )
+        bar.advance(len(truth.queries), nprobes=nprobes, refine_factor=refine_factor, recall_at_1=recall.recall_at_1)
         return recall.recall_at_1 >= target_recall
 
     with Progress("measure recall", total=None, unit="queries", log=log) as bar:
-        nprobes, before = 1, -1.0
-        while not any(reaches(nprobes, refine_factor) for refine_factor in refines):
-            recall = tried[-1][0].recall_at_1
-            if nprobes == index.num_partitions or recall == before:
-                return tried, tried[-1]
-            nprobes, before = min(2 * nprobes, index.num_partitions), recall
-        best, low = tried[-1], nprobes // 2
+        # The distances of IVF_FLAT are exact already.
+        refine_factors = (1,) if index.index_type == "ivf_flat" else refine_factors
+        nprobes, previous = 1, -1.0
+        while not any(reaches(nprobes, refine_factor) for refine_factor in refine_factors):
+            recall = candidates[-1].recall_at_1
+            if nprobes == most or recall == previous:
+                return candidates, candidates[-1]
+            nprobes, previous = min(2 * nprobes, most), recall
+        best, low = candidates[-1], nprobes // 2
         while nprobes - low > max(1, nprobes // 8):
             middle = (low + nprobes) // 2
-            if reaches(middle, best[0].refine_factor):
-                nprobes, best = middle, tried[-1]
+            if reaches(middle, best.refine_factor):
+                nprobes, best = middle, candidates[-1]
             else:
                 low = middle
-    return sorted(tried, key=lambda each: (each[0].nprobes, each[0].refine_factor)), best
-
-
-def index_bytes(table: Table) -> int:
-    """The size of the index on disk."""
-    (index,) = (index for index in table.lancedb().list_indices() if index.name == VECTOR_INDEX)
-    return int(index.size_bytes or 0)
+    return sorted(candidates, key=lambda each: (each.nprobes, each.refine_factor)), best
 
 
 def _served_by(table: Table, ref: IndexRef) -> Table:
-    """Store the choice in the table's metadata, and say that this version is complete."""
+    """Store the selected index in the table's metadata and tag this version as complete."""
     table = update_meta(table, replace(table.meta, index=ref))
     tag_indexed(table)
     return table

@@ -1,1 +1,1 @@
-"""What is measured of a table and its index."""
+"""What is measured of a table and its index, and the report of it."""

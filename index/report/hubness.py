@@ -1,88 +1,106 @@
-"""How evenly the training rows are drawn as targets, and how well a line predicts them.
+"""How evenly the training rows are retrieved as targets, and how well a linear probe predicts them.
 
-Hubness: Radovanovic et al., JMLR 11 (2010) 2487. The chi-square of shares: SD-FM, arXiv 2509.25519.
+Hubness: Radovanovic et al., JMLR 11 (2010) 2487. Chi-square of hit counts: SD-FM, arXiv 2509.25519.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from index.build.potentials import chi_square
-from index.search.ann import ExactSearch, NeighborSearch
+from index.search.exact import ExactSearch
+from index.search.neighbors import NeighborSearch
 from index.space.geometry import Geometry
 from index.space.moments import unit
 from index.space.queries import draw_points, draw_rows
 
-MOST_HITS = 32
+BATCH = 1024
+PROBE_BATCHES = 8
+"""Batches of queries that the linear probe is fitted to and tested on."""
+MAX_HITS = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shares:
-    """How evenly the training rows are drawn as targets by the training law."""
+@dataclass(frozen=True, kw_only=True)
+class Hubness:
+    """How often each training row is retrieved by queries of the training distribution."""
 
-    draws: int
-    hits: list[int]
-    """How many rows were drawn 0, 1, 2 ... times; the last number is of those drawn as often or oftener."""
+    num_queries: int
+    hit_counts: list[int]
+    """hit_counts[k] is the number of rows retrieved exactly k times; the last bin is 32 or more."""
     anti_hub_rate: float
+    """Fraction of rows that were never retrieved."""
     expected_anti_hub_rate: float
-    """What chance alone leaves out of a perfectly even table in as many draws."""
-    largest_share: float
-    effective_share: float
-    """1 / (N sum q_i^2), q the shares of hits."""
+    """The same under uniform sampling with as many queries."""
+    max_hit_rate: float
+    """Fraction of queries that retrieved the most frequent row."""
+    effective_row_fraction: float
+    """1 / (N sum q_i^2) for hit rates q_i: 1 if all N rows are retrieved equally often."""
     chi_square: float
-    """Unbiased chi^2 of the shares against even ones; below 0.05 is balanced."""
+    """Unbiased chi-square of the hit counts against uniform ones; a table below 0.05 counts as balanced."""
     linear_probe_r2: float
-    """Held-out R^2 of a ridge fit from (R, DE) to the target's coordinates."""
+    """Held-out R^2 of a ridge regression from (R, text embedding) to the target's coordinates."""
 
 
-def draws_for(rows: int) -> int:
-    """How many targets `measure_shares` draws of so many rows."""
-    return int(np.clip(2 * rows, 2048, 20_480)) // 1024 * 1024
+def num_hubness_queries(rows: int) -> int:
+    """Return how many queries `measure_hubness` samples for a number of training rows."""
+    return int(np.clip(2 * rows, 2048, 20_480)) // BATCH * BATCH
 
 
-def measure_shares(
+def measure_hubness(
     geometry: Geometry,
     neighbors: NeighborSearch,
     exact: ExactSearch,
     *,
     seed: int = 0,
-    drawn: Callable[[int], object] = lambda count: None,
-) -> Shares:
-    """Draw targets as training does, and count how often each row is one and how well a line predicts it."""
-    n = len(exact.row)
-    counts = np.zeros(n, np.int64)
+    progress: Callable[[int], object] = lambda count: None,
+) -> Hubness:
+    """Retrieve targets as training does; count how often each row is one, and fit a linear probe to them.
+
+    `progress` is called with the number of queries after each batch.
+    """
+    n = len(exact.row_ids)
+    hits = np.zeros(n, np.int64)
     inputs, targets = [], []
-    for step in range(draws_for(n) // 1024):
-        description = exact.of("text", draw_rows(n, 1024, seed=seed, step=step))
-        r = draw_points(geometry, 1024, seed=seed, step=step)
-        pairs = neighbors.nearest(geometry.queries(description, r))
-        counts += np.bincount(exact.position_of(pairs.row[:, 0]), minlength=n)
-        drawn(1024)
-        if step < 8:
-            inputs.append(np.concatenate([r, unit(description.astype(np.float32)) * geometry.kappa], 1))
+    for step in range(num_hubness_queries(n) // BATCH):
+        text = exact.take(draw_rows(n, BATCH, seed=seed, step=step), "text")
+        r = draw_points(geometry, BATCH, seed=seed, step=step)
+        pairs = neighbors.nearest(geometry.queries(text, r))
+        hits += np.bincount(exact.positions_of(pairs.row_id[:, 0]), minlength=n)
+        progress(BATCH)
+        if step < PROBE_BATCHES:
+            inputs.append(np.concatenate([r, unit(text.astype(np.float32)) * geometry.kappa], 1))
             targets.append(geometry.to_coordinates(pairs.latent[:, 0]))
-    total = int(counts.sum())
-    return Shares(
-        draws=total,
-        hits=np.bincount(np.minimum(counts, MOST_HITS), minlength=MOST_HITS + 1).tolist(),
-        anti_hub_rate=float((counts == 0).mean()),
+    total = int(hits.sum())
+    return Hubness(
+        num_queries=total,
+        hit_counts=np.bincount(np.minimum(hits, MAX_HITS), minlength=MAX_HITS + 1).tolist(),
+        anti_hub_rate=float((hits == 0).mean()),
         expected_anti_hub_rate=float((1 - 1 / n) ** total),
-        largest_share=float(counts.max() / total),
-        effective_share=float(total**2 / (n * np.square(counts.astype(np.float64)).sum())),
-        chi_square=chi_square(counts),
+        max_hit_rate=float(hits.max() / total),
+        effective_row_fraction=float(total**2 / (n * np.square(hits.astype(np.float64)).sum())),
+        chi_square=chi_square(hits),
         linear_probe_r2=ridge_r2(np.concatenate(inputs), np.concatenate(targets)),
     )
 
 
+def chi_square(hits: Int[np.ndarray, "N"]) -> float:
+    """Return the unbiased chi-square of hit counts c against uniform ones.
+
+    N sum(c^2 - c) / (Q (Q - 1)) - 1 for Q queries (ott-jax, semidiscrete solver).
+    """
+    total = int(hits.sum())
+    c = hits.astype(np.float64)
+    return float(len(c) * (c * c - c).sum() / (total * (total - 1)) - 1.0)
+
+
 def ridge_r2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M L"], penalty: float = 1e-2) -> float:
-    """R^2 of a ridge regression with intercept, fitted on four fifths of the rows and measured on the rest."""
+    """Return the R^2 of a ridge regression with intercept, fitted to the first four fifths and tested on the rest."""
     cut = len(x) * 4 // 5
-    mean, level = x[:cut].mean(0), y[:cut].mean(0)
-    a = (x[:cut] - mean).astype(np.float64)
+    x_mean, y_mean = x[:cut].mean(0), y[:cut].mean(0)
+    a = (x[:cut] - x_mean).astype(np.float64)
     gram = a.T @ a
     gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
-    weights = np.linalg.solve(gram, a.T @ (y[:cut] - level))
-    residual = y[cut:] - level - (x[cut:] - mean) @ weights
-    return float(1 - np.square(residual).sum() / np.square(y[cut:] - level).sum())
+    weights = np.linalg.solve(gram, a.T @ (y[:cut] - y_mean))
+    residual = y[cut:] - y_mean - (x[cut:] - x_mean) @ weights
+    return float(1 - np.square(residual).sum() / np.square(y[cut:] - y_mean).sum())

@@ -1,7 +1,7 @@
-"""How good and how fast approximate search is, against exact search on the real query law.
+"""Recall and speed of approximate search against exact search, on the query distribution of training.
 
-The real law is a held-out description with a random point R, never a row of the table: random R is the hardest query
-there is.
+An evaluation query is the text embedding of a held-out row with random noise R, never a row of the table: its nearest
+neighbors are far away and hard to tell apart, which makes it harder for an index than a query near the data.
 """
 
 import time
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.search.ann import ExactSearch, NeighborSearch
+from index.search.exact import ExactSearch
+from index.search.neighbors import NeighborSearch
 from index.space.queries import draw_points, draw_rows
 from index.table.schema import HELDOUT, TRAIN
 from index.table.table import Table
@@ -18,56 +19,59 @@ from index.table.table import Table
 BATCH = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Approximate against exact search, over the same queries."""
+    """Approximate against exact search on the same queries."""
 
     recall_at_1: float
+    """Fraction of queries whose nearest row was retrieved, or another one that is equally near."""
     recall_at_10: float
+    """Mean fraction of a query's ten nearest rows that were retrieved."""
     relative_distance_error: float
-    """mean(d_found / d_exact) - 1 for the nearest pair: what a miss costs."""
+    """mean(d_retrieved / d_exact) - 1 for the nearest row."""
     p50_ms: float
-    """Of a batch of 256 queries."""
+    """Median latency of a batch of 256 queries."""
     p99_ms: float
     queries_per_second: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GroundTruth:
-    """Queries and their exact answers, found once and compared with every candidate."""
+    """Queries and their exact neighbors, computed once for all candidate indexes."""
 
     exact: ExactSearch
     queries: Float32[np.ndarray, "M S"]
-    place: Int[np.ndarray, "M 10"]
+    positions: Int[np.ndarray, "M 10"]
+    """Positions among the training rows of the ten nearest."""
     distance: Float32[np.ndarray, "M"]
     """Squared distance of the nearest row."""
 
 
 def find_ground_truth(exact: ExactSearch, queries: Float32[np.ndarray, "M S"]) -> GroundTruth:
-    """Answer the queries exactly, in one pass over the rows."""
-    place = exact.nearest_positions(queries, 10)
-    return GroundTruth(exact, queries, place, exact.distances(queries, place[:, :1])[:, 0])
+    """Search the queries exactly, in one pass over the rows."""
+    positions = exact.nearest_positions(queries, 10)
+    return GroundTruth(exact, queries, positions, exact.distances(queries, positions[:, :1])[:, 0])
 
 
 def measure_recall(neighbors: NeighborSearch, truth: GroundTruth) -> Recall:
-    """Ask `neighbors` the same queries by batches of 256, after one to warm up."""
-    exact, found, tenth, seconds = truth.exact, [], [], []
+    """Search the same queries with `neighbors`, in batches of 256 after one to warm up."""
+    exact, distances, recalls_at_10, seconds = truth.exact, [], [], []
     neighbors.nearest(truth.queries[:BATCH])
     for start in range(0, len(truth.queries), BATCH):
-        q = truth.queries[start : start + BATCH]
+        queries, expected = truth.queries[start : start + BATCH], truth.positions[start : start + BATCH]
         began = time.perf_counter()
-        first = neighbors.nearest(q).row
+        nearest = neighbors.nearest(queries).row_id
         seconds.append(time.perf_counter() - began)
-        found.append(exact.distances(q, exact.position_of(first))[:, 0])
-        ten = exact.position_of(neighbors.nearest(q, 10).row)
-        tenth += [np.isin(a, b).mean() for a, b in zip(truth.place[start : start + BATCH], ten, strict=True)]
-    distance = np.concatenate(found)
-    # Equal vectors are equally near: a found pair is right when none is nearer.
-    right = distance <= truth.distance * (1 + 1e-5) + 1e-6
+        distances.append(exact.distances(queries, exact.positions_of(nearest))[:, 0])
+        ten = exact.positions_of(neighbors.nearest(queries, 10).row_id)
+        recalls_at_10 += [np.isin(a, b).mean() for a, b in zip(expected, ten, strict=True)]
+    distance = np.concatenate(distances)
+    # Equal vectors are equally near: a retrieved row is correct if none is nearer.
+    correct = distance <= truth.distance * (1 + 1e-5) + 1e-6
     apart = truth.distance > 1e-9
     return Recall(
-        recall_at_1=float(right.mean()),
-        recall_at_10=float(np.mean(tenth)),
+        recall_at_1=float(correct.mean()),
+        recall_at_10=float(np.mean(recalls_at_10)),
         relative_distance_error=float(np.sqrt(distance[apart] / truth.distance[apart]).mean() - 1),
         p50_ms=float(np.percentile(seconds, 50) * 1e3),
         p99_ms=float(np.percentile(seconds, 99) * 1e3),
@@ -76,14 +80,14 @@ def measure_recall(neighbors: NeighborSearch, truth: GroundTruth) -> Recall:
 
 
 def evaluation_rows(table: Table, count: int, *, seed: int = 0) -> Int[np.ndarray, "M"]:
-    """Positions of the rows whose descriptions `evaluation_queries` asks for."""
-    offsets = table.positions(HELDOUT)
-    if len(offsets) == 0:
-        offsets = table.positions(TRAIN)
-    return np.asarray(offsets[draw_rows(len(offsets), count, seed=seed, step=0)])
+    """Return the table positions of the rows whose captions `evaluation_queries` uses."""
+    positions = table.positions(HELDOUT)
+    if len(positions) == 0:
+        positions = table.positions(TRAIN)
+    return np.asarray(positions[draw_rows(len(positions), count, seed=seed, step=0)])
 
 
 def evaluation_queries(table: Table, count: int, *, seed: int = 0) -> Float32[np.ndarray, "M S"]:
-    """Queries by the real law: held-out descriptions (training ones where none are held out) with random points."""
+    """Sample queries: held-out text embeddings (training ones if none are held out), each with random noise R."""
     geometry, rows = table.meta.geometry, evaluation_rows(table, count, seed=seed)
     return geometry.queries(table.take(rows, "text"), draw_points(geometry, count, seed=seed, step=0))

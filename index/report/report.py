@@ -1,47 +1,152 @@
-"""What is said of a table beside the measurements: its settings, its bad vectors, its last report."""
+"""The report of an indexed table: every metric in one typed record, and what it warns of in words.
 
+`build-index` fills it and stores it as DB/NAME.reports/index.json, one key per field.
+"""
+
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from index.table.codec import to_json_dict
-from index.table.schema import TRAIN
-from index.table.table import Table, column_array
-
-
-def count_bad_vectors(table: Table) -> dict[str, int]:
-    """How many training vectors are not finite, zero, or equal to an earlier one, from one pass over them."""
-    weights = np.random.default_rng(0).integers(2**64, size=table.meta.geometry.vector_dim, dtype=np.uint64)
-    hashes, bad, zero = [np.empty(0, np.uint64)], 0, 0
-    for batch in table.scan(["vector"], TRAIN):
-        vectors = column_array(batch["vector"])
-        bad += int((~np.isfinite(vectors).all(1)).sum())
-        zero += int((vectors == 0).all(1).sum())
-        # Adding zero makes minus zero plus zero: equal vectors have equal bits.
-        hashes.append((vectors + np.float16(0)).view(np.uint16).astype(np.uint64) @ weights)
-    each = np.concatenate(hashes)
-    return {"nan_vectors": bad, "zero_vectors": zero, "duplicate_vectors": len(each) - len(np.unique(each))}
+from index.report.hubness import Hubness
+from index.report.integrity import VectorIntegrity
+from index.report.recall import Recall
+from index.report.sweep import SweepPoint
+from index.table.schema import TRAIN, IndexRef
+from index.table.table import Table
 
 
-def settings_of(table: Table) -> dict[str, Any]:
-    """What the figures of a report were measured at."""
-    geometry, index = table.meta.geometry, table.meta.index
-    assert index is not None
-    return {
-        "table": table.uri,
-        "version": table.version,
-        "geometry": geometry.name,
-        "center": geometry.centering is not None,
-        "variance_told_by_descriptions": geometry.centering and geometry.centering.explained_variance,
-        "desc_scale": geometry.desc_scale,
-        "kappa": geometry.kappa,
-        "dims": geometry.vector_dim,
-        **{f"index_{n.removeprefix('index_')}": v for n, v in to_json_dict(index).items() if n != "recall_at_1"},
-    }
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The table version, geometry and index that the metrics of a report belong to."""
+
+    table: str
+    """URI."""
+    version: int
+    rows: int
+    train_rows: int
+    geometry: str
+    center: bool
+    """Whether latents are compared after a regression on text embeddings."""
+    explained_variance: float | None
+    """Fraction of the latents' variance that this regression explains, by cross-validation."""
+    kappa: float
+    vector_dim: int
+    index_type: str
+    """`none` for exact search."""
+    num_partitions: int | None
+    nprobes: int | None
+    num_bits: int | None
+    refine_factor: int
+    index_choice: str
+    """Why this index serves the table."""
+    index_bytes: int
+    """Size on disk."""
+    num_unindexed_rows: int
+    build_seconds: float
+    target_recall: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCandidate(Recall):
+    """An index at one setting of its search parameters, with its recall and speed."""
+
+    index_type: str
+    num_bits: int | None
+    num_partitions: int
+    nprobes: int
+    refine_factor: int
+    build_seconds: float | None
+    """None for an index that was kept."""
+    index_bytes: int
+
+    def ref(self) -> IndexRef:
+        """Return what the table's metadata stores of it."""
+        return IndexRef(
+            index_type=self.index_type,
+            num_partitions=self.num_partitions,
+            nprobes=self.nprobes,
+            recall_at_1=self.recall_at_1,
+            num_bits=self.num_bits,
+            refine_factor=self.refine_factor,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceReport:
+    """The outcome of fitting dual potentials."""
+
+    chi_square: float
+    """Of the hit counts of fresh queries, over the rows that were fitted."""
+    steps: int
+    seconds: float
+    stop_reason: str
+    fitted_rows: int
+    """Fewer than the training rows if the potentials of the others are derived from theirs."""
+    resumed: bool
+    """Whether the fit started from potentials stored in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReport(VectorIntegrity, SweepPoint, Hubness, Recall, SearchSettings):
+    """All that is known of an indexed table.
+
+    It inherits the groups of metrics that are measured separately, so that their fields are keys of one flat JSON
+    object; those of SweepPoint are measured at the table's own desc_scale.
+    """
+
+    balance: BalanceReport | None
+    """None unless this build fitted potentials."""
+    sweep: list[SweepPoint]
+    """The same metrics at other values of desc_scale."""
+    candidates: list[IndexCandidate]
+    """Every index and search setting that was measured; empty for exact search."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_warnings(report: IndexReport) -> list[str]:
+    """Return a sentence for each metric that suggests that training will go badly, with what to try.
+
+    The thresholds are those at which training was measured to suffer: a quarter of the rows beyond the anti-hub rate
+    of uniform sampling, fewer than two targets per caption, a linear probe that explains nothing.
+    """
+    warnings = []
+    excess = report.anti_hub_rate - report.expected_anti_hub_rate
+    if excess > 0.25:
+        warnings.append(
+            f"the anti-hub rate is {report.anti_hub_rate:.0%}, {excess:.0%} above uniform sampling "
+            f"(chi-square {report.chi_square:.2f}): try --balance, and --geometry sphere if it is not set"
+        )
+    if report.recall_at_1 < report.target_recall:
+        warnings.append(
+            f"recall@1 is {report.recall_at_1:.3f}, below --target-recall {report.target_recall:g}: raise "
+            "--max-memory-gb, which allows a more precise index"
+        )
+    if report.perplexity < 2:
+        warnings.append(
+            f"perplexity is {report.perplexity:.2f} targets per caption, so the target hardly depends on R and a "
+            "caption yields one image: try a smaller --desc-scale, or --desc-scale auto"
+        )
+    if report.text_distance > 0.7:
+        warnings.append(
+            f"the unit text embeddings of query and target are {report.text_distance:.2f} apart, so images will "
+            "hardly follow their captions: try a larger --desc-scale"
+        )
+    if report.linear_probe_r2 < 0.02:
+        warnings.append(
+            f"a linear probe explains R^2 = {report.linear_probe_r2:.3f} of the targets, which are close to "
+            "unpredictable from (R, caption): try --center, a larger --desc-scale, or smaller latents"
+        )
+    if report.zero_vectors:
+        warnings.append(f"{report.zero_vectors:,} search vectors are zero: encode the table again")
+    if report.duplicate_vectors > 0.1 * report.rows:
+        warnings.append(
+            f"{report.duplicate_vectors:,} search vectors are duplicates, and only one row of each group is "
+            "retrieved: encode with --dedup pair"
+        )
+    return warnings
 
 
 def describe(table: Table) -> dict[str, Any]:
-    """What a table holds, with the figures of its last index report where there is one."""
+    """Return what a table holds, as of its open version, and its last index report under `index_report`."""
     meta = table.meta
     return {
         "table": table.uri,
@@ -56,5 +161,6 @@ def describe(table: Table) -> dict[str, Any]:
         "geometry": meta.geometry.name,
         "desc_scale": meta.geometry.desc_scale,
         "indexed": meta.index is not None,
-        **((table.report("index") or {}) if meta.index is not None else {}),
+        "index_type": None if meta.index is None else meta.index.index_type,
+        "index_report": None if meta.index is None else table.report("index"),
     }

@@ -1,1 +1,1 @@
-"""Nearest-neighbor search over the training rows."""
+"""Nearest-neighbor search over the training rows, approximate and exact."""

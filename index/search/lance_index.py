@@ -1,7 +1,7 @@
-"""Build a vector index: in one go, or as segments of some fragments each that are merged and committed together.
+"""Build the LanceDB vector index: in one process, or as segments of some fragments that are merged in one commit.
 
-What segments must share to be merged, partitions and the rotation of IVF_RQ, stands in the plan, seeded, so that the
-same plan gives the same index wherever it is built.
+Segments can be merged only if they share the partitions and the rotation of IVF_RQ. Both are seeded and stored in the
+plan, so that the same plan gives the same index on any machine.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32
 
-from index.search.kmeans import assigned, train_partitions
+from index.search.kmeans import partition_file, train_centroids
 from index.table.commit import update_meta
 from index.table.table import Table
 from index.terminal import Progress
@@ -23,33 +23,35 @@ if TYPE_CHECKING:
 
 VECTOR_INDEX = "vector_idx"
 MERGEABLE = ("ivf_rq", "ivf_flat")
-"""Types whose segments can be merged without losing recall (measured: SQ falls from 0.98 to 0.70)."""
+"""Index types whose segments merge without a loss of recall (measured: merged IVF_SQ falls from 0.98 to 0.70)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class IndexPlan:
-    """Everything that decides what an index finds."""
+    """Everything that determines the contents of an index."""
 
-    kind: str
+    index_type: str
     """ivf_rq, ivf_pq, ivf_sq, ivf_flat or ivf_hnsw_sq."""
     centroids: Float32[np.ndarray, "P S"]
     num_bits: int | None = None
     """Bits per dimension of IVF_RQ."""
     rotation: str | None = None
-    """Of IVF_RQ, as Lance writes it."""
+    """The random rotation of IVF_RQ, in Lance's JSON."""
 
     @classmethod
-    def train(cls, table: Table, kind: str, partitions: int, *, num_bits: int | None = None, seed: int) -> "IndexPlan":
-        """Train the partitions of an index of `table`, and draw the rotation of IVF_RQ."""
-        centroids = train_partitions(table, partitions, seed=seed)
+    def train(
+        cls, table: Table, index_type: str, num_partitions: int, *, num_bits: int | None = None, seed: int
+    ) -> "IndexPlan":
+        """Train the partitions of an index of `table` and, for IVF_RQ, draw its rotation."""
+        centroids = train_centroids(table, num_partitions, seed=seed)
         rotation = None if num_bits is None else _draw_rotation(centroids.shape[1], num_bits, seed)
-        return cls(kind=kind, centroids=centroids, num_bits=num_bits, rotation=rotation)
+        return cls(index_type=index_type, centroids=centroids, num_bits=num_bits, rotation=rotation)
 
     def options(self) -> dict[str, Any]:
-        """As Lance takes them."""
+        """Return the keyword arguments of Lance's `create_index`."""
         options: dict[str, Any] = {
             "column": "vector",
-            "index_type": self.kind.upper(),
+            "index_type": self.index_type.upper(),
             "name": VECTOR_INDEX,
             "metric": "L2",
             "num_partitions": len(self.centroids),
@@ -57,30 +59,30 @@ class IndexPlan:
         }
         if self.rotation is not None:
             options |= {"num_bits": self.num_bits, "rabitq_model": self.rotation}
-        if self.kind == "ivf_pq":
+        if self.index_type == "ivf_pq":
             options["num_sub_vectors"] = self.centroids.shape[1] // 8
         return options
 
 
-def _draw_rotation(width: int, num_bits: int, seed: int) -> str:
-    """A rotation of IVF_RQ whose random signs are ours."""
+def _draw_rotation(dim: int, num_bits: int, seed: int) -> str:
+    """Return a rotation of IVF_RQ whose random signs are seeded."""
     import lance
 
-    model = json.loads(lance.lance.indices.build_rq_model(width, num_bits))
+    model = json.loads(lance.lance.indices.build_rq_model(dim, num_bits))
     count = len(model["fast_rotation_signs"])
-    model["fast_rotation_signs"] = np.random.default_rng([seed, width]).integers(256, size=count).tolist()
+    model["fast_rotation_signs"] = np.random.default_rng([seed, dim]).integers(256, size=count).tolist()
     return json.dumps(model)
 
 
 def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
-    """Build an index here, in place of the one that is there."""
+    """Build an index in this process; it replaces the existing one."""
     dataset = index_splits(table).dataset()
-    with Progress(f"build {plan.kind}", total=None, unit="steps", log=log) as bar:
+    with Progress(f"build {plan.index_type}", total=None, unit="steps", log=log) as bar:
 
         def tick(progress: Any) -> None:
             bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
 
-        with assigned(table, plan.centroids) as partitions:
+        with partition_file(table, plan.centroids) as partitions:
             dataset.create_index(
                 replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
             )
@@ -88,7 +90,7 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
 
 
 def without_index(table: Table) -> Table:
-    """The table as segments are built for: Lance builds none beside an index, and the last tagged version serves on."""
+    """Drop the vector index, so that Lance can build segments; the last tagged version keeps serving."""
     dataset = index_splits(table).dataset()
     if any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
         table = table.at(dataset)
@@ -98,15 +100,15 @@ def without_index(table: Table) -> Table:
 
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
-    """Build the part of an index that covers some fragments; no reader sees it yet, and it can be pickled."""
-    with assigned(table, plan.centroids, fragments) as partitions:
+    """Build the part of an index that covers some fragments; readers do not see it yet, and it can be pickled."""
+    with partition_file(table, plan.centroids, fragments) as partitions:
         return table.dataset().create_index_uncommitted(
             fragment_ids=list(fragments), precomputed_partition_dataset=partitions, **plan.options()
         )
 
 
 def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:
-    """Merge segments that cover all fragments and make them the index; where one is there already, nothing is done."""
+    """Merge segments that cover all fragments and commit them as the index; does nothing if there is one already."""
     dataset = newest(table).dataset()
     if not any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
         merged = dataset.merge_existing_index_segments(list(segments)) if len(segments) > 1 else segments[0]
@@ -115,7 +117,7 @@ def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:
 
 
 def newest(table: Table) -> Table:
-    """The table's newest version."""
+    """Return the newest version of a table."""
     import lance
 
     dataset = lance.dataset(table.uri, storage_options=table.storage.lance)
@@ -123,7 +125,7 @@ def newest(table: Table) -> Table:
 
 
 def index_splits(table: Table) -> Table:
-    """The table with an index on `split`, by which every search is filtered."""
+    """Add a bitmap index on `split`, the filter of every search, if there is none."""
     dataset = table.dataset()
     if not any("split" in index.field_names for index in dataset.describe_indices()):
         dataset.create_scalar_index("split", "BITMAP")

@@ -39,7 +39,7 @@ def on_beam(run: RuntimeConfig, index_type: str) -> Builder:
         plan_file = f"{table.uri.removesuffix('.lance')}.plan.json"
         table.storage.write_json(plan_file, to_json_dict(plan))
         groups = fragment_groups(table, run.num_workers)
-        with Progress(f"build {plan.kind}", total=len(groups), unit="segments", log=log) as bar:
+        with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
             run_beam(
                 lambda pipeline: (
                     pipeline | "Fragments" >> beam.Create(groups) | "Build segments" >> BuildSegments(table, plan_file)

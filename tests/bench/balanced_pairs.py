@@ -1,6 +1,6 @@
-"""Balanced nearest pairs among vectors in memory: the project's search and ascent, without a table.
+"""Balanced nearest neighbors among vectors in memory: the project's search and ascent, without a table.
 
-VectorBlocks sorts a table's rows by their descriptions to pass over those that are too far; here the groups are given.
+VectorBlocks groups the rows of a table by their text embeddings so that it can skip blocks; here the groups are given.
 """
 
 from collections.abc import Callable
@@ -10,26 +10,21 @@ import torch
 from jaxtyping import Float32, Int
 
 from index.build.potentials import TARGET, Potentials, fit_potentials
-from index.search.exact import Block, VectorBlocks
+from index.search.blocks import SortedBlocks, VectorBlocks
 
 
 class ArrayBlocks(VectorBlocks):
-    """Held blocks, one for each group of vectors; the first `text_dim` numbers of a vector are its description's."""
+    """One block for each group of vectors, whose first `text_dim` entries are the text part."""
 
     def __init__(self, vectors: Float32[np.ndarray, "N S"], group: Int[np.ndarray, "N"], text_dim: int) -> None:
-        self.count, self.device, self.held = len(vectors), torch.device("cpu"), True
-        places = [torch.from_numpy(np.flatnonzero(group == name)) for name in np.unique(group)]
-        self._blocks = [Block.of(place, torch.from_numpy(vectors)[place]) for place in places]
-        texts = [block.vectors[:, :text_dim] for block in self._blocks]
-        self._centers = torch.stack([text.mean(0) for text in texts])
-        self._radii = torch.stack(
-            [(text - center).norm(dim=1).max() for text, center in zip(texts, self._centers, strict=True)]
-        )
+        self.count, self.device = len(vectors), torch.device("cpu")
+        groups = [torch.from_numpy(np.flatnonzero(group == name)) for name in np.unique(group)]
+        self.sorted = SortedBlocks.of(torch.from_numpy(vectors), groups, text_dim)
 
     def winners(
         self, queries: Float32[np.ndarray, "B S"], g: Float32[np.ndarray, "N"], at_once: int = 1024
     ) -> Int[np.ndarray, "B"]:
-        """The place of the balanced neighbor of each query."""
+        """Return the position of the balanced neighbor of each query."""
         potential = torch.from_numpy(g)
         parts = [queries[start : start + at_once] for start in range(0, len(queries), at_once)]
         return np.concatenate([self.nearest(part, g=potential)[1][:, 0].numpy() for part in parts])
@@ -38,6 +33,6 @@ class ArrayBlocks(VectorBlocks):
 def balance(
     blocks: VectorBlocks, queries: Callable[[int], Float32[np.ndarray, "B S"]], *, steps: int, target: float = TARGET
 ) -> Potentials:
-    """The potentials where the project's ascent ends, with even shares or after so many steps."""
-    *_, found = fit_potentials(blocks, queries, steps=steps, target=target)
-    return found
+    """Fit potentials until the hit counts are balanced, for at most `steps` steps."""
+    *_, potentials = fit_potentials(blocks, queries, steps=steps, target=target)
+    return potentials

@@ -1,8 +1,8 @@
-"""How much descriptions should weigh in the search: one table laid out at several desc_scale, a coalescer for each.
+"""Compare values of desc_scale: one table laid out at each of them, and a coalescer trained on each layout.
 
-Every layout is balanced, trained on by `trainer fit` and measured by `trainer evaluate`. A line says what the search
-does at that weight (`Rung`), what its pairs come to, which a perfect network would answer, and what the run does. A run
-that is there already is not trained again. Prints JSON.
+Each layout is balanced, trained on by `trainer fit` and measured by `trainer evaluate`. A line has the search metrics
+at that desc_scale (`SweepPoint`), the metrics of the retrieved pairs, which a perfect network would generate, and those
+of the run. Existing runs are not trained again. Prints JSON.
 
     python tests/bench/bench_desc_scale.py TABLE.lance --work WORK [--scales 0.5,1,2,4 --images 200000 --seeds 1]
 """
@@ -23,11 +23,11 @@ from index.table.table import Table, open_table
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.exam import ExamConfig
 
-SEARCH = ("perplexity", "self_retrieval_rate", "text_distance", "prior_skew", "balance_chi_square")
+SEARCH = ("perplexity", "self_retrieval_rate", "text_distance", "prior_skew")
 
 
 def laid_out(table: Table, scale: float, uri: Path) -> Table:
-    """The table at one desc_scale, balanced."""
+    """Lay a copy of the table out at one desc_scale, balanced."""
     if uri.exists():
         return open_table(str(uri), indexed=True)
     config = BuildConfig(desc_scale=scale, allow_small_desc_scale=True, balance=True)
@@ -38,7 +38,7 @@ def main() -> None:
     """Lay out, train, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
-    parser.add_argument("--work", type=Path, required=True, help="for layouts, their runs and reports")
+    parser.add_argument("--work", type=Path, required=True, help="for the layouts, their runs and reports")
     parser.add_argument("--scales", default="0.5,0.7,1,1.4,2,4")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--images", type=int, default=200_000)
@@ -51,14 +51,15 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for scale in given.scales.split(","):
         table = laid_out(open_table(given.table), float(scale), given.work / f"at-{scale}.lance")
-        search = table.report("index") or {}
+        report = table.report("index")
+        search = {name: report[name] for name in SEARCH} | {"balance_chi_square": report["balance"]["chi_square"]}
         for seed in range(given.seeds):
             run = given.work / f"at-{scale}-{seed}"
             train(table.uri, SETS["rivals"][DEFAULT], run, given.size, given.images, seed)
-            report = evaluate(run, config, run / "report")
-            line = {"desc_scale": float(scale), "seed": seed} | {name: search[name] for name in SEARCH}
-            line |= {"retrieved": main_figures(report["floors"]["retrieved pairs"])}
-            lines.append(line | {"steps": {n: main_figures(figures) for n, figures in report["steps"].items()}})
+            evaluation = evaluate(run, config, run / "report")
+            line = {"desc_scale": float(scale), "seed": seed} | search
+            line |= {"retrieved": main_figures(evaluation["floors"]["retrieved pairs"])}
+            lines.append(line | {"steps": {n: main_figures(figures) for n, figures in evaluation["steps"].items()}})
     print(json.dumps({"machine": machine(), "table": given.table, "images": given.images, "lines": lines}, indent=2))
 
 

@@ -1,9 +1,9 @@
-"""What the figures of a bench were measured on."""
+"""The machine that a bench ran on, for its output."""
 
 import os
 import platform
 
 
 def machine(*more: str) -> str:
-    """Processor, cores, whatever else matters, and Python."""
+    """Return the processor, the number of cores, `more`, and the Python version."""
     return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *more, f"Python {platform.python_version()}"])

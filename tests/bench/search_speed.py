@@ -1,4 +1,4 @@
-"""How fast search is at equal recall: by type of the stored vectors, beside faiss, and as a table grows."""
+"""The speed of search at equal recall: by index and vector type, against faiss, and as a table grows."""
 
 import itertools
 import shutil
@@ -16,9 +16,10 @@ import real_tables
 from jaxtyping import Float32
 
 from index.build.build_index import BuildConfig, build_index
-from index.build.select import choose_index
+from index.build.select import select_index
 from index.report.recall import GroundTruth, evaluation_queries, find_ground_truth, measure_recall
-from index.search.ann import ApproximateSearch, ExactSearch
+from index.search.ann import ApproximateSearch
+from index.search.exact import ExactSearch
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
@@ -28,30 +29,30 @@ from index.table.storage import Storage
 from index.table.table import Table, column_array, list_array
 from pipeline.beam.write_lance import fragment_of, write_fragments
 
-BATCH, ASKED, TARGET = 1024, 8192, 0.95
-TEXT_WIDTH, LATENT = 127, (8, 4, 4)
+BATCH, NUM_QUERIES, TARGET = 1024, 8192, 0.95
+TEXT_DIM, LATENT = 127, (8, 4, 4)
 
 Search = Callable[[Float32[np.ndarray, "B S"]], object]
 
 
-def race(rivals: dict[str, Search], queries: dict[str, Float32[np.ndarray, "M S"]], rounds: int) -> dict[str, float]:
-    """Queries per second of each, two batches in flight, taking turns."""
-    rates: dict[str, list[float]] = {name: [] for name in rivals}
+def race(searches: dict[str, Search], queries: dict[str, Float32[np.ndarray, "M S"]], rounds: int) -> dict[str, float]:
+    """Return the queries per second of each search, with two batches in flight; the searches take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in searches}
     with ThreadPoolExecutor(2) as pool:
-        for turn, (name, search) in itertools.product(range(rounds + 1), rivals.items()):
-            batches = [queries[name][start : start + BATCH] for start in range(0, ASKED, BATCH)]
+        for turn, (name, search) in itertools.product(range(rounds + 1), searches.items()):
+            batches = [queries[name][start : start + BATCH] for start in range(0, NUM_QUERIES, BATCH)]
             began = time.perf_counter()
             list(pool.map(search, batches))
             if turn:  # the first warms up
-                rates[name].append(ASKED / (time.perf_counter() - began))
+                rates[name].append(NUM_QUERIES / (time.perf_counter() - began))
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
 def training_queries(table: Table) -> Float32[np.ndarray, "M S"]:
-    """Queries as training asks them."""
-    geometry, offsets = table.meta.geometry, table.positions(TRAIN)
-    rows = offsets[draw_rows(len(offsets), ASKED, seed=5, step=0)]
-    return geometry.queries(table.take(rows, "text"), draw_points(geometry, ASKED, seed=5, step=0))
+    """Sample queries as training does."""
+    geometry, train = table.meta.geometry, table.positions(TRAIN)
+    rows = train[draw_rows(len(train), NUM_QUERIES, seed=5, step=0)]
+    return geometry.queries(table.take(rows, "text"), draw_points(geometry, NUM_QUERIES, seed=5, step=0))
 
 
 def _truth(table: Table) -> GroundTruth:
@@ -59,37 +60,35 @@ def _truth(table: Table) -> GroundTruth:
 
 
 def types(data: Path, work: Path, rounds: int) -> list[dict[str, Any]]:
-    """A line for each type of vector and index, with what it needs to reach the target recall, if it does."""
+    """Return a line for each vector type, index type and refine factor that reaches the target recall."""
     source = real_tables.mnist(data, work)
     lines: dict[str, dict[str, Any]] = {}
-    rivals: dict[str, Search] = {}
-    for dtype, (kind, bits) in itertools.product(
+    searches: dict[str, Search] = {}
+    for dtype, (index_type, bits) in itertools.product(
         ("float16", "float32"), (("ivf_rq", 8), ("ivf_rq", 5), ("ivf_flat", None))
     ):
-        name = f"{dtype} {kind}" + (f" {bits} bits" if bits else "")
+        name = f"{dtype} {index_type}" + (f" {bits} bits" if bits else "")
         table = _with_vectors_of(source, dtype, work / "types" / f"{name.replace(' ', '-')}.lance")
-        # So little memory that neither 8 bits nor, where the target is missed, IVF_FLAT comes into question.
+        # Too little memory for 8 bits, and for IVF_FLAT if the target is missed.
         memory = 1 if bits == 5 else 2**40
-        choice = choose_index(table, _truth(table), kind=kind, target_recall=TARGET, memory=memory, seed=0, log=None)
-        ours = [line for line in choice.tried if line["index_type"] == kind]
-        for refine_factor in sorted({line["refine_factor"] for line in ours}):
-            reached = [
-                line for line in ours if line["refine_factor"] == refine_factor and line["recall_at_1"] >= TARGET
-            ]
-            if not reached:
-                continue
-            best = min(reached, key=lambda line: line["nprobes"])
-            mine = f"{name}, {refine_factor} re-ranked" if refine_factor > 1 else name
-            wanted = ("nprobes", "recall_at_1", "relative_distance_error", "build_seconds", "bytes")
-            lines[mine] = {key: best[key] for key in wanted}
-            rivals[mine] = ApproximateSearch(choice.table, nprobes=best["nprobes"], refine_factor=refine_factor).nearest
-    asked = training_queries(source)
-    rates = race(rivals, dict.fromkeys(rivals, asked), rounds)
+        truth = _truth(table)
+        selection = select_index(table, truth, index_type=index_type, target_recall=TARGET, memory=memory, seed=0)
+        reached = [
+            each for each in selection.candidates if each.index_type == index_type and each.recall_at_1 >= TARGET
+        ]
+        for refine_factor in sorted({each.refine_factor for each in reached}):
+            best = min((each for each in reached if each.refine_factor == refine_factor), key=lambda each: each.nprobes)
+            label = f"{name}, refine factor {refine_factor}" if refine_factor > 1 else name
+            names = ("nprobes", "recall_at_1", "relative_distance_error", "build_seconds", "index_bytes")
+            lines[label] = {key: getattr(best, key) for key in names}
+            search = ApproximateSearch(selection.table, nprobes=best.nprobes, refine_factor=refine_factor)
+            searches[label] = search.nearest
+    rates = race(searches, dict.fromkeys(searches, training_queries(source)), rounds)
     return [{"type": name, "queries_per_second": rates[name]} | line for name, line in lines.items()]
 
 
 def _with_vectors_of(source: Table, dtype: str, uri: Path) -> Table:
-    """The columns that search reads, with vectors of another type."""
+    """Copy the columns that search reads, with vectors of another type."""
     import lance
 
     shutil.rmtree(uri, ignore_errors=True)
@@ -101,16 +100,16 @@ def _with_vectors_of(source: Table, dtype: str, uri: Path) -> Table:
 
 
 def against_faiss(data: Path, work: Path, rounds: int) -> dict[str, Any]:
-    """Rates at the recall of the index that we choose, beside faiss's IVF with as many partitions."""
+    """Compare rates with faiss's IVF of as many partitions, at the recall of the selected index."""
     import faiss
 
-    table = real_tables.copy(real_tables.mnist(data, work), work / "beside-faiss.lance")
-    return _beside_faiss(
+    table = real_tables.copy(real_tables.mnist(data, work), work / "faiss.lance")
+    return _compare_with_faiss(
         build_index(table, BuildConfig(index_type="ivf_rq", target_recall=TARGET)).table, faiss, rounds
     )
 
 
-def _beside_faiss(table: Table, faiss: Any, rounds: int) -> dict[str, Any]:
+def _compare_with_faiss(table: Table, faiss: Any, rounds: int) -> dict[str, Any]:
     ours, truth = ApproximateSearch(table), _truth(table)
     recall = measure_recall(ours, truth).recall_at_1
     index = table.meta.index
@@ -122,43 +121,43 @@ def _beside_faiss(table: Table, faiss: Any, rounds: int) -> dict[str, Any]:
     theirs.train(vectors)
     theirs.add(vectors)
     built = time.perf_counter() - began
-    for probes in range(1, index.num_partitions + 1):
-        theirs.nprobe = probes
-        found = theirs.search(truth.queries, 1)[1][:, 0]
-        reached = float((found == truth.place[:, 0]).mean())
-        if reached >= recall:
+    for nprobes in range(1, index.num_partitions + 1):
+        theirs.nprobe = nprobes
+        nearest = theirs.search(truth.queries, 1)[1][:, 0]
+        faiss_recall = float((nearest == truth.positions[:, 0]).mean())
+        if faiss_recall >= recall:
             break
-    asked = training_queries(table)
-    # faiss shares a batch out among its threads: one batch at a time.
-    alone = ThreadPoolExecutor(1)
-    rivals: dict[str, Search] = {
+    queries = training_queries(table)
+    # faiss splits a batch among its threads: one batch at a time.
+    one_thread = ThreadPoolExecutor(1)
+    searches: dict[str, Search] = {
         "lancedb": ours.nearest,
-        "faiss": lambda batch: alone.submit(theirs.search, batch, 1).result(),
+        "faiss": lambda batch: one_thread.submit(theirs.search, batch, 1).result(),
     }
-    rates = race(rivals, dict.fromkeys(rivals, asked), rounds)
+    rates = race(searches, dict.fromkeys(searches, queries), rounds)
     return {
         "rows": len(vectors),
-        "width": vectors.shape[1],
-        "lancedb": {"recall": recall, "nprobes": index.nprobes, "refine_factor": index.refine_factor},
-        "faiss": {"recall": reached, "nprobes": probes, "build_seconds": built},
+        "dim": vectors.shape[1],
+        "lancedb": {"recall_at_1": recall, "nprobes": index.nprobes, "refine_factor": index.refine_factor},
+        "faiss": {"recall_at_1": faiss_recall, "nprobes": nprobes, "build_seconds": built},
         "queries_per_second": rates,
         "ratio": rates["lancedb"] / rates["faiss"],
     }
 
 
 def growth(work: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
-    """A line for each number of rows, and each rate as a share of the first."""
+    """Return a line for each number of rows, with its rate as a fraction of the first."""
     import faiss
 
-    lines, rivals, queries = {}, dict[str, Search](), {}
+    lines, searches, queries = {}, dict[str, Search](), {}
     for rows in sizes:
         began = time.perf_counter()
         table = synthetic(work / f"rows-{rows}.lance", rows)
-        wrote = time.perf_counter() - began
+        write_seconds = time.perf_counter() - began
         built = build_index(table, BuildConfig(index_type="ivf_rq", target_recall=TARGET))
         name = f"{rows:,}"
-        build = max(line["build_seconds"] for line in built.report["alternatives"] if "build_seconds" in line)
-        kept = (
+        build = max(each.build_seconds or 0.0 for each in built.report.candidates)
+        names = (
             "recall_at_1",
             "relative_distance_error",
             "nprobes",
@@ -167,31 +166,30 @@ def growth(work: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
             "index_bytes",
             "index_choice",
         )
-        lines[name] = {"write_seconds": wrote, "index_build_seconds": build} | {
-            key: built.report.get(key, built.report.get(f"index_{key}")) for key in kept
-        }
-        lines[name]["whole_build_seconds"] = built.report["build_seconds"]
+        lines[name] = {"write_seconds": write_seconds, "index_build_seconds": build}
+        lines[name] |= {key: getattr(built.report, key) for key in names}
+        lines[name]["total_build_seconds"] = built.report.build_seconds
         print(lines[name], file=sys.stderr)
-        rivals[name], queries[name] = ApproximateSearch(built.table).nearest, training_queries(built.table)
-        lines[name]["beside_faiss"] = _beside_faiss(built.table, faiss, rounds)
-    rates = race(rivals, queries, rounds)
+        searches[name], queries[name] = ApproximateSearch(built.table).nearest, training_queries(built.table)
+        lines[name]["faiss"] = _compare_with_faiss(built.table, faiss, rounds)
+    rates = race(searches, queries, rounds)
     first = next(iter(rates.values()))
     return {
-        name: line | {"queries_per_second": rates[name], "of_the_first": rates[name] / first}
+        name: line | {"queries_per_second": rates[name], "fraction_of_first": rates[name] / first}
         for name, line in lines.items()
     }
 
 
 def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
-    """Rows of 256 numbers on curved surfaces of few dimensions; captions share half of theirs with latents."""
+    """Write rows of 256 dimensions on curved surfaces of few; text embeddings and latents share half of those."""
     shutil.rmtree(uri, ignore_errors=True)
     size = int(np.prod(LATENT))
-    law = np.random.default_rng(11)
+    rng = np.random.default_rng(11)
     surfaces = {
-        width: (law.standard_normal((intrinsic, 512)) / np.sqrt(intrinsic), law.standard_normal((512, width)) / 16)
-        for width in (TEXT_WIDTH, size)
+        dim: (rng.standard_normal((intrinsic, 512)) / np.sqrt(intrinsic), rng.standard_normal((512, dim)) / 16)
+        for dim in (TEXT_DIM, size)
     }
-    encoded = encoded_schema(TEXT_WIDTH, size, keep_images=False)
+    encoded = encoded_schema(TEXT_DIM, size, keep_images=False)
     blank = dict.fromkeys(encoded.names)
     moments: Moments | None = None
 
@@ -211,22 +209,22 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
             train = np.array(split) == TRAIN
             part = Moments.of(text[train], latent[train])
             moments = part if moments is None else moments + part
-            filled = blank | {"id": ids, "caption": ids, "key": ids, "shard": ["synthetic"] * count, "split": split}
-            filled |= {"width": [64] * count, "height": [64] * count, "meta": ["{}"] * count}
-            filled |= {"text": list_array(text), "latent": list_array(latent)}
-            yield pa.RecordBatch.from_pydict(filled, schema=encoded)
+            columns = blank | {"id": ids, "caption": ids, "key": ids, "shard": ["synthetic"] * count, "split": split}
+            columns |= {"width": [64] * count, "height": [64] * count, "meta": ["{}"] * count}
+            columns |= {"text": list_array(text), "latent": list_array(latent)}
+            yield pa.RecordBatch.from_pydict(columns, schema=encoded)
 
     fragments = [fragment_of(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
     assert moments is not None
     geometry = Geometry.fit(moments, name="sphere", desc_scale=2.0)
-    nobody = EncoderRef(name="synthetic", class_name="none", digest="0" * 64)
+    encoder = EncoderRef(name="synthetic", class_name="none", digest="0" * 64)
     meta = TableMeta(
-        image_encoder=nobody,
-        text_encoder=nobody,
+        image_encoder=encoder,
+        text_encoder=encoder,
         image_size=64,
         crop="center",
         latent_shape=LATENT,
-        text_dim=TEXT_WIDTH,
+        text_dim=TEXT_DIM,
         val_fraction=0.01,
         moments=moments,
         geometry=geometry,

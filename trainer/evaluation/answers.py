@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from torch import nn
 
-from index.search.ann import ExactSearch
+from index.search.exact import ExactSearch
 from index.table.schema import HELDOUT
 from index.table.table import Table
 from trainer.sampler import Coalescer

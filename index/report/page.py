@@ -1,0 +1,162 @@
+"""The index report as one self-contained page: plots, retrieved examples, and every metric.
+
+Example images are the originals if the table keeps them, else latents decoded by a decoder that the caller passes.
+"""
+
+import html
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float16, Float32, UInt8
+
+from index.report.html import image_tag, page, svg
+from index.report.html import table as html_table
+from index.report.recall import evaluation_queries, evaluation_rows
+from index.report.report import IndexReport
+from index.search.ann import open_search
+from index.table.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NUM_EXAMPLES, NUM_NEIGHBORS = 6, 4
+STYLE = "svg{max-width:32%} figure{width:11em} img{width:96px;height:96px;object-fit:cover;display:block}"
+BLUE, RED, GRAY = "#4878a8", "#c44e52", "#888"
+
+Decode = Callable[[Float32[np.ndarray, "B C H W"]], UInt8[np.ndarray, "B H W 3"]]
+"""Latents to pixels."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Example:
+    """A query's caption and the pairs retrieved for it, nearest first."""
+
+    caption: str
+    captions: list[str]
+    distances: list[float]
+    images: list[bytes] | None
+    """Encoded images; None without originals and decoder."""
+
+    def to_html(self) -> str:
+        """Return the caption as a heading over one figure per retrieved pair."""
+        figures = []
+        for number, (caption, distance) in enumerate(zip(self.captions, self.distances, strict=True)):
+            image = "" if self.images is None else image_tag(self.images[number], alt=caption)
+            text = f"{html.escape(caption)}<br>distance {distance:.2f}"
+            figures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+        return f"<h3>{html.escape(self.caption)}</h3><p>{''.join(figures)}</p>"
+
+
+def index_page(table: Table, report: IndexReport, *, decode: Decode | None = None, seed: int = 0) -> str:
+    """Return the page of a report on `table`."""
+    nested = ("sweep", "candidates", "balance", "warnings")
+    metrics = [(name, value) for name, value in asdict(report).items() if name not in nested]
+    if report.balance is not None:
+        metrics += [(f"balance {name}", value) for name, value in asdict(report.balance).items()]
+    parts = [
+        *(f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings),
+        _plots(report),
+        "<h2>Retrieved pairs of held-out captions with random R</h2>",
+        *(example.to_html() for example in retrieve_examples(table, decode, seed=seed)),
+        "<h2>All metrics</h2>",
+        html_table(metrics),
+    ]
+    return page(f"Index of {table.uri.rpartition('/')[2]}", "\n".join(parts), style=STYLE)
+
+
+def retrieve_examples(table: Table, decode: Decode | None = None, *, seed: int = 0) -> list[Example]:
+    """Retrieve the nearest pairs of a few evaluation queries, through the search that a trainer uses."""
+    captions = table.take(evaluation_rows(table, NUM_EXAMPLES, seed=seed), "caption")
+    pairs = open_search(table).nearest(evaluation_queries(table, NUM_EXAMPLES, seed=seed), NUM_NEIGHBORS)
+    retrieved = table.take_row_ids(pairs.row_id.ravel(), "caption").reshape(pairs.row_id.shape)
+    if keeps_images(table):
+        images = table.take_row_ids(pairs.row_id.ravel(), "image").tolist()
+    else:
+        images = None if decode is None else _decoded(table, pairs.latent, decode)
+    return [
+        Example(
+            caption=str(captions[i]),
+            captions=retrieved[i].tolist(),
+            distances=np.sqrt(pairs.distance[i]).tolist(),
+            images=None if images is None else images[i * NUM_NEIGHBORS : (i + 1) * NUM_NEIGHBORS],
+        )
+        for i in range(NUM_EXAMPLES)
+    ]
+
+
+def keeps_images(table: Table) -> bool:
+    """Return whether a table stores the original images."""
+    return "image" in table.dataset().schema.names
+
+
+def _decoded(table: Table, latent: Float16[np.ndarray, "B K L"], decode: Decode) -> list[bytes]:
+    """Decode latents to PNG."""
+    return [_png(pixels) for pixels in decode(latent.reshape(-1, *table.meta.latent_shape).astype(np.float32))]
+
+
+def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    return data.getvalue()
+
+
+def _plots(report: IndexReport) -> str:
+    """Plot hit counts, recall against latency if an index was measured, and the sweep of desc_scale."""
+    from matplotlib.figure import Figure
+
+    plots = [_plot_hit_counts, *([_plot_recall] if report.candidates else []), _plot_sweep]
+    images = []
+    for plot in plots:
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        plot(figure.subplots(), report)
+        images.append(svg(figure))
+    return "".join(images)
+
+
+def _plot_hit_counts(axes: "Axes", report: IndexReport) -> None:
+    most = int(np.flatnonzero(report.hit_counts).max())
+    rows = np.array(report.hit_counts[: most + 2], float)
+    hits = np.arange(len(rows))
+    mean = report.num_queries / report.train_rows
+    # Poisson, term by term: the factorial of 32 overflows an int64.
+    uniform = np.exp(-mean) * np.cumprod(np.concatenate([[1.0], mean / hits[1:]])) * rows.sum()
+    axes.bar(hits, rows, color=BLUE, label="measured")
+    axes.plot(hits, uniform, color=RED, marker=".", label="expected under uniform sampling (Poisson)")
+    last = f" ({hits[-1]}: or more)" if len(rows) == len(report.hit_counts) else ""
+    axes.set(
+        title=f"Hits per row in {report.num_queries:,} queries", xlabel=f"hits{last}", ylabel="rows", yscale="symlog"
+    )
+    axes.legend(fontsize="small")
+
+
+def _plot_recall(axes: "Axes", report: IndexReport) -> None:
+    for setting in dict.fromkeys((each.index_type, each.refine_factor) for each in report.candidates):
+        points = [each for each in report.candidates if (each.index_type, each.refine_factor) == setting]
+        index_type, refine_factor = setting
+        label = index_type.upper() + (f", refine factor {refine_factor}" if refine_factor > 1 else "")
+        axes.plot([each.p50_ms for each in points], [each.recall_at_1 for each in points], marker="o", label=label)
+        for each in points:
+            axes.annotate(str(each.nprobes), (each.p50_ms, each.recall_at_1), fontsize=7)
+    axes.set(title="Recall against latency, by nprobes", xlabel="ms per batch of 256 queries", ylabel="recall@1")
+    axes.legend(fontsize="small")
+
+
+def _plot_sweep(axes: "Axes", report: IndexReport) -> None:
+    points = sorted([*report.sweep, report], key=lambda point: point.desc_scale)
+    scales = [point.desc_scale for point in points]
+    axes.plot(scales, [point.perplexity for point in points], marker="o", color=BLUE)
+    axes.axvline(report.desc_scale, color=GRAY, linestyle=":")
+    axes.set(title="Sweep of desc_scale", xlabel="desc_scale (dotted: this table)", xscale="log", yscale="log")
+    axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0.9, max(10.0, 1.2 * max(point.perplexity for point in points)))
+    axes.set_ylabel("perplexity of the target", color=BLUE)
+    right = axes.twinx()
+    right.plot(scales, [point.self_retrieval_rate for point in points], marker="s", color=RED)
+    right.set_ylabel("self-retrieval rate", color=RED)
+    right.set_ylim(-0.05, 1.05)
