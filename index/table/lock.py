@@ -16,7 +16,7 @@ from pathlib import Path
 
 from index.background import repeat
 from index.errors import TableError
-from index.table.storage import Storage, is_local
+from index.table.storage import Storage, is_local, unwritable
 
 LEASE_SECONDS = 60.0
 
@@ -44,7 +44,7 @@ def _hold_file_lock(folder: Path, owner: dict[str, object]) -> Iterator[None]:
     except Timeout:
         raise TableError(_locked_by(folder, owner_file.read_bytes() if owner_file.exists() else b"{}")) from None
     except OSError as error:
-        raise TableError(f"{folder} cannot be written: {error.strerror}: name another --table") from error
+        raise unwritable(folder, error) from error
     try:
         owner_file.write_text(json.dumps(owner))
         yield
@@ -71,7 +71,7 @@ def _hold_lease(folder: str, owner: dict[str, object], storage: Storage) -> Iter
                 raise TableError(f"{_locked_by(folder, content)}; its lease expires in {left:.0f} s") from None
             write("overwrite")
     except OSError as error:
-        raise TableError(f"{folder} cannot be written: {error}: name another --table") from error
+        raise unwritable(folder, error) from error
     try:
         with repeat(LEASE_SECONDS / 4, lambda: write("overwrite")):
             yield

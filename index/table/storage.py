@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from index.errors import OptionError, SourceError, TableError
+from index.errors import OptionError, SourceError, TableError, one_line
 
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Environment variables of an S3 endpoint; the last that is set wins."""
@@ -124,15 +124,21 @@ class Storage:
                 files, path = self.files(uri)
                 files.pipe_file(path, text.encode())
         except Exception as error:  # every object store has errors of its own
-            raise TableError(
-                f"{uri} cannot be written ({error}): free some space, then rerun the same command to resume"
-            ) from error
+            raise unwritable(uri, error) from error
 
     def remove(self, uri: str) -> None:
         """Delete a file, or a folder with its content, if it exists."""
         files, path = self.files(uri)
         if files.exists(path):
             files.rm(path, recursive=True)
+
+
+def unwritable(uri: str | Path, error: Exception) -> TableError:
+    """Return the error for a target that cannot be written, whatever the reason."""
+    return TableError(
+        f"{uri} cannot be written ({one_line(error)}): check free space, permissions and --storage-option, or name "
+        "another --table; rerun the same command to resume"
+    )
 
 
 def _canonical(name: str) -> str:
