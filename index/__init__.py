@@ -1,1 +1,1 @@
-"""The table: what a row is, how rows are compared, how they are found."""
+"""The table of image-caption pairs, the space in which its rows are compared, and the search for nearest rows."""

@@ -1,25 +1,30 @@
-"""Do the next items' work in a background thread while the last one is being used."""
+"""Work in background threads: `prefetch` items of an iterator, `repeat` a call while a block runs.
 
+Both threads are daemons that end with their consumer, so neither outlives its block and neither holds up an exit.
+"""
+
+import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Iterate `items` in order, up to `depth` of them made in advance; what they raise is raised here.
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """Iterate over `items` in order while a thread computes up to `depth` of them in advance.
 
-    When the consumer stops early, the thread stops after the item that it is making.
+    An exception of `items` is raised here, after the items before it. When the consumer stops early, the thread stops
+    after the item that it is computing.
     """
-    made: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
 
-    def put(kind: str, item: T | BaseException | None) -> bool:
-        while not stopped.is_set():
+    def put(event: str, item: T | BaseException | None) -> bool:
+        while not stop.is_set():
             try:
-                made.put((kind, item), timeout=0.1)
+                ready.put((event, item), timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -31,19 +36,41 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # handed over to the consumer, whatever it is
+        except BaseException as error:  # handed over to the consumer, even a KeyboardInterrupt
             put("error", error)
 
-    thread = threading.Thread(target=work, name="ahead", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            kind, item = made.get()
-            if kind == "end":
+            event, item = ready.get()
+            if event == "end":
                 return
-            if isinstance(item, BaseException):
+            if event == "error":
+                assert isinstance(item, BaseException)
                 raise item
             yield item  # type: ignore[misc]
     finally:
-        stopped.set()
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def repeat(seconds: float, function: Callable[[], object]) -> Iterator[None]:
+    """Call `function` every `seconds` in a thread until the block ends; a call that has begun is waited for.
+
+    The first call comes after `seconds`. If a call raises, there are no further ones.
+    """
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(seconds):
+            function()
+
+    thread = threading.Thread(target=work, name="repeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
         thread.join()

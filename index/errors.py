@@ -1,18 +1,18 @@
-"""Everything that a user can put right, as exceptions.
+"""Exceptions for mistakes that the user can fix.
 
-CoalescerError          shown as one line; exit code 2
+CoalescerError          printed as one line; exit code 2
 ├── OptionError         an option's value is not allowed
-├── SourceError         pictures or captions cannot be found or read
+├── SourceError         images or captions cannot be found or read
 ├── EncoderError        an encoder cannot be loaded, or is not the one that the table was made with
 ├── TableError          a table is missing, is not ours, or does not fit
 └── RunError            a training run is missing, is not ours, or does not fit
 
-A message says what was given, what is allowed and what to type. Our own mistakes are asserts and stay tracebacks.
+A message says what is wrong, what is allowed and what to type. Bugs of ours are asserts and keep their traceback.
 """
 
 
 class CoalescerError(Exception):
-    """A mistake that the user can put right."""
+    """A mistake that the user can fix."""
 
 
 class OptionError(CoalescerError):
@@ -20,7 +20,7 @@ class OptionError(CoalescerError):
 
 
 class SourceError(CoalescerError):
-    """Pictures or captions cannot be found or read."""
+    """Images or captions cannot be found or read."""
 
 
 class EncoderError(CoalescerError):
@@ -36,6 +36,6 @@ class RunError(CoalescerError):
 
 
 def one_line(error: BaseException, *, typed: bool = False) -> str:
-    """Return an exception's text on one line of at most 300 characters, after its class name if `typed`."""
+    """Return an exception's message on one line of at most 300 characters, after its class name if `typed`."""
     text, name = " ".join(str(error).split())[:300], type(error).__name__
     return f"{name}: {text}" if typed and text else text or name

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from index.errors import OptionError
-from index.space.geometry import KINDS, check_desc_scale
+from index.space.geometry import GEOMETRIES, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
 from pipeline.sources.sample import ReadOptions
@@ -62,8 +62,8 @@ class EncodeConfig:
         """Check every option's value; raises OptionError before anything is read."""
         if self.desc_scale is not None:
             check_desc_scale(self.desc_scale, allow_small=self.allow_small_desc_scale)
-        if self.geometry is not None and self.geometry not in KINDS:
-            raise OptionError(f"--geometry {self.geometry!r} is unknown: use one of {', '.join(KINDS)}")
+        if self.geometry is not None and self.geometry not in GEOMETRIES:
+            raise OptionError(f"--geometry {self.geometry!r} is unknown: use one of {', '.join(GEOMETRIES)}")
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
         for option, fraction in (("val-fraction", self.val_fraction), ("max-reject-rate", self.max_reject_rate)):

@@ -133,7 +133,7 @@ class TransformersTextEncoder:
         with torch.inference_mode():
             outputs = self.model(input_ids=inputs["input_ids"], attention_mask=mask)
             states = outputs.last_hidden_state
-            pooled = outputs.pooler_output if self.ref.kind.startswith("CLIP") else mean_pool(states, mask)
+            pooled = outputs.pooler_output if self.ref.class_name.startswith("CLIP") else mean_pool(states, mask)
             tokens = (states * mask[..., None])[:, :num_tokens]
             embeddings = torch.cat([pooled[:, None], pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))], 1)
         position = {caption: i for i, caption in enumerate(unique)}
@@ -230,7 +230,7 @@ def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
             output_loading_info=True,
         )
     _check_weights(name, info)
-    return model, EncoderRef(name=name, kind=class_name, digest=digest_of(model))
+    return model, EncoderRef(name=name, class_name=class_name, digest=digest_of(model))
 
 
 def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
@@ -252,7 +252,7 @@ def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
         )
     _check_weights(name, info, exclude=UNUSED_WEIGHTS)
     digest = digest_of(model, exclude=UNUSED_WEIGHTS)
-    return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
+    return model, tokenizer, EncoderRef(name=name, class_name=type(model).__name__, digest=digest)
 
 
 def _locate(name: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ def test_text_autoencoder_learns_and_is_an_ordinary_transformers_folder(shapes, 
     assert 0.5 < report["token_accuracy"] <= 1
     assert report["caption_accuracy"] <= report["token_accuracy"]
     encoder = TransformersTextEncoder(str(tmp_path))
-    assert encoder.ref.kind == "BertModel"
+    assert encoder.ref.class_name == "BertModel"
     rows = encoder.encode(["a small red circle above a large blue square", "a large blue square"])
     assert rows.shape == (2, report["text_dim"])
     assert not np.allclose(rows[0], rows[1], atol=1e-2)

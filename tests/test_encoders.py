@@ -53,7 +53,7 @@ def test_autoencoders_encode_and_decode(tmp_path, class_name):
     model = autoencoder(class_name).eval()
     model.save_pretrained(tmp_path)
     encoder = DiffusersAutoencoder(str(tmp_path))
-    assert encoder.ref.kind == class_name
+    assert encoder.ref.class_name == class_name
     latent = encoder.encode(PIXELS)
     assert latent.shape[:2] == (3, model.config.latent_channels)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def run_alone(model, tokenizer, caption):
 
 def test_bert_is_mean_pooled_regardless_of_padding(text_encoder):
     encoder = TransformersTextEncoder(text_encoder)
-    assert encoder.ref.kind == "BertModel"
+    assert encoder.ref.class_name == "BertModel"
     embeddings = encoder.encode(CAPTIONS)
     for embedding, caption in zip(embeddings, CAPTIONS, strict=True):
         states = run_alone(encoder.model, encoder.tokenizer, caption).last_hidden_state
@@ -121,14 +121,14 @@ def test_bert_is_mean_pooled_regardless_of_padding(text_encoder):
 
 def test_clip_returns_its_pooled_output(text_models):
     encoder = TransformersTextEncoder(str(text_models["clip"]))
-    assert encoder.ref.kind == "CLIPTextModel"
+    assert encoder.ref.class_name == "CLIPTextModel"
     expected = run_alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).pooler_output
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 
 
 def test_t5_is_mean_pooled(text_models):
     encoder = TransformersTextEncoder(str(text_models["t5"]))
-    assert encoder.ref.kind == "T5EncoderModel"
+    assert encoder.ref.class_name == "T5EncoderModel"
     expected = run_alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state.mean(1)
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 

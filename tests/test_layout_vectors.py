@@ -9,8 +9,9 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from index.table.commit import encoded_columns, publish
 from index.table.storage import Storage
-from index.table.table import encoded_columns, open_table, publish
+from index.table.table import open_table
 from pipeline.beam.layout import Layout, LayOutVectors
 from pipeline.beam.write_lance import fragment_from_dict
 

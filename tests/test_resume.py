@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from index.errors import SourceError, TableError
-from index.table.lock import claim
+from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import Table, is_table, open_table, shards_of
 from pipeline.demo.shapes import write_demo_data
@@ -223,7 +223,6 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
-    from index.table import table as table_module
 
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
@@ -296,7 +295,7 @@ def test_append_refuses_another_encoder(shapes, encode_shapes, changed_encoder, 
 
 def test_only_one_run_at_a_time_encodes_into_a_table(shapes, encode_shapes, tmp_path):
     taken = pytest.raises(TableError, match=rf"is being encoded by process {os.getpid()} on .* stop it first")
-    with claim(str(tmp_path / "t.encode"), Storage()), taken:
+    with hold_lock(str(tmp_path / "t.encode"), Storage()), taken:
         encode_shapes(shapes, tmp_path / "t.lance", limit=10)
     assert encode_shapes(shapes, tmp_path / "t.lance", limit=10).report["rows"] == 10
 
@@ -304,14 +303,14 @@ def test_only_one_run_at_a_time_encodes_into_a_table(shapes, encode_shapes, tmp_
 def test_a_killed_process_releases_its_lock(tmp_path):
     code = f"""
 import os, signal
-from index.table.lock import claim
+from index.table.lock import hold_lock
 from index.table.storage import Storage
-with claim({str(tmp_path / "x")!r}, Storage()):
+with hold_lock({str(tmp_path / "x")!r}, Storage()):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert (tmp_path / "x" / "lock").exists()
-    with claim(str(tmp_path / "x"), Storage()):
+    with hold_lock(str(tmp_path / "x"), Storage()):
         pass
 
 

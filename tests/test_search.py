@@ -23,8 +23,9 @@ from index.search.blocks import VectorBlocks
 from index.search.exact import ExactSearch
 from index.search.neighbors import RetrievedPairs
 from index.space.queries import draw_points, draw_rows
+from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
-from index.table.table import open_table, rewrite_vectors
+from index.table.table import open_table
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_every_index_type_is_built_and_reported(table, index_type):
 def test_ivf_flat_replaces_an_index_that_misses_the_target(table):
     options = {"index_type": "ivf_pq", "target_recall": 1.0, "memory": 2**30, "seed": 0, "refine_factors": (1,)}
     selection = select_index(table, ground_truth(table), **options)
-    assert selection.table.meta.index.kind == "ivf_flat"
+    assert selection.table.meta.index.index_type == "ivf_flat"
     assert {each.index_type for each in selection.candidates} == {"ivf_pq", "ivf_flat"}
     assert selection.recall.recall_at_1 > 0.99
     first, second = selection.reason.split("; ")
@@ -235,7 +236,7 @@ def test_ivf_flat_replaces_an_index_that_misses_the_target(table):
 def test_a_new_geometry_rewrites_the_vectors_and_is_kept(table):
     table = build_index(table, BuildConfig()).table
     after = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="standard")).table
-    assert (after.meta.geometry.desc_scale, after.meta.geometry.kind) == (2.0, "standard")
+    assert (after.meta.geometry.desc_scale, after.meta.geometry.name) == (2.0, "standard")
     assert np.array_equal(
         after.column("vector", None),
         after.meta.geometry.vectors(after.column("text", None), after.column("latent", None)).astype(np.float16),

@@ -20,6 +20,7 @@ from index.search.lance_index import (
     publish_segments,
     without_index,
 )
+from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import column_array, open_table
 from pipeline.beam.index_segments import beam_builder, fragment_groups
 from pipeline.config import RuntimeConfig
@@ -47,7 +48,7 @@ def test_the_same_plan_builds_the_same_index(table, index_type):
     assert np.array_equal(plan.centroids, same.centroids)
     assert not np.array_equal(plan.centroids, other.centroids)
     first = build_whole(table, plan, None)
-    second = build_whole(first, IndexPlan.from_dict(same.to_dict()), None)
+    second = build_whole(first, from_json_dict(IndexPlan, to_json_dict(same)), None)
     assert second.version > first.version
     assert np.array_equal(retrieved(first, queries), retrieved(second, queries))
 
@@ -102,7 +103,7 @@ def test_two_workers_build_one_index_while_the_old_one_serves(table):
         return on_workers(table, plan, log)
 
     first = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.5), build).report
-    assert (served[0].geometry.desc_scale, served[0].index.kind) == (2.0, "ivf_rq")
+    assert (served[0].geometry.desc_scale, served[0].index.index_type) == (2.0, "ivf_rq")
     exact = build_index(
         open_table(table.uri), BuildConfig(desc_scale=2.0), beam_builder(RuntimeConfig(num_workers=2), "auto")
     ).report

@@ -12,7 +12,7 @@ import pytest
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, SourceError, TableError
 from index.search.ann import ApproximateSearch
-from index.table.lock import claim
+from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import open_table, table_uri
 from pipeline.sources.listing import list_shards
@@ -24,7 +24,7 @@ KEYS = ("aws_access_key_id=me", "aws_secret_access_key=secret", "region=us-east-
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """Where a fresh S3 server listens; it holds one bucket, `bucket`."""
+    """The address of a new S3 server with one bucket, `bucket`."""
     pytest.importorskip("moto", reason="the S3 test server is not installed: pip install 'moto[s3]' flask flask-cors")
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
@@ -47,7 +47,7 @@ def endpoint():
 
 @pytest.fixture
 def s3(endpoint, monkeypatch) -> Storage:
-    """The server by options alone."""
+    """Options that reach the server, with nothing in the environment."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     return Storage.of([f"endpoint_url={endpoint}", *KEYS])
@@ -78,20 +78,20 @@ def test_shards_are_listed_counted_and_read(uploaded, s3, shapes):
 
 
 def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encoded, encode_shapes, content, rejects):
-    made = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
-    assert (made.table.uri, made.report["rows"]) == ("s3://bucket/db/shapes.lance", 360)
-    assert rejects(made.table) == []
+    result = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
+    assert (result.table.uri, result.report["rows"]) == ("s3://bucket/db/shapes.lance", 360)
+    assert rejects(result.table) == []
 
     def without_shard(table):
         return [{name: row[name] for name in row if name != "shard"} for row in content(table)]
 
-    assert without_shard(made.table) == without_shard(encoded)
+    assert without_shard(result.table) == without_shard(encoded)
     again = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
     assert (again.already_complete, again.report) == (True, made.report)
     assert s3.names("s3://bucket/db/shapes.encode") == []
-    built = build_index(open_table(made.table.uri, storage=s3), BuildConfig(index_type="ivf_flat"))
+    built = build_index(open_table(result.table.uri, storage=s3), BuildConfig(index_type="ivf_flat"))
     assert built.table.report("index")["index_type"] == "ivf_flat"
-    table = open_table(made.table.uri, indexed=True, storage=s3)
+    table = open_table(result.table.uri, indexed=True, storage=s3)
     vectors = table.column("vector")[:8]
     assert ApproximateSearch(table).nearest(vectors.astype("float32")).text.shape == (8, 1, 16)
 
@@ -140,16 +140,16 @@ def test_the_environment_names_the_endpoint(uploaded, s3, endpoint, monkeypatch)
         open_table("s3://bucket/db/none.lance")
 
 
-def test_a_lease_holds_a_table_in_a_bucket(s3, monkeypatch):
+def test_a_lease_locks_a_table_in_a_bucket(s3):
     folder = "s3://bucket/db/x.encode"
-    taken = pytest.raises(TableError, match=r"is being encoded by process .* lease ends in \d+ s")
-    with claim(folder, s3), taken, claim(folder, s3):
-        raise AssertionError("claimed twice")
-    with claim("s3://bucket/db/x.encode", s3):
+    refused = pytest.raises(TableError, match=r"is being encoded by process .* lease expires in \d+ s")
+    with hold_lock(folder, s3), refused, hold_lock(folder, s3):
+        raise AssertionError("locked twice")
+    with hold_lock(folder, s3):
         pass
-    # A run that was killed gives nothing back; its lease runs out.
-    s3.write_json("s3://bucket/db/x.encode/owner.json", {"host": "a", "process": 1, "since": "then", "until": 1.0})
-    with claim("s3://bucket/db/x.encode", s3):
+    # A run that was killed releases nothing, but its lease expires.
+    s3.write_json(f"{folder}/owner.json", {"host": "a", "process": 1, "since": "then", "until": 1.0})
+    with hold_lock(folder, s3):
         pass
 
 
@@ -160,29 +160,29 @@ def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
         list_shards(["s3://nowhere/*.tar"], ReadOptions(storage=s3))
 
 
-def test_a_store_that_does_not_answer_is_one_line(s3, monkeypatch):
+def test_an_unreachable_store_is_one_line(s3, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    nobody = Storage.of(["endpoint=http://127.0.0.1:9", *KEYS])
+    unreachable = Storage.of(["endpoint=http://127.0.0.1:9", *KEYS])
     with pytest.raises(TableError, match=r"s3://bucket/t.lance cannot be reached \(.*\): check the address"):
-        open_table("s3://bucket/t.lance", storage=nobody)
+        open_table("s3://bucket/t.lance", storage=unreachable)
     with pytest.raises(SourceError, match=r"'s3://bucket/\*\.tar' cannot be listed \("):
         list_shards(["s3://bucket/*.tar"], ReadOptions(storage=nobody))
 
 
 def test_options_are_named_as_lance_names_them():
     storage = Storage.of(["endpoint=http://x", "aws_secret_access_key=s", "region=r", "other=1"])
-    assert dict(storage.options) | {"aws_endpoint": "http://x"} == {
+    assert dict(storage.options) == {
         "allow_http": "true",
         "aws_endpoint": "http://x",
         "aws_region": "r",
         "aws_secret_access_key": "s",
         "other": "1",
     }
-    with pytest.raises(OptionError, match="--storage-option 'region': give name=value"):
+    with pytest.raises(OptionError, match="--storage-option 'region' is not of the form name=value"):
         Storage.of(["region"])
 
 
-@pytest.mark.parametrize("given", ["memory://db/t.lance", "ftp://host/t.lance"])
-def test_where_lance_does_not_write_is_said(given):
-    with pytest.raises(TableError, match=r"nothing that Lance writes to: give a path, or s3://"):
-        table_uri(given)
+@pytest.mark.parametrize("uri", ["memory://db/t.lance", "ftp://host/t.lance"])
+def test_a_scheme_that_lance_does_not_write_to_is_refused(uri):
+    with pytest.raises(TableError, match=r"a scheme that Lance does not write to: use a path, s3://"):
+        table_uri(uri)

@@ -1,6 +1,7 @@
-"""A table is published whole, rewritten in its vectors alone, and refused where it does not fit."""
+"""A table is committed whole, its vectors are rewritten alone, and it is refused if columns and metadata differ."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,14 @@ import pyarrow as pa
 import pytest
 
 from index.errors import TableError
+from index.report.integrity import check_vectors
+from index.space.centering import fit_centering
 from index.space.geometry import Geometry
-from index.table.schema import HELDOUT, TRAIN, TableMeta, check_table, row_id, split_of
-from index.table.table import Table, column_array, list_array, open_table, rewrite_vectors, table_uri
+from index.space.moments import Moments
+from index.table.codec import from_json_dict, to_json_dict
+from index.table.commit import rewrite_vectors, update_meta
+from index.table.schema import HELDOUT, METADATA_KEY, TRAIN, IndexRef, TableMeta, check_table, sample_id, split_of
+from index.table.table import Table, column_array, list_array, open_table, table_uri
 
 
 @pytest.fixture
@@ -43,12 +49,12 @@ def test_columns_are_those_of_the_design(encoded):
 
 def test_stored_vectors_are_the_geometry_of_the_other_columns(encoded):
     geometry = encoded.meta.geometry
-    assert (geometry.kind, geometry.desc_scale) == ("sphere", 4.0)
+    assert (geometry.name, geometry.desc_scale) == ("sphere", 4.0)
     vectors = geometry.vectors(encoded.column("text", None), encoded.column("latent", None))
     assert np.array_equal(encoded.column("vector", None), vectors.astype(np.float16))
 
 
-def test_statistics_are_those_of_the_training_split(encoded):
+def test_moments_are_those_of_the_training_split(encoded):
     latent = encoded.column("latent", TRAIN).astype(np.float64)
     moments = encoded.meta.moments
     assert moments.count == len(latent)
@@ -56,32 +62,116 @@ def test_statistics_are_those_of_the_training_split(encoded):
     assert np.allclose(moments.latent_std, latent.std(0), atol=1e-9)
 
 
-def test_metadata_round_trips_exactly(encoded):
-    again = TableMeta.from_json(encoded.meta.to_json())
-    assert again.to_json() == encoded.meta.to_json()
+def test_split_is_by_hash_of_the_id_and_has_its_fraction():
+    ids = [sample_id(str(i), b"image") for i in range(20_000)]
+    fraction = np.mean([split_of(each, 0.1) == HELDOUT for each in ids])
+    assert abs(fraction - 0.1) < 0.01
+    assert all(split_of(each, 0.0) == TRAIN and split_of(each, 1.0) == HELDOUT for each in ids[:100])
+    assert sample_id("a", b"x") != sample_id("a", b"y") != sample_id("b", b"y")
+
+
+# --- metadata
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_metadata_round_trips_exactly(encoded, centered):
+    meta = encoded.meta
+    if centered:
+        text, latent = encoded.column("text"), encoded.column("latent")
+        meta = replace(meta, geometry=replace(meta.geometry, centering=fit_centering([(text, latent)])))
+    meta = replace(meta, index=IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=1.0))
+    again = TableMeta.from_json(meta.to_json())
+    assert again.to_json() == meta.to_json()
+    assert again.geometry.same_as(meta.geometry)
+    assert again.index == meta.index
     assert again.latent_shape == (2, 4, 4)
+    assert again.geometry.mean.dtype == np.float32
 
 
-def test_split_is_by_hash_of_id_and_keeps_its_share():
-    ids = [row_id(str(i), b"picture") for i in range(20_000)]
-    share = np.mean([split_of(row, 0.1) == HELDOUT for row in ids])
-    assert abs(share - 0.1) < 0.01
-    assert all(split_of(row, 0.0) == TRAIN and split_of(row, 1.0) == HELDOUT for row in ids[:100])
-    assert row_id("a", b"x") != row_id("a", b"y") != row_id("b", b"y")
+def test_arrays_of_any_byte_order_and_shape_round_trip():
+    sums = np.arange(6, dtype=">f8")
+    moments = Moments(3, sums[::2].astype(">f8"), np.zeros(3), np.empty(0))
+    again = from_json_dict(Moments, json.loads(json.dumps(to_json_dict(moments))))
+    assert again.latent_sum.tolist() == [0.0, 2.0, 4.0]
+    assert again.text_sum.shape == (0,)
+    assert again.latent_sum.dtype.isnative
+
+
+def test_unknown_metadata_survives_a_change(copied):
+    content = json.loads(copied.meta.to_json())
+    content["license"] = {"name": "CC0", "urls": ["https://example.org"]}
+    content["image_encoder"]["revision"] = "abc"
+    dataset = copied.dataset()
+    dataset.update_schema_metadata({METADATA_KEY.decode(): json.dumps(content)}, replace=True)
+    opened = open_table(copied.uri)
+    index = IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=1.0)
+    update_meta(opened, replace(opened.meta, index=index))
+    written = json.loads(open_table(copied.uri).dataset().schema.metadata[METADATA_KEY])
+    assert written == content | {"index": to_json_dict(index)}
+
+
+# --- versions
+
+
+def test_a_version_is_opened_once(encoded):
+    table = encoded.at(encoded.version)
+    assert table.dataset() is table.dataset()
+
+
+def test_a_table_stays_at_its_version_while_others_commit_through_its_dataset(copied):
+    before = copied.dataset().schema.metadata
+    after = update_meta(copied, replace(copied.meta, image_size=99))
+    assert (after.version, after.meta.image_size) == (copied.version + 1, 99)
+    assert copied.dataset().version == copied.version
+    assert copied.dataset().schema.metadata == before
+
+
+def test_a_table_is_pickled_without_its_open_dataset(encoded):
+    encoded.dataset()
+    again = pickle.loads(pickle.dumps(encoded))
+    assert "_handle" not in vars(again)
+    assert (again.uri, again.version, again.meta.to_json()) == (encoded.uri, encoded.version, encoded.meta.to_json())
+    assert again.dataset().count_rows() == encoded.dataset().count_rows()
+
+
+# --- reading
+
+
+def test_scan_reads_columns_of_a_split_in_table_order(encoded):
+    rows = encoded.dataset().to_table(columns=["id", "split"]).to_pylist()
+    for split in (TRAIN, HELDOUT, None):
+        ids = [each for batch in encoded.scan(["id"], split, batch_size=50) for each in batch["id"].to_pylist()]
+        assert ids == [row["id"] for row in rows if split in (row["split"], None)]
+    positions = encoded.positions(HELDOUT)
+    assert [rows[each]["split"] for each in positions] == [HELDOUT] * len(positions)
+    assert len(positions) + len(encoded.positions(TRAIN)) == len(rows)
+
+
+def test_take_keeps_order_and_repeats(encoded):
+    positions = np.array([7, 3, 7, 0])
+    rows = encoded.dataset().to_table(columns=["id"], with_row_id=True)
+    ids, row_ids = rows["id"].to_pylist(), rows["_rowid"].to_numpy().astype(np.int64)
+    expected = [ids[7], ids[3], ids[7], ids[0]]
+    assert encoded.take(positions, "id").tolist() == expected
+    assert encoded.take_row_ids(row_ids[positions], "id").tolist() == expected
+    assert encoded.take(positions, "text").shape == (4, 16)
+
+
+# --- rewriting vectors
 
 
 def test_rewriting_changes_the_vectors_and_nothing_else(copied):
-    geometry = Geometry.fit(copied.meta.moments, kind="standard", desc_scale=2.5)
+    geometry = Geometry.fit(copied.meta.moments, name="standard", desc_scale=2.5)
     *steps, after = rewrite_vectors(copied, geometry)
     assert steps[-1] == copied.dataset().count_rows()
     assert after.version == copied.version + 1
     before = copied.dataset().to_table()
-    now = after.dataset().to_table()
-    assert now.drop_columns(["vector"]).equals(before.drop_columns(["vector"]))
-    expected = geometry.vectors(column_array(now["text"]), column_array(now["latent"]))
-    assert np.array_equal(column_array(now["vector"]), expected.astype(np.float16))
+    rows = after.dataset().to_table()
+    assert rows.drop_columns(["vector"]).equals(before.drop_columns(["vector"]))
+    expected = geometry.vectors(column_array(rows["text"]), column_array(rows["latent"]))
+    assert np.array_equal(column_array(rows["vector"]), expected.astype(np.float16))
     assert open_table(copied.uri).meta.geometry.same_as(geometry)
-    # Whoever has the older version open keeps it.
+    # Readers that have the older version open keep it.
     assert open_table(copied.uri, version=copied.version).meta.geometry.same_as(copied.meta.geometry)
     assert copied.dataset().to_table().equals(before)
 
@@ -93,30 +183,33 @@ def test_rewriting_works_after_compaction(copied):
     assert len(compacted.dataset().get_fragments()) == 1
     geometry = Geometry.fit(copied.meta.moments, desc_scale=7.0)
     *_, after = rewrite_vectors(compacted, geometry)
-    now = after.dataset().to_table()
-    expected = geometry.vectors(column_array(now["text"]), column_array(now["latent"]))
-    assert np.array_equal(column_array(now["vector"]), expected.astype(np.float16))
+    rows = after.dataset().to_table()
+    expected = geometry.vectors(column_array(rows["text"]), column_array(rows["latent"]))
+    assert np.array_equal(column_array(rows["vector"]), expected.astype(np.float16))
 
 
-def test_take_keeps_order_and_repeats(encoded):
-    offsets = np.array([7, 3, 7, 0])
-    ids = encoded.dataset().to_table(columns=["id"])["id"].to_pylist()
-    assert encoded.take(offsets, "id").tolist() == [ids[7], ids[3], ids[7], ids[0]]
-    assert encoded.take(offsets, "text").shape == (4, 16)
+def test_rewriting_refuses_a_table_with_added_columns(copied):
+    copied.dataset().add_columns({"score": "1.0"})
+    geometry = Geometry.fit(copied.meta.moments, desc_scale=7.0)
+    with pytest.raises(TableError, match=r"were added or dropped.*pipeline encode"):
+        list(rewrite_vectors(open_table(copied.uri), geometry))
 
 
-@pytest.mark.parametrize("given", ["shapes", "db/shapes", ".lance", "shapes.parquet"])
-def test_a_name_that_is_no_table(given):
+# --- refusals
+
+
+@pytest.mark.parametrize("path", ["shapes", "db/shapes", ".lance", "shapes.parquet"])
+def test_a_path_that_does_not_name_a_table_is_refused(path):
     with pytest.raises(TableError, match=r"DB/NAME\.lance"):
-        table_uri(given)
+        table_uri(path)
 
 
-def test_a_uri_that_became_a_path_is_said():
+def test_a_uri_passed_as_a_path_is_refused():
     with pytest.raises(TableError, match=r"gs:/bucket/db/pairs.lance' has lost a slash"):
         open_table(Path("gs://bucket/db/pairs.lance"))
 
 
-def test_a_table_that_is_not_there(tmp_path):
+def test_a_missing_or_unreadable_table_is_refused(tmp_path):
     with pytest.raises(TableError, match="pipeline encode"):
         open_table(tmp_path / "none.lance")
     (tmp_path / "empty.lance" / "_versions").mkdir(parents=True)
@@ -125,12 +218,12 @@ def test_a_table_that_is_not_there(tmp_path):
         open_table(tmp_path / "empty.lance")
 
 
-def test_a_table_without_index_says_what_to_type(encoded):
+def test_a_table_without_index_names_the_command_that_builds_it(encoded):
     with pytest.raises(TableError, match="pipeline build-index"):
         open_table(encoded.uri, indexed=True)
 
 
-def test_foreign_tables_are_refused(encoded, tmp_path):
+def test_tables_of_other_software_are_refused(tmp_path):
     import lance
 
     lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "foreign.lance"))
@@ -138,39 +231,27 @@ def test_foreign_tables_are_refused(encoded, tmp_path):
         open_table(tmp_path / "foreign.lance")
 
 
-def test_widths_that_do_not_fit_are_refused(encoded):
+def test_columns_that_contradict_the_metadata_are_refused(encoded):
     schema = encoded.dataset().schema
-    place = schema.get_field_index("text")
-    wrong = schema.set(place, pa.field("text", pa.list_(pa.float16(), 24))).with_metadata(schema.metadata)
+    column = schema.get_field_index("text")
+    wrong = schema.set(column, pa.field("text", pa.list_(pa.float16(), 24))).with_metadata(schema.metadata)
     with pytest.raises(TableError, match=r"`text`.*24.*16 float16"):
         check_table(wrong)
     with pytest.raises(TableError, match="no column `latent`"):
         check_table(schema.remove(schema.get_field_index("latent")).with_metadata(schema.metadata))
 
 
-def test_another_schema_version_is_refused(encoded):
-    content = json.loads(replace(encoded.meta).to_json()) | {"schema_version": 99}
-    with pytest.raises(TableError, match="schema version 99"):
-        TableMeta.from_json(json.dumps(content))
+def test_vectors_that_no_index_can_serve_are_counted(encoded, tmp_path):
+    import lance
 
-
-def test_vectors_that_no_index_can_serve_are_counted(encoded):
-    from index.report.integrity import check_vectors
-
-    vectors = encoded.column("vector").copy()
-    sound = check_vectors(encoded)
+    rows = encoded.dataset().to_table(filter=f"split = '{TRAIN}'")
+    expected = check_vectors(encoded)
+    vectors = column_array(rows["vector"]).copy()
     vectors[0, 3], vectors[1, 0], vectors[2] = np.nan, np.inf, 0
     vectors[4:7] = vectors[3]
-    vectors[3, -1], vectors[5, -1] = 0.0, -0.0
-
-    class Changed(Table):
-        def dataset(self):
-            return self
-
-        def to_batches(self, **_):
-            for part in np.array_split(vectors, 3):
-                yield pa.record_batch([list_array(part)], ["vector"])
-
-    found = check_vectors(Changed(encoded.uri, encoded.version, encoded.meta))
-    assert (found.nonfinite_vectors, found.zero_vectors) == (2, 1)
-    assert found.duplicate_vectors == sound.duplicate_vectors + 3
+    vectors[3, -1], vectors[5, -1] = 0.0, -0.0  # equal numbers of different bits
+    rows = rows.set_column(rows.schema.get_field_index("vector"), "vector", list_array(vectors))
+    lance.write_dataset(rows.replace_schema_metadata(encoded.dataset().schema.metadata), tmp_path / "bad.lance")
+    counts = check_vectors(open_table(tmp_path / "bad.lance"))
+    assert (counts.nonfinite_vectors, counts.zero_vectors) == (2, 1)
+    assert counts.duplicate_vectors == expected.duplicate_vectors + 3

@@ -21,8 +21,9 @@ from index.search.kmeans import fastest_device
 from index.space.centering import Centering, fit_centering
 from index.space.geometry import Geometry
 from index.space.queries import draw_points, draw_rows
+from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array, rewrite_vectors
+from index.table.table import Table, column_array
 from index.terminal import Progress
 
 MAX_CENTERING_SIZE = 2**24
@@ -57,7 +58,7 @@ def choose_geometry(
     def fit(centering: Centering | None) -> Geometry:
         return Geometry.fit(
             table.meta.moments,
-            kind=name or current.kind,
+            name=name or current.name,
             desc_scale=scale,
             allow_small_desc_scale=allowed,
             centering=centering,
@@ -65,7 +66,7 @@ def choose_geometry(
 
     geometry = fit(None)
     if center:
-        reusable = current.centering if geometry.kind == current.kind else None
+        reusable = current.centering if geometry.name == current.name else None
         geometry = fit(reusable or _fit_centering(table, geometry))
     if desc_scale == "auto":
         scale = _auto_desc_scale(table, geometry, target_perplexity, allow_small=allow_small, seed=seed)
@@ -81,7 +82,7 @@ def _fit_centering(table: Table, geometry: Geometry) -> Centering:
             f"--center stores {geometry.text_dim} x {geometry.latent_dim} weights in the table's metadata, and "
             f"{MAX_CENTERING_SIZE:,} are allowed: use encoders with smaller latents or embeddings, or drop --center"
         )
-    batches = table.dataset().to_batches(columns=["text", "latent"], filter=f"split = '{TRAIN}'", batch_size=8192)
+    batches = table.scan(["text", "latent"], TRAIN, batch_size=8192)
     rows = ([column_array(batch[name]) for name in ("text", "latent")] for batch in batches)
     return fit_centering((text, geometry.to_coordinates(latent)) for text, latent in rows)
 
@@ -144,7 +145,7 @@ def lay_out(
 
 def _balance_coordinate(table: Table) -> Float32[np.ndarray, "N"]:
     """Return the balance coordinate of every row, in table order."""
-    batches = table.dataset().to_batches(columns=["vector"], batch_size=65_536, batch_readahead=1)
+    batches = table.scan(["vector"], batch_readahead=1)
     parts = [table.meta.geometry.balance_of(column_array(batch["vector"])).astype(np.float32) for batch in batches]
     return np.concatenate([np.empty(0, np.float32), *parts])
 

@@ -17,8 +17,9 @@ from index.report.recall import GroundTruth, Recall, measure_recall
 from index.report.report import IndexCandidate
 from index.search.ann import ApproximateSearch
 from index.search.lance_index import VECTOR_INDEX, IndexPlan, build_whole
+from index.table.commit import tag_indexed, update_meta
 from index.table.schema import IndexRef
-from index.table.table import Table, tag_indexed, update_meta
+from index.table.table import Table
 from index.terminal import Progress
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
@@ -69,7 +70,7 @@ def select_index(
         )
     if index_type == "none" or (index_type == "auto" and n < MIN_INDEXED_ROWS):
         recall = measure_recall(truth.exact, truth)
-        ref = IndexRef(kind="none", num_partitions=None, nprobes=None, recall=recall.recall_at_1)
+        ref = IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=recall.recall_at_1)
         return Selection(_served_by(table, ref), recall, f"exact search over {n:,} rows", [])
     kept = _kept_index(table.meta.index, index_type, n)
     if kept is not None:
@@ -83,7 +84,9 @@ def select_index(
         began = time.monotonic()
         num_partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
         table = build(table, IndexPlan.train(table, candidate, num_partitions, num_bits=num_bits, seed=seed), log)
-        index = IndexRef(kind=candidate, num_partitions=num_partitions, nprobes=None, recall=0.0, num_bits=num_bits)
+        index = IndexRef(
+            index_type=candidate, num_partitions=num_partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
+        )
         seconds = round(time.monotonic() - began, 2)
         measured, best = _tune(table, index, truth, target_recall, refine_factors, log, build_seconds=seconds)
         candidates += measured
@@ -112,7 +115,7 @@ def index_bytes(table: Table) -> int:
 
 def _kept_index(index: IndexRef | None, index_type: str, rows: int) -> IndexRef | None:
     """Return the table's index if it has the requested type and the table has not outgrown its partitions."""
-    if index is None or index.num_partitions is None or index_type not in ("auto", index.kind):
+    if index is None or index.num_partitions is None or index_type not in ("auto", index.index_type):
         return None
     return index if rows <= 4 * index.num_partitions**2 else None
 
@@ -131,7 +134,7 @@ def _index_new_rows(table: Table) -> tuple[Table, int]:
     dataset = table.dataset()
     if added:
         dataset.optimize.optimize_indices()
-    return Table(table.uri, dataset.version, table.meta, table.storage), added
+    return table.at(dataset), added
 
 
 def _tune(
@@ -156,7 +159,7 @@ def _tune(
         candidates.append(
             IndexCandidate(
                 **asdict(recall),
-                index_type=index.kind,
+                index_type=index.index_type,
                 num_bits=index.num_bits,
                 num_partitions=most,
                 nprobes=nprobes,
@@ -170,7 +173,7 @@ def _tune(
 
     with Progress("measure recall", total=None, unit="queries", log=log) as bar:
         # The distances of IVF_FLAT are exact already.
-        refine_factors = (1,) if index.kind == "ivf_flat" else refine_factors
+        refine_factors = (1,) if index.index_type == "ivf_flat" else refine_factors
         nprobes, previous = 1, -1.0
         while not any(reaches(nprobes, refine_factor) for refine_factor in refine_factors):
             recall = candidates[-1].recall_at_1

@@ -23,7 +23,7 @@ def check_vectors(table: Table) -> VectorIntegrity:
     """Count the unusable training vectors of a table in one pass over them."""
     weights = np.random.default_rng(0).integers(2**64, size=table.meta.geometry.vector_dim, dtype=np.uint64)
     hashes, nonfinite, zero = [np.empty(0, np.uint64)], 0, 0
-    for batch in table.dataset().to_batches(columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=65_536):
+    for batch in table.scan(["vector"], TRAIN):
         vectors = column_array(batch["vector"])
         nonfinite += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())

@@ -66,10 +66,10 @@ class IndexCandidate(Recall, IndexSettings):
     def ref(self) -> IndexRef:
         """Return what the table's metadata stores of it."""
         return IndexRef(
-            kind=self.index_type,
+            index_type=self.index_type,
             num_partitions=self.num_partitions,
             nprobes=self.nprobes,
-            recall=self.recall_at_1,
+            recall_at_1=self.recall_at_1,
             num_bits=self.num_bits,
             refine_factor=self.refine_factor,
         )
@@ -158,14 +158,14 @@ def describe(table: Table) -> dict[str, Any]:
         "version": table.version,
         "rows": table.dataset().count_rows(),
         "train_rows": table.dataset().count_rows(filter=f"split = '{TRAIN}'"),
-        "image_encoder": f"{meta.image_encoder.kind} {meta.image_encoder.name}",
-        "text_encoder": f"{meta.text_encoder.kind} {meta.text_encoder.name}",
+        "image_encoder": f"{meta.image_encoder.class_name} {meta.image_encoder.name}",
+        "text_encoder": f"{meta.text_encoder.class_name} {meta.text_encoder.name}",
         "image_size": meta.image_size,
         "latent_shape": list(meta.latent_shape),
         "text_dim": meta.text_dim,
-        "geometry": meta.geometry.kind,
+        "geometry": meta.geometry.name,
         "desc_scale": meta.geometry.desc_scale,
         "indexed": meta.index is not None,
-        "index_type": None if meta.index is None else meta.index.kind,
+        "index_type": None if meta.index is None else meta.index.index_type,
         "index_report": None if meta.index is None else table.report("index"),
     }

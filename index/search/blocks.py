@@ -184,9 +184,7 @@ class VectorBlocks:
         import torch
 
         seen, start = 0, 0
-        batches = self._table.dataset().to_batches(
-            columns=["vector"], filter=f"split = '{TRAIN}'", batch_size=self._read_rows, batch_readahead=1
-        )
+        batches = self._table.scan(["vector"], TRAIN, batch_size=self._read_rows, batch_readahead=1)
         for batch in batches:
             vectors = self._prepare(column_array(batch["vector"])[(-seen) % self._stride :: self._stride])
             seen += len(batch)

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from index.search.kmeans import partition_file, train_centroids
-from index.table.codec import pack, unpack
-from index.table.table import Table, update_meta
+from index.table.commit import update_meta
+from index.table.table import Table
 from index.terminal import Progress
 
 if TYPE_CHECKING:
@@ -46,15 +46,6 @@ class IndexPlan:
         centroids = train_centroids(table, num_partitions, seed=seed)
         rotation = None if num_bits is None else _draw_rotation(centroids.shape[1], num_bits, seed)
         return cls(index_type=index_type, centroids=centroids, num_bits=num_bits, rotation=rotation)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready copy; arrays survive the round trip exactly."""
-        return {name: pack(getattr(self, name)) for name in self.__slots__}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "IndexPlan":
-        """Restore a plan from `to_dict`."""
-        return cls(**{name: unpack(value) for name, value in content.items()})
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of Lance's `create_index`."""
@@ -95,17 +86,17 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
             dataset.create_index(
                 replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
             )
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def without_index(table: Table) -> Table:
     """Drop the vector index, so that Lance can build segments; the last tagged version keeps serving."""
     dataset = index_splits(table).dataset()
     if any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
-        table = Table(table.uri, dataset.version, table.meta, table.storage)
+        table = table.at(dataset)
         dataset = update_meta(table, replace(table.meta, index=None)).dataset()
         dataset.drop_index(VECTOR_INDEX)
-    return Table(table.uri, dataset.version, replace(table.meta, index=None), table.storage)
+    return table.at(dataset, replace(table.meta, index=None))
 
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
@@ -122,7 +113,7 @@ def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:
     if not any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
         merged = dataset.merge_existing_index_segments(list(segments)) if len(segments) > 1 else segments[0]
         dataset = dataset.commit_existing_index_segments(VECTOR_INDEX, "vector", [merged])
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def newest(table: Table) -> Table:
@@ -130,7 +121,7 @@ def newest(table: Table) -> Table:
     import lance
 
     dataset = lance.dataset(table.uri, storage_options=table.storage.lance)
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)
 
 
 def index_splits(table: Table) -> Table:
@@ -138,4 +129,4 @@ def index_splits(table: Table) -> Table:
     dataset = table.dataset()
     if not any("split" in index.field_names for index in dataset.describe_indices()):
         dataset.create_scalar_index("split", "BITMAP")
-    return Table(table.uri, dataset.version, table.meta, table.storage)
+    return table.at(dataset)

@@ -1,1 +1,1 @@
-"""Arithmetic only: what is compared with what."""
+"""Arithmetic only: the coordinates of rows, the vectors that are stored, the queries that are compared with them."""

@@ -1,54 +1,44 @@
-"""Description-centered search: what a description already tells of a latent is taken out before latents are compared.
+"""Centering: latents are compared after a ridge regression on text embeddings has been subtracted from them.
 
-    residual = (x - W unit(t) - b) / s        of coordinates x and descriptions t
+    residual = (x - W t/|t| - b) / s        for coordinates x and text embeddings t
 
-W and b are a ridge regression of coordinates on unit descriptions, s the standard deviation of what it leaves. For
-captions that are class labels this is standardizing within each class, which lowers what search alone costs (design,
-section 4). The penalty is the one of least generalized cross-validation (Golub, Heath and Wahba 1979), so descriptions
-that tell nothing, or as many as there are rows, are hardly used. All of it comes from sums of one pass.
+W and b are the regression's weights, s is the standard deviation of its residuals in each dimension. If captions are
+class labels, this standardizes within each class, which lowers the error that search alone adds. The penalty is the
+one of least generalized cross-validation (Golub, Heath and Wahba 1979, https://doi.org/10.1080/00401706.1979.10489751),
+so embeddings that predict nothing, or that have as many dimensions as there are rows, get weights near zero. All sums
+come from one pass over the rows.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from index.space.moments import unit
-from index.table.codec import pack, unpack
 
 PENALTIES = np.logspace(-8, 2, 41)
-"""Tried, relative to the largest variance of a description's direction."""
+"""Ridge penalties to try, relative to the largest eigenvalue of the text embeddings' covariance."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Centering:
-    """What is taken out of coordinates for a description."""
+    """A fitted regression of coordinates on text embeddings."""
 
     weight: Float32[np.ndarray, "T L"]
     bias: Float32[np.ndarray, "L"]
     std: Float32[np.ndarray, "L"]
-    explained: float
-    """Share of the coordinates' variance that descriptions tell, by cross-validation."""
+    explained_variance: float
+    """Fraction of the coordinates' variance that text embeddings explain, by cross-validation."""
 
     def residual(self, text: Float[np.ndarray, "B T"], x: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
-        """Coordinates less what their descriptions tell, each dimension standardized."""
-        told = unit(text.astype(np.float32)) @ self.weight + self.bias
-        return np.asarray((x - told) / self.std, np.float32)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; exact."""
-        return {name: pack(getattr(self, name)) for name in self.__slots__}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Centering":
-        """The inverse of `to_dict`."""
-        return cls(**{name: unpack(value) for name, value in content.items()})
+        """Subtract the prediction from coordinates and standardize each dimension."""
+        predicted = unit(text.astype(np.float32)) @ self.weight + self.bias
+        return np.asarray((x - predicted) / self.std, np.float32)
 
 
 def fit_centering(batches: Iterable[tuple[Float[np.ndarray, "_B T"], Float[np.ndarray, "_B L"]]]) -> Centering:
-    """Fit to batches of (descriptions, coordinates) of all training rows, each seen once; sums are float64."""
+    """Fit to batches of (text embeddings, coordinates) of all training rows, each row once; sums are float64."""
     count, sums = 0, None
     for text, x in batches:
         t, x = unit(text.astype(np.float64)), x.astype(np.float64)
@@ -58,26 +48,26 @@ def fit_centering(batches: Iterable[tuple[Float[np.ndarray, "_B T"], Float[np.nd
     assert sums is not None, "no rows"
     t_mean, x_mean, tt, tx, xx = (part / count for part in sums)
     variance = np.maximum(xx - np.square(x_mean), 0.0)
-    spread, directions = np.linalg.eigh(tt - np.outer(t_mean, t_mean))
-    spread = np.maximum(spread, 0.0)
-    told = directions.T @ (tx - np.outer(t_mean, x_mean))  # T L: covariance along each direction
+    eigenvalues, directions = np.linalg.eigh(tt - np.outer(t_mean, t_mean))
+    eigenvalues = np.maximum(eigenvalues, 0.0)
+    covariance = directions.T @ (tx - np.outer(t_mean, x_mean))  # T L, along each eigenvector
 
-    def left(penalty: float) -> Float[np.ndarray, "L"]:
-        shrink = 1 / (spread + penalty)
-        return np.asarray(variance - np.square(told).T @ (2 * shrink - spread * np.square(shrink)))
+    def residual_variance(penalty: float) -> Float[np.ndarray, "L"]:
+        shrink = 1 / (eigenvalues + penalty)
+        return np.asarray(variance - np.square(covariance).T @ (2 * shrink - eigenvalues * np.square(shrink)))
 
     def cross_validated(penalty: float) -> float:
-        freedom = 1 + (spread / (spread + penalty)).sum()
-        return float(left(penalty).sum() / max(1 - freedom / count, 1e-9) ** 2)
+        degrees_of_freedom = 1 + (eigenvalues / (eigenvalues + penalty)).sum()
+        return float(residual_variance(penalty).sum() / max(1 - degrees_of_freedom / count, 1e-9) ** 2)
 
-    penalties = PENALTIES * max(spread.max(), 1e-12)
+    penalties = PENALTIES * max(eigenvalues.max(), 1e-12)
     penalty = min(penalties, key=cross_validated)
-    weight = directions @ (told / (spread + penalty)[:, None])
-    remains = left(penalty)
-    still = remains <= 1e-12 * np.maximum(variance, 1e-12)
+    weight = directions @ (covariance / (eigenvalues + penalty)[:, None])
+    left = residual_variance(penalty)
+    constant = left <= 1e-12 * np.maximum(variance, 1e-12)
     return Centering(
         weight=weight.astype(np.float32),
         bias=(x_mean - t_mean @ weight).astype(np.float32),
-        std=np.sqrt(np.where(still, 1.0, remains)).astype(np.float32),
-        explained=float(1 - cross_validated(penalty) / max(variance.sum(), 1e-12)),
+        std=np.sqrt(np.where(constant, 1.0, left)).astype(np.float32),
+        explained_variance=float(1 - cross_validated(penalty) / max(variance.sum(), 1e-12)),
     )

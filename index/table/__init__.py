@@ -1,1 +1,1 @@
-"""What is on disk: columns, metadata, versions, locks."""
+"""What is on disk: columns and metadata, object stores, the lock of a table, opening, reading and committing."""

@@ -17,6 +17,7 @@ import apache_beam as beam
 from index.build.select import Builder
 from index.errors import OptionError
 from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest, publish_segments, without_index
+from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
 from pipeline.beam.runner import run_beam
@@ -39,7 +40,7 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
-        table.storage.write_json(plan_uri, plan.to_dict())
+        table.storage.write_json(plan_uri, to_json_dict(plan))
         groups = fragment_groups(table, runtime.num_workers)
         with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
             run_beam(
@@ -96,7 +97,7 @@ class _BuildSegment(beam.DoFn):  # type: ignore[misc]
         self.table, self.plan_uri = table, plan_uri
 
     def setup(self) -> None:
-        self.plan = IndexPlan.from_dict(self.table.storage.read_json(self.plan_uri))
+        self.plan = from_json_dict(IndexPlan, self.table.storage.read_json(self.plan_uri))
 
     def process(self, fragments: list[int]) -> Iterator[str]:
         yield base64.b64encode(pickle.dumps(build_segment(self.table, self.plan, fragments))).decode()

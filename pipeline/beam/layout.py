@@ -13,9 +13,9 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from index.table.commit import add_vectors
 from index.table.schema import TableMeta
 from index.table.storage import Storage, unwritable
-from index.table.table import add_vectors
 from pipeline.beam.write_lance import fragment_from_dict
 
 PlacedFragment = tuple[int, str]

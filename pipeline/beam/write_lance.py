@@ -16,8 +16,9 @@ import apache_beam as beam
 import pyarrow as pa
 
 from index.errors import TableError
+from index.table.commit import commit_fragments
 from index.table.storage import Storage, unwritable
-from index.table.table import commit_fragments, is_table, table_uri
+from index.table.table import is_table, table_uri
 
 if TYPE_CHECKING:
     import lance

@@ -14,9 +14,10 @@ from typing import Any
 import apache_beam as beam
 
 from index.errors import SourceError
+from index.table.commit import append_rows, commit_fragments, neutral_balance, publish
 from index.table.schema import REJECTS
 from index.table.storage import unwritable
-from index.table.table import append_rows, commit_fragments, neutral_balance, publish, rejects_uri
+from index.table.table import rejects_uri
 from pipeline.beam.layout import Layout, LayOutVectors, PlacedFragment
 from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.encode.checkpoints import LAYOUT, REJECT_FRAGMENTS, STOP, ShardCheckpoint

@@ -14,6 +14,7 @@ import pyarrow as pa
 from index.errors import SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
+from index.table.codec import from_json_dict
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
@@ -119,7 +120,7 @@ class EncodeJob:
         for checkpoint in checkpoints:
             counts.add(checkpoint)
             if checkpoint.moments is not None:
-                shard_moments = Moments.from_dict(checkpoint.moments)
+                shard_moments = from_json_dict(Moments, checkpoint.moments)
                 moments = shard_moments if moments is None else moments + shard_moments
         self._check_counts(counts)
         if moments is None:
@@ -152,7 +153,7 @@ class EncodeJob:
             moments=moments,
             geometry=Geometry.fit(
                 moments,
-                kind=config.geometry or GEOMETRY,
+                name=config.geometry or GEOMETRY,
                 desc_scale=config.desc_scale or DESC_SCALE,
                 allow_small_desc_scale=config.allow_small_desc_scale,
             ),

@@ -1,10 +1,10 @@
 """Monitor an encode run through its checkpoints: show progress, and stop it once too many samples are rejected."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from index.background import repeat
 from index.terminal import Progress
 from pipeline.encode.checkpoints import STOP, SampleCounts, ShardCheckpoint
 from pipeline.encode.job import EncodeJob
@@ -22,7 +22,6 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
     """
     shards, finished = job.config.shards, dict[str, ShardCheckpoint]()
     with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.poll(shards, finished)) as bar:
-        stop = threading.Event()
 
         def show() -> None:
             done = job.checkpoints.poll(shards, finished)
@@ -37,17 +36,10 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
             if samples is not None:
                 _stop_if_hopeless(job, samples, counts)
 
-        def follow() -> None:
-            while not stop.wait(POLL_SECONDS):
-                show()
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         try:
-            yield
+            with repeat(POLL_SECONDS, show):
+                yield
         finally:
-            stop.set()
-            thread.join()
             show()
 
 

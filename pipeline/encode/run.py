@@ -8,14 +8,15 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import apache_beam as beam
 
 from index.errors import TableError
-from index.table.lock import claim
+from index.table.codec import to_json_dict
+from index.table.lock import hold_lock
 from index.table.table import Table, is_table, log_of, shards_of, table_uri
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
@@ -53,7 +54,7 @@ def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, 
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
     settings = job.settings
-    with contextlib.nullcontext() if dry_run else claim(job.checkpoints.folder, runtime.storage):
+    with contextlib.nullcontext() if dry_run else hold_lock(job.checkpoints.folder, runtime.storage):
         job, already_complete = _remaining_job(job)
         if not already_complete:
             if not dry_run:
@@ -118,7 +119,7 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
         "val-fraction": meta.val_fraction,
         "keep-images": "image" in table.dataset().schema.names,
         "desc-scale": geometry.desc_scale,
-        "geometry": geometry.kind,
+        "geometry": geometry.name,
     }
     given = {
         "image-encoder": job.image_ref.digest,
@@ -127,7 +128,7 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
         "val-fraction": config.val_fraction,
         "keep-images": config.keep_images,
         "desc-scale": config.desc_scale or geometry.desc_scale,
-        "geometry": config.geometry or geometry.kind,
+        "geometry": config.geometry or geometry.name,
     }
     if changes := _changes(stored, given, prefix="--"):
         raise TableError(
@@ -194,8 +195,8 @@ def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(counts.rows / seconds, 1),
         "seconds_by_step": {name: round(value, 2) for name, value in counts.seconds.items()},
-        "image_encoder": asdict(job.image_ref),
-        "text_encoder": asdict(job.text_ref),
+        "image_encoder": to_json_dict(job.image_ref),
+        "text_encoder": to_json_dict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
         "run_id": job.run_id,

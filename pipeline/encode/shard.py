@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, UInt8
 
-from index.background import ahead
+from index.background import prefetch
 from index.space.moments import Moments
-from index.table.schema import REJECTS, TRAIN, row_id, split_of
+from index.table.codec import to_json_dict
+from index.table.schema import REJECTS, TRAIN, sample_id, split_of
 from index.table.storage import is_local
 from index.table.table import list_array, rejects_uri
 from pipeline.beam.write_lance import write_fragments
@@ -67,7 +68,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         rejects_by_reason=encoder.rejects_by_reason,
         filtered_by_reason=encoder.filtered_by_reason,
         seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
-        moments=encoder.moments.to_dict() if encoder.moments else None,
+        moments=to_json_dict(encoder.moments) if encoder.moments else None,
         fragments=fragments,
         reject_fragments=write_fragments(rejects_uri(job.uri), REJECTS, iter([rejects]), storage),
     )
@@ -138,7 +139,7 @@ class ShardEncoder:
         """Yield the shard's rows in the order of its samples."""
         quiet_pillow()
         start = time.perf_counter()
-        for decoded in ahead(self._decode_batches(), PREFETCHED_BATCHES):
+        for decoded in prefetch(self._decode_batches(), PREFETCHED_BATCHES):
             self.seconds["wait"] += time.perf_counter() - start
             self.rejects += decoded.rejects
             self.filtered += decoded.filtered
@@ -207,7 +208,7 @@ class ShardEncoder:
     def _record_batch(
         self, samples: list[_DecodedSample], text: Float16[np.ndarray, "B T"], latent: Float16[np.ndarray, "B L"]
     ) -> pa.RecordBatch:
-        ids = [row_id(each.sample.key, each.sample.image or b"") for each in samples]
+        ids = [sample_id(each.sample.key, each.sample.image or b"") for each in samples]
         splits = [split_of(each, self.job.config.val_fraction) for each in ids]
         # Of the float16 values, so that they can be recomputed from the table.
         train = np.array(splits) == TRAIN

@@ -88,7 +88,7 @@ def compare(table: Table, size: str, batch_size: int, options: argparse.Namespac
         "table": table.uri.rpartition("/")[2],
         "rows": len(table.positions("train")),
         "vector_dim": table.meta.geometry.vector_dim,
-        "index": table.meta.index.kind if table.meta.index else None,
+        "index": table.meta.index.index_type if table.meta.index else None,
         "size": size,
         "parameters": sum(each.numel() for each in trial.network.parameters()),
         "batch_size": batch_size,

@@ -112,7 +112,7 @@ def world(k: int, seed: int) -> World:
     rng = np.random.default_rng([seed, k])
     law, label = mixture(k, rng), evenly(TRAINING)
     latent, text = law.draw(label, rng), described(label)
-    geometry = Geometry.fit(Moments.of(text, latent), kind="sphere", desc_scale=DESC_SCALE)
+    geometry = Geometry.fit(Moments.of(text, latent), name="sphere", desc_scale=DESC_SCALE)
     blocks = ArrayBlocks(geometry.vectors(text, latent), label, geometry.text_dim)
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:

@@ -23,9 +23,10 @@ from index.search.exact import ExactSearch
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
+from index.table.commit import add_vectors, publish
 from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
 from index.table.storage import Storage
-from index.table.table import Table, add_vectors, column_array, list_array, publish
+from index.table.table import Table, column_array, list_array
 from pipeline.beam.write_lance import fragment_from_dict, write_fragments
 
 BATCH, NUM_QUERIES, TARGET = 1024, 8192, 0.95
@@ -215,8 +216,8 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
 
     fragments = [fragment_from_dict(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
     assert moments is not None
-    geometry = Geometry.fit(moments, kind="sphere", desc_scale=2.0)
-    encoder = EncoderRef(name="synthetic", kind="none", digest="0" * 64)
+    geometry = Geometry.fit(moments, name="sphere", desc_scale=2.0)
+    encoder = EncoderRef(name="synthetic", class_name="none", digest="0" * 64)
     meta = TableMeta(
         image_encoder=encoder,
         text_encoder=encoder,

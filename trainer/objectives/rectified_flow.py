@@ -59,7 +59,7 @@ class RectifiedFlow(FlowMatching):
             return
         given = TableMeta.from_json(config["table"]["meta"])
         same = {
-            "geometry": given.geometry.kind == meta.geometry.kind,
+            "geometry": given.geometry.name == meta.geometry.name,
             "latents": given.latent_shape == meta.latent_shape
             and np.array_equal(given.geometry.mean, meta.geometry.mean)
             and np.array_equal(given.geometry.std, meta.geometry.std),
