@@ -78,7 +78,7 @@ def test_samples_are_shown_on_the_way_and_change_nothing(short, indexed, tmp_pat
 def attentive(indexed, tmp_path_factory):
     """A short run of a transformer that reads six token states."""
     out = tmp_path_factory.mktemp("attentive") / "run"
-    config = FitConfig(network="transformer", tokens=6, size="tiny", images=40 * 32, batch_size=32, learning_rate=3e-3)
+    config = FitConfig(network="transformer", num_tokens=6, size="tiny", images=40 * 32, batch_size=32, learning_rate=3e-3)
     # Forty steps are too few to learn anything of the way near its end, where most inputs of the default lie.
     fit(indexed, replace(config, hyperparameters={"segment": 0.5, "consistency": 1.0}), out)
     return out
@@ -258,7 +258,7 @@ def test_a_batch_in_parts_trains_as_the_whole_does(indexed, tmp_path):
     gentle, trained = replace(SHORT, learning_rate=5e-4), []
     for accumulate in (1, 4):
         out = tmp_path / f"in-{accumulate}"
-        fit(indexed, gentle, out, machine=RuntimeConfig(accumulate=accumulate))
+        fit(indexed, gentle, out, machine=RuntimeConfig(gradient_accumulation_steps=accumulate))
         trained.append(load_file(out / "model.safetensors"))
     whole, parts = trained
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
@@ -273,9 +273,9 @@ def test_a_batch_in_parts_trains_as_the_whole_does(indexed, tmp_path):
         ({"search": "magic"}, "--search 'magic'"),
         ({"images": 10}, "--images 10"),
         ({"reuse": 0}, "--reuse 0"),
-        ({"neighbors": 0}, "--neighbors 0"),
+        ({"num_neighbors": 0}, "--num-neighbors 0"),
         ({"temperature": 0.0}, "--temperature 0"),
-        ({"precision": "fp8"}, "--precision 'fp8'"),
+        ({"dtype": "fp8"}, "--dtype 'fp8'"),
         ({"hyperparameters": {"q": 1.0}}, "--set q is unknown for coalescer: choose one of p, segment"),
         ({"hyperparameters": {"p": "x"}}, "--set p=x is no number"),
         ({"hyperparameters": {"p": 0.0}}, "p 0.0 is no power"),

@@ -71,7 +71,7 @@ def test_a_run_is_sampled_by_hub_id(hub, indexed, tmp_path):
     put("org/run", tmp_path / "run")
     script = Path(sys.executable).parent / "trainer"
     done = subprocess.run(
-        [script, "sample", "org/run", "a small red circle", "--out", "a.png", "--num", "2"],
+        [script, "sample", "org/run", "a small red circle", "--out", "a.png", "--num-images-per-prompt", "2"],
         capture_output=True,
         text=True,
         env=environment,

@@ -93,7 +93,7 @@ def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
 
 
 def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
-    subprocess.run(command(indexed, tmp_path / "run", "--precision", "bf16"), check=True, capture_output=True)
+    subprocess.run(command(indexed, tmp_path / "run", "--dtype", "bfloat16"), check=True, capture_output=True)
     whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))
     assert half["loss"] != whole["loss"]
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)

@@ -91,7 +91,7 @@ def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed,
 
 
 def test_the_network_may_be_told_the_query(indexed):
-    (close,), (asked,) = (stream(indexed, condition=each, jitter=0.5).batches(4, 1) for each in ("close", "query"))
+    (close,), (asked,) = (stream(indexed, condition=each, jitter=0.5).batches(4, 1) for each in ("retrieved", "query"))
     assert torch.equal(asked.text[:, 0], close.query)
     assert not torch.equal(close.text[:, 0], close.query)
     assert torch.equal(asked.y, close.y)
@@ -117,7 +117,7 @@ def test_jitter_moves_what_is_asked_for_and_the_search_follows(encoded):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"condition": "query"}, {"coupling": "independent"}], ids=["close", "query", "independent"]
+    "options", [{}, {"condition": "query"}, {"coupling": "independent"}], ids=["retrieved", "query", "independent"]
 )
 def test_token_states_are_those_of_the_caption_that_is_told(indexed, text_encoder, options):
     encoder = TransformersTextEncoder(text_encoder)

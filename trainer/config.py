@@ -8,7 +8,7 @@ from trainer.models.base import KINDS, SIZES
 from trainer.objectives.base import RestsOnRun, make_objective
 from trainer.stream import CONDITIONS, COUPLINGS
 
-PRECISIONS = ("no", "bf16")
+DTYPES = ("float32", "bfloat16")
 SEARCHES = ("ann", "exact")
 
 
@@ -24,7 +24,7 @@ class FitConfig:
     network: str = "auto"
     """mlp, transformer, or auto: a transformer where latents have 16 rows or more."""
     size: str = "small"
-    tokens: int | None = None
+    num_tokens: int | None = None
     """Token states of a description that a transformer reads beside its pooled embedding; None: at most 77."""
     images: int = 1_000_000
     """Targets drawn in all, over all steps."""
@@ -37,16 +37,16 @@ class FitConfig:
     """ann: the table's LanceDB index. exact: vectors held on the device."""
     reuse: int | None = None
     """Steps that each draw serves. None: as many as keep training from waiting for searches."""
-    neighbors: int = 1
+    num_neighbors: int = 1
     """Draw each pair from so many of the nearest."""
     temperature: float = 1.0
     """Of that draw, in squared distance."""
-    condition: str = "close"
-    """Which description the network is told: the close pair's, or the one that was asked for."""
+    condition: str = "retrieved"
+    """Which description the network is told: the retrieved pair's, or the query's."""
     jitter: float = 0.0
     """Noise on what is asked for, as a share of its length."""
-    precision: str = "no"
-    """bf16: the network computes in bfloat16, its weights stay float32."""
+    dtype: str = "float32"
+    """bfloat16: the network computes in bfloat16, its weights stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
@@ -59,14 +59,14 @@ class FitConfig:
             "search": SEARCHES,
             "condition": CONDITIONS,
             "coupling": COUPLINGS,
-            "precision": PRECISIONS,
+            "dtype": DTYPES,
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.neighbors < 1 or self.temperature <= 0:
+        if self.num_neighbors < 1 or self.temperature <= 0:
             raise OptionError(
-                f"--neighbors {self.neighbors} --temperature {self.temperature:g}: give at least 1, and above 0"
+                f"--num-neighbors {self.num_neighbors} --temperature {self.temperature:g}: give at least 1, and above 0"
             )
         if self.jitter < 0:
             raise OptionError(f"--jitter {self.jitter:g} is not allowed: give 0 or a share such as 0.1")
@@ -86,15 +86,18 @@ class RuntimeConfig:
     """What a run does not depend on, but for the last bits of its figures."""
 
     device: str = "auto"
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Parts that each step's batch is computed in, where it does not fit into memory."""
     compile: bool = False
     """Let torch.compile translate the network."""
     checkpoint_seconds: float = 120.0
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Checkpoints, the last ones."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.accumulate < 1 or self.keep < 1:
-            raise OptionError(f"--accumulate {self.accumulate} --keep {self.keep}: give at least 1")
+        if self.gradient_accumulation_steps < 1 or self.keep_checkpoints < 1:
+            raise OptionError(
+                f"--gradient-accumulation-steps {self.gradient_accumulation_steps} --keep-checkpoints "
+                f"{self.keep_checkpoints}: use 1 or more"
+            )

@@ -53,13 +53,13 @@ def fit(
     device = pick_device(machine.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
+    accelerator = Accelerator(mixed_precision="bf16" if config.dtype == "bfloat16" else "no", cpu=device == "cpu")
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # The other half of the cores searches the next targets.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     objective = make_objective(config.objective, config.preset, **config.hyperparameters)
     torch.manual_seed(config.seed)
-    shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
+    shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.num_tokens)
     if isinstance(objective, RestsOnRun):
         objective.check(meta, shape.tokens)
     network = make_network(shape).to(accelerator.device)
@@ -72,7 +72,7 @@ def fit(
         coupling=config.coupling,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        k=config.neighbors,
+        k=config.num_neighbors,
         temperature=config.temperature,
         condition=config.condition,
         jitter=config.jitter,
@@ -138,7 +138,7 @@ def _train(
         "fit", total=config.steps * size, unit="images", folder=out, done=start * size, silent=not main
     ) as watch:
         for step, batch in stream:
-            parts = batch.to(accelerator.device).split(machine.accumulate)
+            parts = batch.to(accelerator.device).split(machine.gradient_accumulation_steps)
             losses = []
             for number, part in enumerate(parts):
                 with accelerator.no_sync(model) if number + 1 < len(parts) else nullcontext():
@@ -158,7 +158,7 @@ def _train(
             watch.advance(size, **(figures if logged else {}))
             if due:
                 if main:
-                    save_checkpoint(out, step + 1, network, optimizer, keep=machine.keep)
+                    save_checkpoint(out, step + 1, network, optimizer, keep=machine.keep_checkpoints)
                     with optimizer.averaged():
                         watch.show("samples", preview.grid())
                 saved = watch.bar.seconds

@@ -27,7 +27,7 @@ from index.table.schema import TRAIN
 from index.table.table import Table
 
 COUPLINGS = ("nearest", "independent")
-CONDITIONS = ("close", "query")
+CONDITIONS = ("retrieved", "query")
 DICE = 8
 QUERIES_PER_SEARCH = 1024
 """One search answers several steps: asking 1,024 at once costs about half of asking four times 256."""
@@ -86,7 +86,7 @@ class NeighborStream:
         reuse: int = 1,
         k: int = 1,
         temperature: float = 1.0,
-        condition: str = "close",
+        condition: str = "retrieved",
         jitter: float = 0.0,
         describe: Describe | None = None,
     ) -> None:
