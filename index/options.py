@@ -1,6 +1,6 @@
-"""Options that several commands share, and how the help of a command is laid out.
+"""Options that several commands share, and the layout of every command's help.
 
-Imports nothing heavy: `--help` must answer at once.
+Imports nothing heavy, so that `--help` answers at once.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ SourceArgument = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed; the same seed gives the same result.")]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ...")]
+DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device: auto, cpu, cuda, cuda:1, mps, ...")]
 StorageOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -26,11 +26,10 @@ StorageOption = Annotated[
         help="Object-store option in LanceDB's names, such as aws_region=eu-west-1. May be repeated.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(help="Read only the first N samples.", metavar="N")]
+LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Read only the first N samples.")]
 ValFractionOption = Annotated[float, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
 ImageSizeOption = Annotated[int, typer.Option(help="Side of the square images in pixels.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 MAX_FLAGS = 70
 """Characters of an option with its choices; more of them are listed in its help text instead."""
@@ -119,10 +118,11 @@ def make_app(help: str) -> typer.Typer:
     return app
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"coalescer {importlib.metadata.version('coalescer')}")
         raise typer.Exit
+    return wanted
 
 
 def parse_integers(text: str) -> list[int]:

@@ -49,7 +49,7 @@ def run(app: Callable[..., Any]) -> NoReturn:
     except CoalescerError as error:
         code = _fail(str(error))
     except TyperException as error:
-        code = _fail(error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None))
+        code = _fail(_usage(error))
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -59,9 +59,14 @@ def run(app: Callable[..., Any]) -> NoReturn:
     sys.exit(code or 0)
 
 
-def _fail(message: str, context: Any = None) -> int:
-    hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-    print(f"error: {' '.join(message.split()).rstrip('.')}{hint}", file=sys.stderr)
+def _usage(error: Any) -> str:
+    """Return what is wrong with the command line, and which help to read."""
+    message, context = error.format_message().replace("Value error, ", "").rstrip("."), getattr(error, "ctx", None)
+    return f"{message} (see `{context.command_path} --help`)" if context else message
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -252,8 +257,8 @@ def print_columns(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, show_header=any(columns))
     table.add_column("", style="bold", no_wrap=True)
     for column in columns:
-        name = Text(column.replace("_", " "))
-        table.add_column(name, justify="right" if column else "left", overflow="fold")
+        header = Text(column.replace("_", " "))
+        table.add_column(header, justify="right" if column else "left", overflow="fold")
     for name, row in rows.items():
         table.add_row(Text(name), *(Text(_short(row[column]) if column in row else "") for column in columns))
     console.print(table)

@@ -92,10 +92,10 @@ def encode(
         ),
     ] = None,
     min_image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Filter: shortest side at least this.")
+        int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
     ] = None,
     max_aspect_ratio: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side at most this.")
+        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
     ] = None,
     min_caption_length: Annotated[
         int | None, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
@@ -112,10 +112,11 @@ def encode(
     ] = None,
     desc_scale: Annotated[
         float | None,
-        typer.Option(metavar="FLOAT", help="Weight of the text part in the search, above 1.", show_default="4"),
+        typer.Option(metavar="FLOAT", help="Weight of the text embedding in the search, above 1.", show_default="4"),
     ] = None,
     geometry: Annotated[
-        Geometry | None, typer.Option(help="How latents are normalized for the search.", show_default="sphere")
+        Geometry | None,
+        typer.Option(help="How latents are normalized before they are compared.", show_default="sphere"),
     ] = None,
     val_fraction: ValFractionOption = 0.05,
     keep_images: Annotated[
@@ -130,7 +131,7 @@ def encode(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="What the encoders compute in; auto is bfloat16 on CUDA, else float32.")
+        Dtype, typer.Option(help="Data type that the encoders compute in; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
     storage_option: StorageOption = None,
     runner: Annotated[
@@ -222,12 +223,13 @@ def build_index(
         typer.Option(
             metavar="FLOAT|auto",
             parser=_parse_desc_scale,
-            help="Weight of the text part in the search, above 1; auto reaches --target-perplexity.",
+            help="Weight of the text embedding in the search, above 1; auto reaches --target-perplexity.",
             show_default="as the table",
         ),
     ] = None,
     geometry: Annotated[
-        Geometry | None, typer.Option(help="How latents are normalized for the search.", show_default="as the table")
+        Geometry | None,
+        typer.Option(help="How latents are normalized before they are compared.", show_default="as the table"),
     ] = None,
     center: Annotated[
         bool | None,

@@ -148,7 +148,9 @@ def fit(
     temperature: Annotated[
         float, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
     ] = 1.0,
-    dtype: Annotated[Dtype, typer.Option(help="What the network computes in; weights stay float32.")] = "float32",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
+    ] = "float32",
     gradient_accumulation_steps: Annotated[
         int, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
@@ -287,11 +289,11 @@ def evaluate(
 
     out = out or run / "report"
     config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
-    report = run_evaluate(run, config, out)
+    report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
-        return print_json(report)
+        return print_json(report | {"page": str(page)})
     print_columns(str(run), lines_of(report))
-    print(f"page: {out / 'index.html'}")
+    print(f"\npage: {page}")
     return None
 
 
@@ -327,12 +329,12 @@ def compare(
     from trainer.evaluation.comparison_page import columns_of
 
     config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
-    report = run_compare(run, config, out, captions=caption or [])
+    report, page = run_compare(run, config, out, captions=caption or []), out / "index.html"
     if as_json:
-        return print_json(report)
+        return print_json(report | {"page": str(page)})
     for name, rows in columns_of(report).items():
         print_columns(name, rows)
-    print(f"page: {out / 'index.html'}")
+    print(f"\npage: {page}")
     return None
 
 

@@ -120,7 +120,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
 def write_demo_data(out: Path, *, samples: int, size: int, seed: int, per_shard: int = 1000) -> dict[str, int]:
     """Draw `samples` training pictures to OUT/NNNNN.tar and one of each held-out scene to OUT/heldout/00000.tar."""
     if samples < 1 or size < 16:
-        raise OptionError(f"--samples {samples} --size {size}: give at least 1 sample of at least 16 pixels")
+        raise OptionError(f"--num-samples {samples} --image-size {size}: use at least 1 sample of at least 16 pixels")
     if any(out.glob("*.tar")):
         raise OptionError(f"{out} holds shards already: name another folder, or delete it first")
     scenes = list(all_scenes())
