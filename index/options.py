@@ -78,8 +78,8 @@ def _row(param: Any, ctx: Any) -> tuple[str, str]:
         note = f"default: {param.default:g}" if isinstance(param.default, float) else f"default: {param.default}"
     flags, text = _flags(param, ctx), param.help or ""
     if len(flags) > MAX_FLAGS:
-        flags, _, choices = flags.partition(" [")
-        text += f" One of {choices.rstrip(']').replace('|', ', ')}."
+        flag, _, choices = flags.partition(" [")
+        flags, text = f"{flag} NAME", f"{text} One of {choices.rstrip(']').replace('|', ', ')}."
     return flags, f"{text}  [{note}]" if note else text
 
 

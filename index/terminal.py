@@ -220,7 +220,11 @@ def _clock(seconds: float) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(each)}" for name, each in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def print_json(content: Any) -> None:
@@ -254,14 +258,16 @@ def print_columns(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     if console.width < names_width + (1 + MIN_COLUMN_WIDTH) * len(columns):
         return _print_list(title, rows)
     # Text objects are printed as they are; strings with [brackets] would be read as markup.
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, show_header=any(columns))
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     table.add_column("", style="bold", no_wrap=True)
     for column in columns:
         header = Text(column.replace("_", " "))
         table.add_column(header, justify="right" if column else "left", overflow="fold")
     for name, row in rows.items():
         table.add_row(Text(name), *(Text(_short(row[column]) if column in row else "") for column in columns))
-    console.print(table)
+    with console.capture() as lines:
+        console.print(table)
+    print("\n".join((title, *(line.rstrip() for line in lines.get().splitlines()))))
     return None
 
 

@@ -95,7 +95,7 @@ def test_the_network_may_be_told_the_query(indexed):
     assert torch.equal(asked.text[:, 0], close.query)
     assert not torch.equal(close.text[:, 0], close.query)
     assert torch.equal(asked.y, close.y)
-    with pytest.raises(OptionError, match="--condition 'both' is unknown: choose one of close, query"):
+    with pytest.raises(OptionError, match="--condition 'both' is unknown: choose one of retrieved, query"):
         stream(indexed, condition="both")
 
 
