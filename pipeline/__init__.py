@@ -1,1 +1,1 @@
-"""From image-caption shards to a Lance table, on Apache Beam."""
+"""Encode image-caption data into an indexed Lance table, on Apache Beam."""

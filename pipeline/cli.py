@@ -136,7 +136,7 @@ def encode(
     storage_option: StorageOption = None,
     runner: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Beam runner, such as DaskRunner; its options follow `--` as --name=value."),
+        typer.Option(metavar="NAME", help="Beam runner, such as FlinkRunner; its options follow `--` as --name=value."),
     ] = "FnApiRunner",
     allow_small_desc_scale: SmallDescScaleOption = False,
     dry_run: Annotated[
@@ -160,11 +160,11 @@ def encode(
     from index.table.storage import Storage
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode as run_encode
-    from pipeline.encoders import pick_device
+    from pipeline.encoders import resolve_device
     from pipeline.filters import Filters
-    from pipeline.sources.read import list_shards
+    from pipeline.sources.listing import list_shards
 
-    device = pick_device(device)
+    device = resolve_device(device)
     # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
     runtime = RuntimeConfig(

@@ -8,7 +8,7 @@ from index.errors import OptionError
 from index.space.geometry import KINDS, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
-from pipeline.sources.read import ReadOptions
+from pipeline.sources.sample import ReadOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"

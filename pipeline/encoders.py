@@ -1,7 +1,7 @@
-"""Image and text encoders: any diffusers autoencoder, any transformers text model, from a folder or the hub.
+"""Image and text encoders: diffusers autoencoders and transformers text models, from a folder or the hub.
 
-Weights are safetensors only and remote code is never trusted. A folder whose weights do not match its class would
-load with a mere warning and then encode wrongly, so missing and unexpected weights are refused here.
+Weights are read from safetensors only, and remote code is never run. The libraries load weights that do not match the
+model with a mere warning and then encode wrongly, so missing, unexpected and mismatched weights are refused here.
 """
 
 import contextlib
@@ -14,78 +14,82 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from index.errors import EncoderError, OptionError
+from index.errors import EncoderError, OptionError, one_line
 from index.table.schema import EncoderRef
 
 if TYPE_CHECKING:
     import torch
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-PIXELS_AT_ONCE = 2**17
-"""A CPU takes larger batches in parts: activations that leave its caches cost a tenth of the speed."""
-# Parts of a checkpoint that its text model does not use: other towers, decoders, heads.
+TEXT_MODELS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+"""Classes by `model_type` of config.json, for models of which only the text encoder is used; all others: AutoModel."""
 UNUSED_WEIGHTS = (
-    "vision_model.",
-    "visual_projection.",
-    "text_projection.",
-    "logit_scale",
-    "decoder.",
-    "lm_head.",
-    "cls.",
-    "pooler.",
-    "embeddings.position_ids",
-    "text_model.embeddings.position_ids",
+    *("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+    *("decoder.", "lm_head.", "cls.", "pooler."),
+    *("embeddings.position_ids", "text_model.embeddings.position_ids"),
 )
+"""Prefixes of weights that a checkpoint holds and its text encoder does not use: other towers, decoders, heads."""
+CPU_BATCH_PIXELS = 2**17
+"""A CPU takes larger batches in parts: activations that leave its caches cost a tenth of the speed."""
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """Pixels to latents."""
+    """Maps images to latents."""
 
     ref: EncoderRef
 
     def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
-        """Latents as the autoencoder gives them, unscaled."""
+        """Return the autoencoder's latents, without its scaling factor."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Captions to one vector each."""
+    """Maps captions to text embeddings."""
 
     ref: EncoderRef
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
-        """Pooled embeddings, not normalized."""
+        """Return pooled embeddings, not normalized."""
         ...
 
 
 class DiffusersAutoencoder:
-    """AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; of a distribution the mode is taken."""
+    """AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; the latent is the mode of a distribution."""
 
     def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
-        """Open a folder or hub id (`org/name` or `org/name/subfolder`); it computes in `dtype`."""
+        """Load a folder or hub id (`org/name` or `org/name/subfolder`), to compute in `dtype`.
+
+        Raises EncoderError if it cannot be loaded or its weights do not match its config.
+        """
         self.model, self.ref = _load_autoencoder(name)
-        self.device, self.dtype = device, _placed(self.model, device, dtype)
+        self.device, self.dtype = device, _prepare(self.model, device, dtype)
 
     def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
-        """Latents as the autoencoder gives them, unscaled; a batch too large for the device is split."""
+        """Return latents without the scaling factor; a batch that exceeds the device's memory is split."""
         import torch
 
         def forward(part: torch.Tensor) -> torch.Tensor:
             x = part.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
             return latent_of(self.model.encode(x.to(self.dtype))).float().cpu()
 
-        whole = torch.from_numpy(pixels)
+        batch = torch.from_numpy(pixels)
         if self.device.startswith("cuda"):
-            parts: Sequence[torch.Tensor] = [whole.pin_memory()]
+            parts: Sequence[torch.Tensor] = [batch.pin_memory()]
         else:
-            parts = torch.split(whole, max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2])))
+            parts = torch.split(batch, max(1, CPU_BATCH_PIXELS // (pixels.shape[1] * pixels.shape[2])))
         with torch.inference_mode():
-            return np.asarray(torch.cat([_in_parts(forward, part) for part in parts]))
+            return np.asarray(torch.cat([_split_if_out_of_memory(forward, part) for part in parts]))
 
     def decode(self, latent: Float32[np.ndarray, "B C h w"]) -> UInt8[np.ndarray, "B H W 3"]:
-        """Pixels of latents."""
+        """Return the images of latents."""
         import torch
 
         with torch.inference_mode():
@@ -94,163 +98,102 @@ class DiffusersAutoencoder:
             return np.asarray(x.permute(0, 2, 3, 1).cpu())
 
     def save(self, folder: Path) -> None:
-        """Write an ordinary diffusers folder."""
+        """Write a diffusers folder."""
         self.model.save_pretrained(folder)
 
 
+class TransformersTextEncoder:
+    """A CLIP text model, pooled by itself, or a T5 encoder or BERT-like model, pooled by the mean over tokens."""
+
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
+        """Load a folder or hub id that holds a text model and its tokenizer, to compute in `dtype`.
+
+        Raises EncoderError if it cannot be loaded or its weights do not match its config.
+        """
+        self.model, self.tokenizer, self.ref = _load_text_model(name)
+        self.device = device
+        _prepare(self.model, device, dtype)
+        limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None))
+        self.max_length = min(limit for limit in limits if limit)
+
+    def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
+        """Return pooled embeddings, not normalized; a caption that repeats is encoded once."""
+        return self.encode_tokens(captions, num_tokens=0)[:, 0]
+
+    def encode_tokens(self, captions: Sequence[str], *, num_tokens: int) -> Float32[np.ndarray, "B 1+{num_tokens} T"]:
+        """Return the pooled embedding and then the first `num_tokens` token embeddings, padded with zeros."""
+        import torch
+        from torch.nn.functional import pad
+
+        unique = list(dict.fromkeys(captions))
+        inputs = self.tokenizer(
+            unique, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.device)
+        mask = inputs["attention_mask"]
+        with torch.inference_mode():
+            outputs = self.model(input_ids=inputs["input_ids"], attention_mask=mask)
+            states = outputs.last_hidden_state
+            pooled = outputs.pooler_output if self.ref.kind.startswith("CLIP") else mean_pool(states, mask)
+            tokens = (states * mask[..., None])[:, :num_tokens]
+            embeddings = torch.cat([pooled[:, None], pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))], 1)
+        position = {caption: i for i, caption in enumerate(unique)}
+        return np.asarray(embeddings.float().cpu())[[position[caption] for caption in captions]]
+
+    def save(self, folder: Path) -> None:
+        """Write a transformers folder with the tokenizer in it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
 def latent_of(encoded: Any) -> "torch.Tensor":
-    """The latent tensor in whatever a diffusers autoencoder's `encode` returns."""
+    """Return the latent tensor in the output of a diffusers autoencoder's `encode`."""
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()  # type: ignore[no-any-return]
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent  # type: ignore[no-any-return]
 
 
-class TransformersTextEncoder:
-    """A CLIP text model by its pooled output, a T5 encoder or any BERT-like model by the mean of its token states."""
-
-    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
-        """Open a folder or hub id that holds a text model and its tokenizer; it computes in `dtype`."""
-        self.model, self.tokenizer, self.ref = _load_text_model(name)
-        self.device = device
-        _placed(self.model, device, dtype)
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(self.model.config, "max_position_embeddings", None),
-        )
-        self.max_length = min(limit for limit in limits if limit)
-
-    def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
-        """Pooled embeddings, not normalized; a caption that repeats is encoded once."""
-        return self.describe(captions, tokens=0)[:, 0]
-
-    def describe(self, captions: Sequence[str], *, tokens: int) -> Float32[np.ndarray, "B K T"]:
-        """Pooled embeddings, and after each the states of its first `tokens` tokens; zeros where there are fewer."""
-        import torch
-        from torch.nn.functional import pad
-
-        each = list(dict.fromkeys(captions))
-        given = self.tokenizer(each, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(
-            self.device
-        )
-        mask = given["attention_mask"]
-        with torch.inference_mode():
-            out = self.model(input_ids=given["input_ids"], attention_mask=mask)
-            states = out.last_hidden_state
-            pooled = out.pooler_output if self.ref.kind.startswith("CLIP") else mean_pool(states, mask)
-            states = (states * mask[..., None])[:, :tokens]
-            whole = torch.cat([pooled[:, None], pad(states, (0, 0, 0, tokens - states.shape[1]))], 1)
-        place = {caption: i for i, caption in enumerate(each)}
-        return np.asarray(whole.float().cpu())[[place[caption] for caption in captions]]
-
-    def save(self, folder: Path) -> None:
-        """Write an ordinary transformers folder, the tokenizer in it."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-
-def _placed(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
-    """Make a model ready to run; returns its dtype."""
-    import torch
-
-    kind: torch.dtype = getattr(torch, dtype)
-    model.to(device, kind).eval().requires_grad_(False)
-    return kind
-
-
-def _in_parts(forward: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor") -> "torch.Tensor":
-    """`forward` of a batch, in halves where the device's memory does not hold the whole."""
-    import torch
-
-    try:
-        return forward(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    torch.cuda.empty_cache()
-    return torch.cat([_in_parts(forward, half) for half in batch.chunk(2)])
-
-
 def mean_pool(states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """Mean of the token states (B, tokens, T) where the mask (B, tokens) is 1."""
+    """Return the mean (B, T) of the token states (B, tokens, T) at which the mask (B, tokens) is 1."""
     weight = mask[..., None].to(states.dtype)
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
-    import diffusers
+def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256, in hex, of the names and bytes of all weights except those with an excluded prefix."""
+    import torch
 
-    with _explained(name, "image autoencoder"):
-        place = _place(name)
-        kind = diffusers.AutoencoderKL.load_config(**place).get("_class_name")
-        if kind not in AUTOENCODERS:
-            raise EncoderError(f"{name} holds a {kind}; image encoders are {', '.join(AUTOENCODERS)}")
-        model, info = getattr(diffusers, kind).from_pretrained(
-            place["pretrained_model_name_or_path"],
-            subfolder=place.get("subfolder"),
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    _refuse_mismatch(name, info)
-    return model, EncoderRef(name=name, kind=kind, digest=digest_of(model))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(exclude):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
-    import transformers
+def resolve_device(device: str = "auto") -> str:
+    """Return `device`, or for auto the first of cuda, mps and cpu that is available.
 
-    with _explained(name, "text model"):
-        place = _place(name)
-        path, subfolder = place["pretrained_model_name_or_path"], place.get("subfolder", "")
-        config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
-        family = {
-            "clip": "CLIPTextModel",
-            "clip_text_model": "CLIPTextModel",
-            "t5": "T5EncoderModel",
-            "mt5": "MT5EncoderModel",
-            "umt5": "UMT5EncoderModel",
-        }.get(config.model_type, "AutoModel")
-        model, info = getattr(transformers, family).from_pretrained(
-            path,
-            subfolder=subfolder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        # A pipeline folder keeps its tokenizer beside the text encoder.
-        words = subfolder.replace("text_encoder", "tokenizer")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=words, trust_remote_code=False)
-    _refuse_mismatch(name, info, without=UNUSED_WEIGHTS)
-    digest = digest_of(model, without=UNUSED_WEIGHTS)
-    return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
+    Raises OptionError if the device does not exist on this machine.
+    """
+    import torch
 
-
-def _place(name: str) -> dict[str, str]:
-    """A folder as it is; a hub id of more than two parts as repository and subfolder."""
-    if Path(name).is_dir():
-        return {"pretrained_model_name_or_path": name}
-    if name.startswith((".", "/", "~")) or name.count("/") < 1:
-        raise EncoderError(f"no folder {name}: give a folder with config.json and model weights, or a hub id ORG/NAME")
-    organization, repository, *rest = name.split("/")
-    place = {"pretrained_model_name_or_path": f"{organization}/{repository}"}
-    return place | ({"subfolder": "/".join(rest)} if rest else {})
-
-
-@contextlib.contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise while loading into an EncoderError."""
-    quiet_libraries()
-    try:
-        yield
-    except EncoderError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        text = " ".join(str(error).split())[:200]
-        hint = "" if Path(name).is_dir() else " (is it a hub id, and can the hub be reached?)"
-        raise EncoderError(f"{name} cannot be opened as {what}: {text}{hint}") from error
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(
+                f"--device {device} cannot be used ({reason}): use auto, cpu, cuda, cuda:N or mps"
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def quiet_libraries() -> None:
-    """Keep the warnings, retries and progress bars of the model libraries off our terminal."""
+    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub."""
     import diffusers
     import huggingface_hub
     import transformers
@@ -262,39 +205,100 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
 
 
-def _refuse_mismatch(name: str, info: dict[str, Any], without: tuple[str, ...] = ()) -> None:
-    for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(k) for k in info.get(trouble) or () if not str(k).startswith(without))
+def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
+    import diffusers
+
+    with _loading(name, "an image encoder"):
+        path, subfolder = _locate(name)
+        class_name = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder or None).get("_class_name")
+        if class_name not in AUTOENCODERS:
+            raise EncoderError(f"{name} is a {class_name}, not an autoencoder: use one of {', '.join(AUTOENCODERS)}")
+        model, info = getattr(diffusers, class_name).from_pretrained(
+            path,
+            subfolder=subfolder or None,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    _check_weights(name, info)
+    return model, EncoderRef(name=name, kind=class_name, digest=digest_of(model))
+
+
+def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
+    import transformers
+
+    with _loading(name, "a text encoder"):
+        path, subfolder = _locate(name)
+        config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+        model, info = getattr(transformers, TEXT_MODELS.get(config.model_type, "AutoModel")).from_pretrained(
+            path,
+            subfolder=subfolder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        # In a diffusers pipeline the tokenizer of text_encoder_2 is in tokenizer_2.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
+        )
+    _check_weights(name, info, exclude=UNUSED_WEIGHTS)
+    digest = digest_of(model, exclude=UNUSED_WEIGHTS)
+    return model, tokenizer, EncoderRef(name=name, kind=type(model).__name__, digest=digest)
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Return a folder or hub repository, and the subfolder that a hub id of more than two parts names (else empty)."""
+    if Path(name).is_dir():
+        return name, ""
+    if name.startswith((".", "/", "~")) or name.count("/") < 1:
+        raise EncoderError(f"no folder {name}: use a folder with config.json and model weights, or a hub id ORG/NAME")
+    organization, repository, *subfolders = name.split("/")
+    return f"{organization}/{repository}", "/".join(subfolders)
+
+
+@contextlib.contextmanager
+def _loading(name: str, role: str) -> Iterator[None]:
+    """Turn the exceptions of the model libraries into an EncoderError."""
+    quiet_libraries()
+    try:
+        yield
+    except EncoderError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        fix = "save it with save_pretrained" if Path(name).is_dir() else "check the hub id and the connection"
+        raise EncoderError(f"{name} cannot be loaded as {role} ({one_line(error)}): {fix}") from error
+
+
+def _check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
+    """Raise EncoderError if `from_pretrained` reported weights that do not match the model."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(problem) or () if not str(key).startswith(exclude))
         if keys:
             raise EncoderError(
-                f"{name}: its weights do not fit its config, {len(keys)} {trouble.replace('_', ' ')} "
-                f"such as {keys[0]}: save it again with save_pretrained"
+                f"the weights of {name} do not match its config ({len(keys)} {problem.replace('_', ' ')}, such as "
+                f"{keys[0]}): save it again with save_pretrained"
             )
 
 
-def digest_of(model: "torch.nn.Module", without: tuple[str, ...] = ()) -> str:
-    """SHA-256 over the names and bytes of all weights but those that start with one of some prefixes, in hex."""
+def _prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
+    """Move a model to a device for inference, and return its torch dtype."""
     import torch
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(without):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    model.to(device, torch_dtype).eval().requires_grad_(False)
+    return torch_dtype
 
 
-def pick_device(wanted: str = "auto") -> str:
-    """`cuda`, `mps` or `cpu`: the first there is, unless one is named; OptionError where that is not there."""
+def _split_if_out_of_memory(
+    forward: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor"
+) -> "torch.Tensor":
+    """Return `forward(batch)`, computed in halves if the device runs out of memory."""
     import torch
 
-    if wanted != "auto":
-        try:
-            torch.empty(1, device=wanted)
-        except (RuntimeError, AssertionError) as error:
-            raise OptionError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from error
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return forward(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([_split_if_out_of_memory(forward, half) for half in batch.chunk(2)])

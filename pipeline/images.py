@@ -1,21 +1,21 @@
-"""Bytes -> pixels, safely, and the closed list of reasons for which a sample is rejected.
+"""Decode image bytes into square 8-bit RGB pixels.
 
-A picture is turned upright by its EXIF tag, laid on white where it is transparent, converted to 8-bit RGB, scaled so
-that its shorter side fits, and cropped at the center. Its size is checked before anything is decompressed.
+An image is rotated by its EXIF orientation, composited onto white if it has an alpha channel, converted to RGB, resized
+so that its shorter side fits, and center-cropped. Its size is checked before anything is decompressed.
 """
 
 import io
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
+from index.errors import one_line
 from pipeline.filters import Filtered
+from pipeline.rejects import Rejected, RejectReason
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -23,75 +23,26 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000
 
 
-class RejectReason(StrEnum):
-    """Why a sample is in the rejects table; nothing else stands there."""
-
-    BROKEN_SHARD = "broken_shard"
-    DUPLICATE_KEY = "duplicate_key"
-    UNSAFE_NAME = "unsafe_name"
-    BROKEN_METADATA = "broken_metadata"
-    MISSING_IMAGE = "missing_image"
-    EMPTY_IMAGE = "empty_image"
-    UNREADABLE_IMAGE = "unreadable_image"
-    IMAGE_TOO_LARGE = "image_too_large"
-    MISSING_CAPTION = "missing_caption"
-    EMPTY_CAPTION = "empty_caption"
-    CAPTION_NOT_UTF8 = "caption_not_utf8"
-    BAD_LATENT = "bad_latent"
-    BAD_EMBEDDING = "bad_embedding"
-
-
-class Rejected(Exception):
-    """This sample cannot be encoded."""
-
-    def __init__(self, reason: RejectReason, detail: str) -> None:
-        """Say why, and what exactly was met."""
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
 @dataclass(frozen=True, eq=False, slots=True)
-class Picture:
-    """A decoded picture, and the size that it had."""
+class DecodedImage:
+    """The cropped pixels of an image, and its size in pixels before resizing."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     width: int
     height: int
 
 
-def decode_caption(data: bytes | None) -> str:
-    """The caption's text without surrounding blanks; Rejected where there is none."""
-    if data is None:
-        raise Rejected(RejectReason.MISSING_CAPTION, "no .txt member or caption column")
-    try:
-        caption = data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise Rejected(RejectReason.CAPTION_NOT_UTF8, str(error)) from error
-    if not caption:
-        raise Rejected(RejectReason.EMPTY_CAPTION, f"{len(data)} bytes of blanks")
-    return caption
+def decode_image(
+    data: bytes | None, image_size: int, check_size: Callable[[int, int], None] | None = None
+) -> DecodedImage:
+    """Decode an image to a square of `image_size` pixels; raises Rejected if it cannot be decoded or is too large.
 
-
-def decode_meta(data: bytes) -> dict[str, Any]:
-    """The sidecar's fields; Rejected where it is no JSON object in UTF-8."""
-    try:
-        fields = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise Rejected(RejectReason.BROKEN_METADATA, str(error)) from error
-    if not isinstance(fields, dict):
-        raise Rejected(RejectReason.BROKEN_METADATA, f"a JSON {type(fields).__name__}, not an object")
-    return fields
-
-
-def decode_image(data: bytes | None, size: int, check_size: Callable[[int, int], None] | None = None) -> Picture:
-    """A square picture of `size` pixels; Rejected where the bytes are no picture or too large a one.
-
-    `check_size` sees width and height before anything is decompressed, and may raise on its own account.
+    `check_size(width, height)` is called before anything is decompressed, and may raise Filtered or Rejected.
     """
     from PIL import Image, ImageOps
 
     if data is None:
-        raise Rejected(RejectReason.MISSING_IMAGE, "no image member or column")
+        raise Rejected(RejectReason.MISSING_IMAGE, "no image file, member or column value")
     if not data:
         raise Rejected(RejectReason.EMPTY_IMAGE, "0 bytes")
     try:
@@ -101,32 +52,32 @@ def decode_image(data: bytes | None, size: int, check_size: Callable[[int, int],
                 raise Rejected(RejectReason.IMAGE_TOO_LARGE, f"{width}x{height} is over {MAX_PIXELS:,} pixels")
             if check_size is not None:
                 check_size(width, height)
-            # A JPEG is decoded at a lower resolution where that is still twice what is wanted.
-            opened.draft(None, (2 * size, 2 * size))
+            # A JPEG is decoded at a lower resolution, of at least twice the target size, which is faster.
+            opened.draft(None, (2 * image_size, 2 * image_size))
             image = to_rgb(ImageOps.exif_transpose(opened))
-            square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     except (Rejected, Filtered):
         raise
     except Image.DecompressionBombError as error:
-        raise Rejected(RejectReason.IMAGE_TOO_LARGE, str(error)) from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet; all of it is this sample's fault
-        raise Rejected(RejectReason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from error
-    return Picture(np.asarray(square), width, height)
-
-
-def quiet_pillow() -> None:
-    """Keep Pillow's warnings of odd pictures to itself, in this process: what matters of them becomes a reason."""
-    warnings.filterwarnings("ignore", module="PIL")
+        raise Rejected(RejectReason.IMAGE_TOO_LARGE, one_line(error)) from error
+    except Exception as error:  # Pillow's decoders raise exceptions of any class for bad bytes
+        raise Rejected(RejectReason.UNREADABLE_IMAGE, one_line(error, typed=True)) from error
+    return DecodedImage(np.asarray(square), width, height)
 
 
 def to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """An 8-bit RGB image of any Pillow image: 16-bit grays scaled, transparency laid on white."""
+    """Convert a Pillow image of any mode to 8-bit RGB: 16-bit gray is rescaled, alpha is composited onto white."""
     from PIL import Image
 
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(ground, layer)
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, layer)
     return image.convert("RGB")
+
+
+def quiet_pillow() -> None:
+    """Silence Pillow's warnings in this process: those that matter become reject reasons."""
+    warnings.filterwarnings("ignore", module="PIL")

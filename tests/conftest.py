@@ -96,8 +96,8 @@ def text_encoder(tmp_path_factory, tokenizer) -> str:
 def encode_shapes(image_encoder, text_encoder):
     """A function that encodes a source into a table with the small encoders."""
 
-    def run(source, table, *, workers: int = 1, dry_run: bool = False, storage=None, **options):
-        how = RuntimeConfig(num_workers=workers, batch_size=32, device="cpu", storage=storage or Storage())
+    def run(source, table, *, num_workers: int = 1, dry_run: bool = False, storage=None, **options):
+        how = RuntimeConfig(num_workers=num_workers, batch_size=32, device="cpu", storage=storage or Storage())
         options = {
             "image_encoder": image_encoder,
             "text_encoder": text_encoder,

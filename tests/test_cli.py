@@ -266,7 +266,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
     assert "--image-size 33" in refused(
         tmp_path, "trainer", "fit-autoencoder", "image", shapes, "--out", "a", "--image-size", "33"
     )
-    assert "3 is too few" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--num-samples", "3")
+    assert "--num-samples 3 is too small" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--num-samples", "3")
 
 
 def test_ctrl_c_ends_a_command_quietly(tmp_path):
@@ -283,6 +283,7 @@ def test_ctrl_c_ends_a_command_quietly(tmp_path):
 # The whole line.
 
 
+@pytest.mark.slow
 def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder, text_encoder):
     encoders = ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--image-size", "32"]
     encode = ["pipeline", "encode", shapes, "--table", "[db]/shapes.lance", *encoders, "--val-fraction", "0.2"]
@@ -316,10 +317,10 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
     with Image.open(tmp_path / "images" / "s.png") as grid:
         assert grid.width < grid.height * 3  # one row for each caption
     evaluate = ["trainer", "evaluate", "a", "--num-inference-steps", "1,2", "--num-samples", "64"]
-    assert list(as_json(*evaluate)["steps"]) == ["1", "2"]
+    assert list(as_json(*evaluate)["metrics"]) == ["1", "2"]
     assert str(Path("a", "report", "index.html")) in run(*evaluate, COLUMNS="20").stdout
     compare = ["trainer", "compare", "a", "b", "--out", "both", "--num-inference-steps", "2", "--num-samples", "64"]
-    assert len(as_json(*compare, "--caption", "a small [red] circle")["lines"]) == 2
+    assert len(as_json(*compare, "--caption", "a small [red] circle")["groups"]) == 2
     # One grid of held-out captions and one of the user's caption; nothing comes from the network.
     page = (tmp_path / "both" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2

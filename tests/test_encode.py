@@ -14,7 +14,9 @@ from index.table.table import rejects_uri
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from pipeline.images import decode_image
-from pipeline.sources.read import Sample, list_shards, read_samples
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import Sample
 
 
 def test_rows_are_what_the_encoders_say(encoded, shapes, image_encoder, text_encoder):
@@ -169,7 +171,7 @@ def test_names_of_columns_can_be_given(shapes, encode_shapes, content, tmp_path)
     options = {"image_key": "photo_a", "caption_key": "alt", "val_fraction": 0.0}
     (row,) = content(encode_shapes(tmp_path / "a.parquet", tmp_path / "t.lance", **options).table)
     assert row["caption"] == "words"
-    with pytest.raises(SourceError, match="--caption-key 'title': there is no such column; there are photo_a, photo_b"):
+    with pytest.raises(SourceError, match="'title' is not a column: choose one of photo_a, photo_b"):
         encode_shapes(tmp_path / "a.parquet", tmp_path / "u.lance", caption_key="title")
 
 

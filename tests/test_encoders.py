@@ -1,4 +1,4 @@
-"""Any diffusers autoencoder, any transformers text model: real loading code, on small models saved to disk."""
+"""Loading and running diffusers autoencoders and transformers text models, on small models saved to disk."""
 
 import json
 import shutil
@@ -8,24 +8,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from index.errors import EncoderError
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from index.errors import EncoderError, OptionError
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
 
 
-def autoencoder(kind: str):
+def autoencoder(class_name: str):
     import diffusers
 
     torch.manual_seed(0)
-    if kind == "AutoencoderKL":
+    if class_name == "AutoencoderKL":
         return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **two_blocks())
-    if kind == "AutoencoderTiny":
+    if class_name == "AutoencoderTiny":
         return diffusers.AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
             decoder_block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
         )
-    if kind == "AutoencoderDC":
+    if class_name == "AutoencoderDC":
         return diffusers.AutoencoderDC(
             3,
             4,
@@ -48,12 +48,12 @@ def two_blocks():
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel"])
-def test_autoencoders_open_encode_and_decode(tmp_path, kind):
-    model = autoencoder(kind).eval()
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel"])
+def test_autoencoders_encode_and_decode(tmp_path, class_name):
+    model = autoencoder(class_name).eval()
     model.save_pretrained(tmp_path)
     encoder = DiffusersAutoencoder(str(tmp_path))
-    assert encoder.ref.kind == kind
+    assert encoder.ref.kind == class_name
     latent = encoder.encode(PIXELS)
     assert latent.shape[:2] == (3, model.config.latent_channels)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_autoencoders_open_encode_and_decode(tmp_path, kind):
         "AutoencoderTiny": lambda: out.latents,
         "AutoencoderDC": lambda: out.latent,
         "VQModel": lambda: out.latents,
-    }[kind]()
+    }[class_name]()
     assert np.allclose(latent, expected.numpy(), atol=1e-6)
     pixels = encoder.decode(latent)
     assert pixels.shape == PIXELS.shape
@@ -103,60 +103,71 @@ def text_models(tmp_path_factory, tokenizer):
 CAPTIONS = ["a small red circle", "a large blue square left of a small black triangle"]
 
 
-def alone(model, tokenizer, caption):
+def run_alone(model, tokenizer, caption):
+    """Run a model on one caption without padding."""
     tokens = tokenizer([caption], return_tensors="pt")
     with torch.no_grad():
         return model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
 
 
-def test_bert_is_mean_pooled_and_padding_does_not_matter(text_encoder):
+def test_bert_is_mean_pooled_regardless_of_padding(text_encoder):
     encoder = TransformersTextEncoder(text_encoder)
     assert encoder.ref.kind == "BertModel"
-    both = encoder.encode(CAPTIONS)
-    for row, caption in zip(both, CAPTIONS, strict=True):
-        states = alone(encoder.model, encoder.tokenizer, caption).last_hidden_state
-        assert np.allclose(row, states.mean(1)[0].numpy(), atol=1e-5)
+    embeddings = encoder.encode(CAPTIONS)
+    for embedding, caption in zip(embeddings, CAPTIONS, strict=True):
+        states = run_alone(encoder.model, encoder.tokenizer, caption).last_hidden_state
+        assert np.allclose(embedding, states.mean(1)[0].numpy(), atol=1e-5)
 
 
-def test_clip_gives_its_pooled_output(text_models):
+def test_clip_returns_its_pooled_output(text_models):
     encoder = TransformersTextEncoder(str(text_models["clip"]))
     assert encoder.ref.kind == "CLIPTextModel"
-    expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).pooler_output
+    expected = run_alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).pooler_output
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 
 
 def test_t5_is_mean_pooled(text_models):
     encoder = TransformersTextEncoder(str(text_models["t5"]))
     assert encoder.ref.kind == "T5EncoderModel"
-    expected = alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state.mean(1)
+    expected = run_alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state.mean(1)
     assert np.allclose(encoder.encode(CAPTIONS)[0], expected[0].numpy(), atol=1e-5)
 
 
-def test_captions_that_repeat_are_encoded_once(text_encoder, monkeypatch):
+def test_token_embeddings_follow_the_pooled_one_and_are_padded_with_zeros(text_encoder):
     encoder = TransformersTextEncoder(text_encoder)
-    sizes = []
-    forward = encoder.model.forward
-    monkeypatch.setattr(
-        encoder.model, "forward", lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
+    states = run_alone(encoder.model, encoder.tokenizer, CAPTIONS[0]).last_hidden_state[0].numpy()
+    short, long = encoder.encode_tokens(CAPTIONS, num_tokens=len(states) + 3)
+    assert np.allclose(short[0], encoder.encode(CAPTIONS)[0], atol=1e-5)
+    assert np.allclose(short[1 : 1 + len(states)], states, atol=1e-5)
+    assert not short[1 + len(states) :].any()
+    assert long[1 + len(states) :].any()
+    assert np.allclose(encoder.encode_tokens(CAPTIONS, num_tokens=2), np.stack([short, long])[:, :3], atol=1e-5)
+
+
+def test_a_repeated_caption_is_encoded_once(text_encoder):
+    encoder = TransformersTextEncoder(text_encoder)
+    batch_sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda model, args, inputs: batch_sizes.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    rows = encoder.encode([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
-    assert sizes == [2]
-    assert np.array_equal(rows[0], rows[2])
+    embeddings = encoder.encode([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    assert batch_sizes == [2]
+    assert np.array_equal(embeddings[0], embeddings[2])
 
 
-def test_a_caption_longer_than_the_model_is_cut(text_encoder):
+def test_a_caption_longer_than_the_model_allows_is_truncated(text_encoder):
     assert np.isfinite(TransformersTextEncoder(text_encoder).encode(["red " * 500])).all()
 
 
-def test_opening_twice_gives_the_same_digest_and_other_weights_another(text_encoder, image_encoder, changed_encoder):
+def test_the_digest_depends_on_the_weights_alone(text_encoder, image_encoder, changed_encoder):
     assert TransformersTextEncoder(text_encoder).ref == TransformersTextEncoder(text_encoder).ref
     first = DiffusersAutoencoder(image_encoder).ref
     assert DiffusersAutoencoder(changed_encoder).ref.digest != first.digest
 
 
-@pytest.mark.parametrize("trouble", ["missing", "unexpected"])
-def test_weights_that_do_not_fit_are_refused(image_encoder, text_encoder, tmp_path, trouble):
-    for source, file, opener in (
+@pytest.mark.parametrize("problem", ["missing", "unexpected"])
+def test_weights_that_do_not_match_the_config_are_refused(image_encoder, text_encoder, tmp_path, problem):
+    for source, file, load in (
         (image_encoder, "diffusion_pytorch_model.safetensors", DiffusersAutoencoder),
         (text_encoder, "model.safetensors", TransformersTextEncoder),
     ):
@@ -164,16 +175,16 @@ def test_weights_that_do_not_fit_are_refused(image_encoder, text_encoder, tmp_pa
         shutil.copytree(source, folder)
         weights = load_file(folder / file)
         name = sorted(name for name in weights if "pooler" not in name)[0]
-        if trouble == "missing":
+        if problem == "missing":
             del weights[name]
         else:
             weights["something.else"] = torch.zeros(1)
         save_file(weights, folder / file, {"format": "pt"})
-        with pytest.raises(EncoderError, match=trouble):
-            opener(str(folder))
+        with pytest.raises(EncoderError, match=f"1 {problem} keys, such as "):
+            load(str(folder))
 
 
-def test_pickled_weights_are_not_opened(image_encoder, tmp_path):
+def test_pickled_weights_are_not_loaded(image_encoder, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(image_encoder, folder)
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -183,14 +194,22 @@ def test_pickled_weights_are_not_opened(image_encoder, tmp_path):
         DiffusersAutoencoder(str(folder))
 
 
-def test_another_kind_of_model_is_named(tmp_path):
+def test_a_model_that_is_not_an_autoencoder_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(EncoderError, match="UNet2DModel; image encoders are AutoencoderKL"):
+    with pytest.raises(EncoderError, match="is a UNet2DModel, not an autoencoder: use one of AutoencoderKL"):
         DiffusersAutoencoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all"])
-def test_a_folder_that_is_not_there(name):
-    for opener in (DiffusersAutoencoder, TransformersTextEncoder):
-        with pytest.raises(EncoderError, match="no folder"):
-            opener(name)
+def test_a_missing_folder_is_an_error(name):
+    for load in (DiffusersAutoencoder, TransformersTextEncoder):
+        with pytest.raises(EncoderError, match=f"no folder {name}"):
+            load(name)
+
+
+def test_devices():
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device() in ("cuda", "mps", "cpu")
+    with pytest.raises(OptionError, match=r"^--device tpu9 cannot be used \(.*\): use auto, cpu, cuda") as caught:
+        resolve_device("tpu9")
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
-"""Evaluation end to end: what a run and its floors come to, on pictures whose truth is known."""
+"""Evaluation end to end: the metrics of a run and of its references, on images whose truth is known."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -16,27 +17,26 @@ from index.table.table import open_table, reports_of
 from pipeline.images import decode_image
 from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
-from trainer.evaluation.adherence import Classifier
-from trainer.evaluation.answers import FAN, Told, make_questions, retrieve, sample
-from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.exam import ExamConfig
-from trainer.evaluation.floors import like_captions
+from trainer.evaluation.calibration import measure_calibration
+from trainer.evaluation.features import Clip, Inception
 from trainer.evaluation.metrics import frechet
-from trainer.evaluation.pretrained import Clip, Inception
-from trainer.evaluation.referee import labels_of, open_referee
-from trainer.evaluation.report import columns_of, lines_of
+from trainer.evaluation.protocol import EvaluationConfig, evaluate
+from trainer.evaluation.referee import Classifier, class_labels, open_referee
+from trainer.evaluation.references import match_captions, retrieve_pairs
+from trainer.evaluation.report import METRICS, metrics_by_name
+from trainer.evaluation.samples import DIVERSITY_SAMPLES, draw_prompts, encode_captions, sample_prompts
 from trainer.fit import fit
 from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
 
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)
-COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-COST = {"confidence", "evaluations", "ms_per_latent", "ms_per_decoding"}
+COST = {"confidence", "network_evaluations", "ms_per_latent", "ms_per_decoding"}
+"""Metrics of runs that references do not have."""
 
 
 @pytest.fixture(scope="module")
 def run(indexed, tmp_path_factory):
-    """A short run on the shapes, whose captions are as good as unique and whose pictures are not kept."""
+    """A short run on the shapes, whose captions are nearly unique and whose images are not stored."""
     out = tmp_path_factory.mktemp("runs") / "run"
     fit(indexed, SHORT, out)
     return out
@@ -44,13 +44,13 @@ def run(indexed, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(run, tmp_path_factory):
-    """Its evaluation."""
-    return evaluate(run, ExamConfig(steps=[1, 2]), tmp_path_factory.mktemp("report"))
+    """The evaluation of that run."""
+    return evaluate(run, EvaluationConfig(num_inference_steps=[1, 2]), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
 def flow(colored, tmp_path_factory):
-    """A short run of a rival on the colors."""
+    """A short flow matching run on the colors."""
     out = tmp_path_factory.mktemp("flow") / "run"
     fit(colored, FitConfig(objective="flow_matching", size="tiny", images=60 * 32, batch_size=32), out)
     return out
@@ -64,8 +64,8 @@ def clip(tmp_path_factory, tokenizer) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 8, "eos_token_id": 3}
-    config = CLIPConfig(text_config=shape | words, vision_config=shape | {"image_size": 24, "patch_size": 8})
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 8, "eos_token_id": 3}
+    config = CLIPConfig(text_config=shape | text, vision_config=shape | {"image_size": 24, "patch_size": 8})
     CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -73,11 +73,11 @@ def clip(tmp_path_factory, tokenizer) -> Path:
 
 
 class MeanColor(torch.nn.Module):
-    """What stands for Inception: three features that are easily computed otherwise."""
+    """In place of Inception: three features that are easy to compute without it."""
 
-    def forward(self, pictures: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         assert return_features
-        return pictures.float().mean((2, 3))
+        return images.float().mean((2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -92,183 +92,201 @@ def inception(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def colored_report(flow, clip, inception, tmp_path_factory):
-    """Its evaluation with all there is."""
-    return evaluate(flow, ExamConfig(steps=[2], clip=clip, inception=inception), tmp_path_factory.mktemp("report"))
+    """The evaluation of the flow matching run with all feature extractors."""
+    config = EvaluationConfig(num_inference_steps=[2], clip=clip, inception=inception)
+    return evaluate(flow, config, tmp_path_factory.mktemp("report"))
 
 
-def test_a_run_stands_beside_floors_of_the_same_figures(report):
-    assert report["steps"].keys() == {"1", "2"}
-    floors = report["floors"]
-    assert floors.keys() == {"train rows", "retrieved pairs", "gaussian"}
-    for figures in report["steps"].values():
-        assert figures.keys() - COST == floors["retrieved pairs"].keys() == floors["gaussian"].keys()
-        assert figures.keys() >= COST
-    assert all(isinstance(value, float) for row in columns_of(report).values() for value in row.values())
-    # The autoencoder has fresh weights, so that pictures tell little; coordinates do.
+def test_a_run_and_its_references_have_the_same_metrics(report):
+    references = report["references"]
+    assert references.keys() == {"train rows", "retrieved pairs", "noise"}
+    assert report["metrics"].keys() == {"1", "2"}
+    for metrics in report["metrics"].values():
+        assert metrics.keys() - COST == references["retrieved pairs"].keys() == references["noise"].keys()
+        assert metrics.keys() >= COST
+        assert metrics["ms_per_latent"] > 0
+        assert metrics["ms_per_decoding"] > 0
+    # The autoencoder has fresh weights, so image metrics say little; those in coordinates do not depend on it.
     for name in ("frechet", "energy_distance", "two_sample_accuracy"):
-        assert floors["train rows"][name] < floors["gaussian"][name]
-    assert floors["retrieved pairs"]["frechet"] < floors["gaussian"]["frechet"]
-    assert report["steps"]["2"]["frechet"] < floors["gaussian"]["frechet"]
-    assert floors["gaussian"]["coverage"] < floors["train rows"]["coverage"]
+        assert references["train rows"][name] < references["noise"][name]
+    assert references["retrieved pairs"]["frechet"] < references["noise"]["frechet"]
+    assert report["metrics"]["2"]["frechet"] < references["noise"]["frechet"]
+    assert references["noise"]["coverage"] < references["train rows"]["coverage"]
 
 
-def test_only_what_is_copied_is_called_copied(report):
-    assert report["floors"]["retrieved pairs"]["copied_rate"] == 1
-    assert report["floors"]["retrieved pairs"]["nearest_ratio"] < 1e-3
-    assert report["floors"]["train rows"]["copied_rate"] == 1
+def test_copied_rate_is_one_for_copies_and_near_zero_for_other_points(report):
+    references = report["references"]
+    assert references["retrieved pairs"]["copied_rate"] == 1
+    assert references["retrieved pairs"]["nearest_ratio"] < 1e-3
+    assert references["train rows"]["copied_rate"] == 1
     assert report["heldout"]["copied_rate"] < 0.05
-    assert report["floors"]["gaussian"]["copied_rate"] == 0
+    assert references["noise"]["copied_rate"] == 0
 
 
-def test_the_true_caption_is_found_among_others_better_than_by_chance(report, indexed):
-    assert report["referee"]["kind"] == "matcher"
-    among = report["referee"]["among"]
-    assert among == len(set(indexed.column("caption", HELDOUT))) < 100
-    chance = (among + 1) / 2
+def test_a_matcher_ranks_true_captions_better_than_chance(report, indexed):
+    assert report["referee"]["type"] == "matcher"
+    candidates = report["referee"]["candidates"]
+    assert candidates == len(set(indexed.column("caption", HELDOUT))) < 100
+    chance = (candidates + 1) / 2
     assert report["heldout"]["caption_rank"] < 0.8 * chance
-    assert report["floors"]["gaussian"]["caption_rank"] > 0.7 * chance
-    assert report["floors"]["train rows"]["caption_rank"] <= report["heldout"]["caption_rank"]
+    assert report["references"]["noise"]["caption_rank"] > 0.7 * chance
+    assert report["references"]["train rows"]["caption_rank"] <= report["heldout"]["caption_rank"]
 
 
 def test_what_is_left_out_has_a_reason(report, colored_report):
-    assert report["left_out"] == {"reconstructions": "the table keeps no pictures: encode it with --keep-images"}
-    assert report["heldout_pictures"] == "decoded latents"
-    assert colored_report["left_out"] == {"reliability": "flow_matching teaches no confidence"}
-    assert colored_report["heldout_pictures"] == "originals"
-    assert "confidence" not in colored_report["steps"]["2"]
+    assert report["left_out"] == {"reconstructions": "the table stores no images: encode it with --keep-images"}
+    assert report["heldout_images"] == "decoded latents"
+    assert colored_report["left_out"] == {"calibration": "flow_matching trains no confidence"}
+    assert colored_report["heldout_images"] == "originals"
+    assert "confidence" not in colored_report["metrics"]["2"]
 
 
-def test_both_confidences_are_held_against_what_came(report, run):
-    assert report["reliability"].keys() == {"confidence", "direction_length"}
-    for content in report["reliability"].values():
-        assert sum(bin["count"] for bin in content["bins"]) == report["samples"]
-        assert 0 <= content["calibration_error"] <= 1
-        assert -1 <= content["rank_correlation"] <= 1
-        assert [bin["said"] for bin in content["bins"]] == sorted(bin["said"] for bin in content["bins"])
-    # Both heads saw the same cosines.
-    came = [np.mean([bin["came"] for bin in content["bins"]]) for content in report["reliability"].values()]
-    assert came[0] == pytest.approx(came[1], abs=0.02)
+def test_calibration_compares_confidences_with_the_cosine_to_the_retrieved_pair(run, indexed):
+    pipeline = Coalescer.from_pretrained(run)
+    prompts = draw_prompts(pipeline, indexed, 40, seed=0)
+    pairs, text = retrieve_pairs(indexed, prompts), encode_captions(pipeline, prompts.captions)
+    calibration = measure_calibration(pipeline, prompts, text, pairs)
+    assert calibration.keys() == {"confidence", "direction_length"}
+    n = prompts.count
+    prediction = pipeline.objective.predict(
+        pipeline.network, torch.from_numpy(prompts.noise[:n]), torch.from_numpy(text.batch(slice(n)))
+    )
+    direction, displacement = prediction.direction.numpy(), pairs[:n] - prompts.noise[:n]
+    length = np.linalg.norm(direction, axis=1)
+    cosine = (direction * displacement).sum(1) / length / np.linalg.norm(displacement, axis=1)
+    for name, predicted in (("confidence", prediction.confidence.numpy()), ("direction_length", length)):
+        order = predicted.argsort()
+        bins = calibration[name]["bins"]
+        assert [row["count"] for row in bins] == [4] * 10
+        assert [row["predicted"] for row in bins] == pytest.approx(predicted[order].reshape(10, 4).mean(1), abs=1e-5)
+        assert [row["observed"] for row in bins] == pytest.approx(cosine[order].reshape(10, 4).mean(1), abs=1e-5)
 
 
-def test_classes_are_told_by_a_classifier_and_reconstructions_stand_beside(colored_report):
-    assert colored_report["referee"]["kind"] == "classifier"
+def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(colored_report):
+    assert colored_report["referee"]["type"] == "classifier"
     assert colored_report["referee"]["labels"] == ["blue", "green", "red"]
-    floors = colored_report["floors"]
-    assert floors.keys() == {"train rows", "retrieved pairs", "gaussian", "reconstructions"}
-    assert floors["reconstructions"].keys() == floors["train rows"].keys()
+    references = colored_report["references"]
+    assert references.keys() == {"train rows", "retrieved pairs", "noise", "reconstructions"}
+    assert references["reconstructions"].keys() == references["train rows"].keys()
     assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
-    # The autoencoder has fresh weights: what it paints says what it was told, and nothing that looks like an original.
-    assert floors["retrieved pairs"]["class_accuracy"] > 0.9
-    assert floors["gaussian"]["class_accuracy"] < 0.7
-    assert floors["train rows"]["feature_frechet"] < floors["reconstructions"]["feature_frechet"]
+    # The autoencoder has fresh weights: its images show which class a latent is of, but do not look like originals.
+    assert references["retrieved pairs"]["class_accuracy"] > 0.9
+    assert references["noise"]["class_accuracy"] < 0.7
+    assert references["train rows"]["feature_frechet"] < references["reconstructions"]["feature_frechet"]
 
 
-def test_training_rows_have_the_captions_that_are_asked_for(flow, colored, indexed, run):
-    for folder, table, few in ((flow, colored, True), (run, indexed, False)):
-        questions = make_questions(Coalescer.from_pretrained(folder), table, 40, seed=0)
-        rows = like_captions(table, questions)
-        assert len(set(rows.tolist())) == len(rows) == 40
-        assert set(rows.tolist()) <= set(table.positions(TRAIN).tolist())
-        same = table.take(rows, "caption") == np.array(questions.captions[:40])
-        assert same.all() if few else not same.all()
+def test_train_rows_have_the_captions_of_the_prompts_while_there_are_any(flow, colored, indexed, run):
+    for folder, table, repeated in ((flow, colored, True), (run, indexed, False)):
+        prompts = draw_prompts(Coalescer.from_pretrained(folder), table, 40, seed=0)
+        positions = match_captions(table, prompts)
+        assert len(set(positions.tolist())) == len(positions) == 40
+        assert set(positions.tolist()) <= set(table.positions(TRAIN).tolist())
+        equal = table.take(positions, "caption") == np.array(prompts.captions[:40])
+        assert equal.all() == repeated
 
 
-def test_inception_and_clip_are_added_by_path(colored_report, colored, clip, inception):
-    floors, heldout = colored_report["floors"], colored.positions(HELDOUT)
-    everyone = floors["train rows"].keys()
-    assert {"inception_frechet", "inception_kernel", "clip_score"} <= everyone
+def test_inception_and_clip_add_their_metrics(colored_report, colored):
+    references, heldout, train = colored_report["references"], colored.positions(HELDOUT), colored.positions(TRAIN)
+    assert {"fid", "kid", "clip_score"} <= references["train rows"].keys()
 
-    def mean_colors(rows):
-        pictures = [decode_image(image, 32).pixels for image in colored.take(rows, "image")]
-        return np.stack([picture.mean((0, 1)) for picture in pictures])
+    def mean_colors(positions):
+        images = [decode_image(image, 32).pixels for image in colored.take(positions, "image")]
+        return np.stack([image.mean((0, 1)) for image in images])
 
-    # Mean colors of originals need no network.
-    assert len(heldout) == colored_report["heldout_rows"]
-    train = colored.positions(TRAIN)
-    expected = frechet(mean_colors(train), mean_colors(heldout))
-    if colored_report["samples"] >= len(train):
-        assert floors["train rows"]["inception_frechet"] == pytest.approx(expected, rel=1e-2)
-    assert floors["gaussian"]["inception_frechet"] > floors["train rows"]["inception_frechet"]
+    # Mean colors of original images need no network; with so many samples all training rows are used.
+    assert colored_report["heldout_rows"] == len(heldout)
+    assert colored_report["num_samples"] >= len(train)
+    assert references["train rows"]["fid"] == pytest.approx(frechet(mean_colors(train), mean_colors(heldout)), rel=1e-2)
+    assert references["noise"]["fid"] > references["train rows"]["fid"]
 
 
-def test_features_of_inception_and_scores_of_clip_are_the_models_own(clip, inception):
+def test_inception_features_and_clip_scores_agree_with_the_models(clip, inception):
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-    pictures = np.random.default_rng(0).integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8)
     captions = ["a small red circle", "a large blue square left of a small green triangle and much more", "red"]
-    seen = Inception(inception, "cpu").look(pictures, captions)
-    assert np.allclose(seen, pictures.mean((1, 2)), atol=1e-3)
-    scores = Clip(clip, "cpu").look(pictures, captions)
-    model, words = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
-    shown = CLIPImageProcessorPil.from_pretrained(clip)(images=list(pictures), return_tensors="pt")["pixel_values"]
+    features = Inception(inception, "cpu").extract(images, captions)
+    assert np.allclose(features, images.mean((1, 2)), atol=1e-3)
+    scores = Clip(clip, "cpu").extract(images, captions)
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    pixels = CLIPImageProcessorPil.from_pretrained(clip)(images=list(images), return_tensors="pt")["pixel_values"]
     for i, caption in enumerate(captions):  # one by one, without padding
-        given = words(caption, truncation=True, max_length=8, return_tensors="pt")
+        tokens = tokenizer(caption, truncation=True, max_length=8, return_tensors="pt")
         with torch.inference_mode():
-            picture = model.get_image_features(pixel_values=shown[i : i + 1]).pooler_output[0]
-            text = model.get_text_features(given["input_ids"], given["attention_mask"]).pooler_output[0]
-        assert scores[i, 0] == pytest.approx(float(100 * torch.cosine_similarity(picture, text, dim=0)), abs=1e-2)
+            image = model.get_image_features(pixel_values=pixels[i : i + 1]).pooler_output[0]
+            text = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output[0]
+        assert scores[i, 0] == pytest.approx(float(100 * torch.cosine_similarity(image, text, dim=0)), abs=1e-2)
 
 
-def test_the_same_seed_gives_the_same_report_but_for_times(run, report, tmp_path, monkeypatch):
-    def trained_again(*_):
-        raise AssertionError("the referee is there")
-
-    monkeypatch.setattr(referee_module, "_train", trained_again)
-    again = evaluate(run, ExamConfig(steps=[1, 2]), tmp_path)
-    assert timeless(again) == timeless(report)
+def test_the_same_seed_gives_the_same_report_without_training_the_referee_again(run, report, tmp_path):
+    weights = Path(report["referee"]["folder"]) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    again = evaluate(run, EvaluationConfig(num_inference_steps=[1, 2]), tmp_path)
+    assert weights.stat().st_mtime_ns == written
+    assert "train referee" not in (tmp_path / "log.jsonl").read_text()
+    assert without_times(again) == without_times(report)
     assert again == json.loads((tmp_path / "report.json").read_text())
 
 
-def timeless(report):
+def without_times(report):
     content = json.loads(json.dumps(report))
     del content["seconds"]
-    for figures in content["steps"].values():
-        del figures["ms_per_latent"], figures["ms_per_decoding"]
+    for metrics in content["metrics"].values():
+        del metrics["ms_per_latent"], metrics["ms_per_decoding"]
     return content
 
 
-def test_the_page_stands_on_its_own(flow, colored_report, run, tmp_path):
-    evaluate(run, ExamConfig(steps=[1], samples=16), tmp_path)
+def test_the_page_is_self_contained_and_shows_every_metric_and_reference(run, tmp_path):
+    report = evaluate(run, EvaluationConfig(num_inference_steps=[1], num_samples=16), tmp_path)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<svg") == 15 + 2
-    assert page.count("data:image/png;base64,") == 1
-    assert 'src="http' not in page
-    assert "Left out: reconstructions, because the table keeps no pictures" in page
-    for name in ("train rows", "retrieved pairs", "gaussian", "held-out rows"):
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert len(re.findall("<img", page)) == 1
+    assert "Left out: reconstructions, because the table stores no images" in page
+    for name in ("1 step", "train rows", "retrieved pairs", "noise", "held-out rows"):
         assert f"<th>{name}</th>" in page
-    lines = lines_of(colored_report)
-    assert lines["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "gaussian", "reconstructions"}
-    assert lines["evaluations"] == {"2 steps": 2.0}
+    for name in report["metrics"]["1"]:
+        assert f"<th>{name.replace('_', ' ')}</th>" in page
+        # Text is drawn as paths, with the text itself in a comment.
+        assert (f"<!-- {name.replace('_', ' ')} -->" in page) == bool(METRICS[name].goal or name == "confidence")
+    assert "<!-- predicted confidence -->" in page
 
 
-def test_all_runs_of_a_table_share_a_referee(report, indexed, run):
+def test_the_table_of_metrics_has_a_row_for_each_metric_and_a_column_for_each_reference(report, colored_report):
+    assert metrics_by_name(report).keys() == report["metrics"]["1"].keys()
+    rows = metrics_by_name(colored_report)
+    assert rows["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "noise", "reconstructions"}
+    assert rows["class_accuracy"]["held-out rows"] == colored_report["heldout"]["class_accuracy"]
+    assert rows["network_evaluations"] == {"2 steps": 2.0}
+
+
+def test_all_runs_of_a_table_share_a_referee(report, indexed):
     folder = Path(report["referee"]["folder"])
     assert folder.parent == Path(reports_of(indexed.uri))
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "referee.json"]
     assert [path.name for path in folder.parent.glob("referee-*")] == [folder.name]
 
 
-def test_a_referee_stands_in_the_report_where_nothing_can_be_written_beside(flow, colored, tmp_path, monkeypatch):
+def test_a_referee_is_kept_in_the_report_if_the_folder_of_the_table_is_read_only(flow, colored, tmp_path, monkeypatch):
     monkeypatch.setattr(referee_module.os, "access", lambda *_: False)
-    monkeypatch.setitem(referee_module.BUDGET, "steps", 2)
+    monkeypatch.setitem(referee_module.BUDGET, "max_steps", 2)
     encoder = Coalescer.from_pretrained(flow).image_encoder
 
-    def opened():
+    def open_again():
         decode = lambda latents: encoder.decode(latents.reshape(-1, 2, 4, 4))  # noqa: E731
-        return open_referee(colored, decode, lambda _: None, among=3, out=tmp_path, device="cpu")[1]
+        return open_referee(colored, decode, lambda _: None, candidates=3, out=tmp_path, device="cpu")[1]
 
-    place = Path(opened()["folder"])
-    assert place.parent == tmp_path
-    before = (place / "model.safetensors").read_bytes()
-    shutil.rmtree(place)
-    opened()
-    assert (place / "model.safetensors").read_bytes() == before
-    (place / "model.safetensors").write_bytes(b"?")
-    with pytest.raises(RunError, match=r"holds no referee .*: remove it, and it is trained again"):
-        opened()
+    folder = Path(open_again()["folder"])
+    assert folder.parent == tmp_path
+    before = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    open_again()
+    assert (folder / "model.safetensors").read_bytes() == before
+    (folder / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(RunError, match=r"is not a complete referee .*: remove it to train it again"):
+        open_again()
 
 
-def test_larger_pictures_are_seen_as_their_means():
+def test_the_referee_downscales_larger_images():
     torch.manual_seed(0)
     network = Classifier(["a", "b"]).eval()
     small = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
@@ -278,85 +296,91 @@ def test_larger_pictures_are_seen_as_their_means():
         assert not torch.allclose(network.features(large), network.features(small.flip(0)))
 
 
-def test_captions_are_classes_where_they_are_few_and_come_often(colored, indexed, monkeypatch):
-    assert labels_of(colored) == ["blue", "green", "red"]
-    assert labels_of(indexed) is None
-    monkeypatch.setattr(referee_module, "MOST_LABELS", 2)
-    assert labels_of(colored) is None
+def test_captions_are_classes_if_they_are_few_and_frequent(colored, indexed):
+    assert class_labels(colored) == ["blue", "green", "red"]
+    assert class_labels(colored, max_classes=2) is None
+    assert class_labels(indexed) is None
 
 
-def test_more_questions_than_held_out_rows_start_from_other_points(run, indexed):
-    coalescer, rows = Coalescer.from_pretrained(run), indexed.positions(HELDOUT)
-    questions = make_questions(coalescer, indexed, 2 * len(rows), seed=3)
-    asked = questions.rows[: questions.count]
-    assert (np.unique(asked, return_counts=True)[1] == 2).all()
-    assert set(asked.tolist()) == set(rows.tolist())
-    assert questions.captions == indexed.take(questions.rows, "caption").tolist()
-    assert len(np.unique(questions.r[: questions.count], axis=0)) == questions.count
-    assert len(questions.fan) <= FAN
-    # The points of a fan are the same for every caption, those of its questions are not.
-    fan = questions.r[questions.count :].reshape(questions.fan.max() + 1, -1, questions.r.shape[1])
-    assert (fan == fan[:1]).all()
-    # A run starts from these very points.
-    x, _ = coalescer.coordinates(Told(coalescer, questions.captions)(questions.captions[-3:]), questions.numbers[-3:],
-                                 steps=1, seed=3)  # fmt: skip
-    guess = coalescer.network(
-        torch.from_numpy(questions.r[-3:]), torch.from_numpy(coalescer.describe(questions.captions[-3:]))
-    )
-    way = (guess.distance[:, None] * guess.direction).numpy() / questions.r.shape[1] ** 0.5
-    assert np.allclose(x, questions.r[-3:] + way, atol=1e-4)
+def test_more_prompts_than_held_out_rows_repeat_rows_with_other_noise(run, indexed):
+    pipeline, heldout = Coalescer.from_pretrained(run), indexed.positions(HELDOUT)
+    prompts = draw_prompts(pipeline, indexed, 2 * len(heldout), seed=3)
+    positions = prompts.positions[: prompts.count]
+    assert (np.unique(positions, return_counts=True)[1] == 2).all()
+    assert set(positions.tolist()) == set(heldout.tolist())
+    assert prompts.captions == indexed.take(prompts.positions, "caption").tolist()
+    assert len(np.unique(prompts.noise[: prompts.count], axis=0)) == prompts.count
 
 
-def test_retrieved_pairs_are_those_of_brute_force(run, indexed):
-    questions = make_questions(Coalescer.from_pretrained(run), indexed, 12, seed=0)
+def test_the_diversity_set_has_the_same_noise_for_every_caption(run, indexed):
+    prompts = draw_prompts(Coalescer.from_pretrained(run), indexed, 40, seed=3)
+    assert 0 < len(prompts.diversity_group) <= DIVERSITY_SAMPLES
+    noise = prompts.noise[prompts.count :].reshape(prompts.diversity_group.max() + 1, -1, prompts.noise.shape[1])
+    assert (noise == noise[:1]).all()
+    assert len(np.unique(noise[0], axis=0)) == noise.shape[1] > 1
+
+
+def test_a_run_starts_from_the_noise_of_the_prompts(run, indexed):
+    pipeline = Coalescer.from_pretrained(run)
+    prompts = draw_prompts(pipeline, indexed, 40, seed=3)
+    text = encode_captions(pipeline, prompts.captions)
+    output = sample_prompts(pipeline, prompts, text, 1, lambda _: None)
+    noise = torch.from_numpy(prompts.noise)
+    prediction = pipeline.objective.predict(pipeline.network, noise, torch.from_numpy(text.batch(slice(None))))
+    expected = noise + prediction.distance[:, None] * prediction.direction
+    assert np.allclose(output.x, expected.numpy(), atol=1e-4)
+
+
+def test_retrieved_pairs_agree_with_brute_force(run, indexed):
+    prompts = draw_prompts(Coalescer.from_pretrained(run), indexed, 12, seed=0)
     geometry, vectors = indexed.meta.geometry, indexed.column("vector", TRAIN).astype(np.float32)
-    queries = geometry.queries(indexed.take(questions.rows, "text").astype(np.float32), questions.r)
+    queries = geometry.queries(indexed.take(prompts.positions, "text").astype(np.float32), prompts.noise)
     squares = np.square(queries[:, None] - vectors[None]).sum(2)
     expected = geometry.to_coordinates(indexed.column("latent", TRAIN)[squares.argmin(1)])
     first, second = np.sort(squares, axis=1)[:, :2].T
-    clear = second - first > 1e-2  # nearer ones are a matter of rounding
+    clear = second - first > 1e-2  # closer ones depend on rounding
     assert clear.mean() > 0.95
-    assert np.allclose(retrieve(indexed, questions)[clear], expected[clear])
+    assert np.allclose(retrieve_pairs(indexed, prompts)[clear], expected[clear])
 
 
-def test_evaluations_are_counted_and_every_picture_is_timed(run, indexed):
-    coalescer, counted = Coalescer.from_pretrained(run), []
-    questions = make_questions(coalescer, indexed, 300, seed=0)
-    found = sample(coalescer, questions, Told(coalescer, questions.captions), 3, counted.append)
-    assert found.evaluations == 3
-    assert found.seconds > 0
-    assert sum(counted) == len(found.x) == len(questions.captions)
+def test_network_evaluations_are_counted_per_sample(run, indexed):
+    pipeline, advanced = Coalescer.from_pretrained(run), []
+    prompts = draw_prompts(pipeline, indexed, 300, seed=0)
+    output = sample_prompts(pipeline, prompts, encode_captions(pipeline, prompts.captions), 3, advanced.append)
+    assert output.network_evaluations == 3
+    assert output.seconds > 0
+    assert sum(advanced) == len(output.x) == len(output.confidence) == len(prompts.captions)
 
 
-def refuse(kind, said, run, out, **options):
-    with pytest.raises(kind, match=said):
-        evaluate(run, ExamConfig(**{"steps": [1]} | options), out)
+def refuse(error, message, run, out, **options):
+    with pytest.raises(error, match=message):
+        evaluate(run, EvaluationConfig(**{"num_inference_steps": [1]} | options), out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"steps": [0, 1]}, "--steps 0,1"),
-        ({"steps": []}, "--steps"),
-        ({"samples": 7}, "--samples 7 is too few"),
-        ({"clip": Path("nowhere")}, r"--clip nowhere holds no config\.json"),
-        ({"inception": Path("nowhere.pt")}, r"--inception nowhere\.pt is no file"),
+        ({"num_inference_steps": [0, 1]}, "--num-inference-steps '0,1' is out of range"),
+        ({"num_inference_steps": []}, "--num-inference-steps '' is out of range"),
+        ({"num_samples": 7}, "--num-samples 7 is too small: use at least 8"),
+        ({"clip": Path("nowhere")}, r"--clip nowhere has no config\.json"),
+        ({"inception": Path("nowhere.pt")}, r"--inception nowhere\.pt is not a file"),
         ({"device": "abacus"}, "--device abacus"),
     ],
 )
-def test_options_are_checked_before_anything_is_done(run, tmp_path, options, said):
-    refuse(OptionError, said, run, tmp_path / "out", **options)
+def test_options_are_checked_before_anything_is_written(run, tmp_path, options, message):
+    refuse(OptionError, message, run, tmp_path / "out", **options)
 
 
-def test_files_that_are_no_such_models_are_refused(run, tmp_path, clip, text_encoder):
+def test_files_of_other_models_are_refused(run, tmp_path, clip, text_encoder):
     (tmp_path / "text.pt").write_text("not a model")
-    refuse(OptionError, "is no TorchScript", run, tmp_path / "out", inception=tmp_path / "text.pt")
+    refuse(OptionError, "is not a TorchScript", run, tmp_path / "out", inception=tmp_path / "text.pt")
     refuse(OptionError, "holds a bert model", run, tmp_path / "out", clip=Path(text_encoder))
-    broken = tmp_path / "clip"
-    shutil.copytree(clip, broken)
-    (broken / "model.safetensors").unlink()
-    refuse(OptionError, "cannot be opened", run, tmp_path / "out", clip=broken)
+    incomplete = tmp_path / "clip"
+    shutil.copytree(clip, incomplete)
+    (incomplete / "model.safetensors").unlink()
+    refuse(OptionError, "cannot be loaded", run, tmp_path / "out", clip=incomplete)
 
 
 def test_evaluating_without_the_table_is_refused(run, tmp_path):
@@ -364,11 +388,12 @@ def test_evaluating_without_the_table_is_refused(run, tmp_path):
     config = read_config(run)
     config["table"]["uri"] = str(tmp_path / "gone.lance")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    refuse(RunError, "cannot be compared with its table", tmp_path / "run", tmp_path / "out")
+    refuse(RunError, "the table of .*run cannot be opened: no table at", tmp_path / "run", tmp_path / "out")
 
 
-def test_a_table_with_next_to_nothing_held_out_is_refused(shapes, encode_shapes, tmp_path):
+def test_a_table_with_too_few_held_out_rows_is_refused(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance", val_fraction=0.0, limit=40).table
     table = build_index(open_table(table.uri), BuildConfig(index_type="none")).table
     fit(table, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")
-    refuse(TableError, "holds 0 heldout rows: encode it with a larger", tmp_path / "run", tmp_path / "out")
+    message = "has 0 heldout rows, an evaluation needs 8: encode it with a larger --val-fraction"
+    refuse(TableError, message, tmp_path / "run", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What is filtered, and why; a filter is no judge of what is broken."""
+"""Which samples each filter drops, by which reason, and which options are refused."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from index.errors import OptionError
 from pipeline.filters import Filtered, FilterReason, Filters
 
 
-def reason(check, *arguments) -> FilterReason | None:
+def reason_of(check, *arguments) -> FilterReason | None:
     try:
         check(*arguments)
     except Filtered as filtered:
@@ -25,19 +25,19 @@ def reason(check, *arguments) -> FilterReason | None:
         ((64, 129), FilterReason.WIDE_ASPECT),
     ],
 )
-def test_sizes(size, expected):
-    assert reason(Filters(min_image_size=64, max_aspect_ratio=2.0).check_size, *size) is expected
-    assert reason(Filters().check_size, *size) is None
+def test_image_sizes(size, expected):
+    assert reason_of(Filters(min_image_size=64, max_aspect_ratio=2.0).check_size, *size) is expected
+    assert reason_of(Filters().check_size, *size) is None
 
 
-def test_captions_are_counted_in_characters():
+def test_caption_lengths_are_counted_in_characters():
     filters = Filters(min_caption_length=3, max_caption_length=5)
-    found = [reason(filters.check_caption, text) for text in ("né", "née", "trois", "quatre")]
-    assert found == [FilterReason.SHORT_CAPTION, None, None, FilterReason.LONG_CAPTION]
+    reasons = [reason_of(filters.check_caption, text) for text in ("né", "née", "trois", "quatre")]
+    assert reasons == [FilterReason.SHORT_CAPTION, None, None, FilterReason.LONG_CAPTION]
 
 
 @pytest.mark.parametrize(
-    ("where", "expected"),
+    ("expression", "expected"),
     [
         ("aesthetic > 5 and pwatermark < 0.8", None),
         ("aesthetic > 7", FilterReason.METADATA),
@@ -49,32 +49,32 @@ def test_captions_are_counted_in_characters():
         ("exif.lens == 'x'", FilterReason.METADATA_MISSING),
     ],
 )
-def test_expressions_over_the_sidecar(where, expected):
+def test_expressions_over_the_fields_of_the_sidecar(expression, expected):
     fields = {"aesthetic": 6.1, "pwatermark": 0.2, "lang": "en", "score": None, "exif": {"camera": "old"}}
-    assert reason(Filters(filter=where).check_meta, fields, "a red circle") is expected
+    assert reason_of(Filters(filter=expression).check_meta, fields, "a red circle") is expected
 
 
-@pytest.mark.parametrize("where", ["aesthetic >", "lang = 'en'", ""])
-def test_what_is_no_expression_is_refused_at_once(where):
-    with pytest.raises(OptionError, match="write for instance"):
-        Filters(filter=where)
+@pytest.mark.parametrize("expression", ["aesthetic >", "lang = 'en'", ""])
+def test_an_invalid_expression_is_refused_before_any_sample(expression):
+    with pytest.raises(OptionError, match=r"is not a Python expression .*: use for instance"):
+        Filters(filter=expression)
 
 
-@pytest.mark.parametrize("where", ["__import__('os').system('true')", "open('x')", "'a' * 10 ** 9"])
-def test_an_expression_reaches_nothing_but_the_fields(where):
-    with pytest.raises(OptionError, match="cannot be used"):
-        Filters(filter=where).check_meta({}, "x")
+@pytest.mark.parametrize("expression", ["__import__('os').system('true')", "open('x')", "'a' * 10 ** 9"])
+def test_an_expression_cannot_reach_anything_but_the_fields(expression):
+    with pytest.raises(OptionError, match=r"cannot be evaluated: .*: use the sidecar's fields"):
+        Filters(filter=expression).check_meta({}, "x")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"min_image_size": 0}, "--min-image-size 0"),
-        ({"max_aspect_ratio": 0.5}, "--max-aspect-ratio 0.5"),
-        ({"max_caption_length": -1}, "--max-caption-length -1"),
-        ({"dedup": "url"}, "--dedup 'url'.*image, pair"),
+        ({"min_image_size": 0}, "--min-image-size 0 is out of range: use a whole number above 0"),
+        ({"max_aspect_ratio": 0.5}, "--max-aspect-ratio 0.5 is out of range: .* 1 or more"),
+        ({"max_caption_length": -1}, "--max-caption-length -1 is out of range"),
+        ({"dedup": "url"}, "--dedup 'url' is unknown: choose one of image, pair"),
     ],
 )
-def test_options_are_checked(options, said):
-    with pytest.raises(OptionError, match=said):
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
         Filters(**options)

@@ -1,4 +1,4 @@
-"""Hub ids take the libraries' own way: here through a local hub cache, without a network."""
+"""Loading encoders and runs by hub id, from a local hub cache and without a network."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ REVISION = "0" * 40
 
 @pytest.fixture
 def hub(tmp_path):
-    """A function that puts a folder into a hub cache under a name, and the environment that reads from it."""
+    """Return a function that puts a folder into a hub cache under a hub id, and the environment to read from it."""
     cache = tmp_path / "cache"
 
     def put(name: str, folder, subfolder: str = "") -> None:
@@ -30,33 +30,33 @@ def hub(tmp_path):
 
 
 def run(code: str, environment) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_encoders_open_by_hub_id_and_subfolder(hub, image_encoder, text_encoder):
+def test_encoders_are_loaded_by_hub_id_and_subfolder(hub, image_encoder, text_encoder):
     put, environment = hub
     put("org/pipeline", image_encoder, "vae")
-    put("org/words", text_encoder)
+    put("org/text", text_encoder)
     code = """
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 print(DiffusersAutoencoder("org/pipeline/vae").ref.digest)
-print(TransformersTextEncoder("org/words").encode(["a small red circle"]).shape)
+print(TransformersTextEncoder("org/text").encode(["a small red circle"]).shape)
 """
     digest, shape = run(code, environment).splitlines()
     assert len(digest) == 64
     assert shape == "(1, 16)"
 
 
-def test_what_the_hub_does_not_give_is_one_line(hub):
+def test_a_missing_repository_is_a_one_line_error(hub):
     code = """
 from index.errors import CoalescerError
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from trainer.sampler import Coalescer
-for opener in (DiffusersAutoencoder, TransformersTextEncoder, Coalescer.from_pretrained):
+for load in (DiffusersAutoencoder, TransformersTextEncoder, Coalescer.from_pretrained):
     try:
-        opener("org/none")
+        load("org/none")
     except CoalescerError as error:
         print(error)
 """
@@ -65,17 +65,17 @@ for opener in (DiffusersAutoencoder, TransformersTextEncoder, Coalescer.from_pre
     assert all("org/none" in line and "hub" in line for line in lines)
 
 
-def test_a_run_is_sampled_by_hub_id(hub, indexed, tmp_path):
+def test_images_are_sampled_by_the_hub_id_of_a_run(hub, indexed, tmp_path):
     put, environment = hub
     fit(indexed, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")
     put("org/run", tmp_path / "run")
     script = Path(sys.executable).parent / "trainer"
-    done = subprocess.run(
+    process = subprocess.run(
         [script, "sample", "org/run", "a small red circle", "--out", "a.png", "--num-images-per-prompt", "2"],
         capture_output=True,
         text=True,
         env=environment,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "a.png").exists()

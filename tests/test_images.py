@@ -1,4 +1,4 @@
-"""Every picture becomes square RGB pixels or is rejected for the right reason."""
+"""Images of every mode and format become square RGB pixels; bad images and captions are rejected by reason."""
 
 import io
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import images
-from pipeline.images import Rejected, RejectReason, decode_caption, decode_image, quiet_pillow
+from pipeline.filters import Filtered, FilterReason
+from pipeline.images import decode_image, quiet_pillow
+from pipeline.rejects import Rejected, RejectReason
+from pipeline.sources.sample import decode_caption, decode_meta
 
 
 @pytest.fixture(autouse=True)
@@ -15,40 +17,40 @@ def _quiet():
     quiet_pillow()
 
 
-def saved(image: Image.Image, kind: str = "png", **options) -> bytes:
+def encoded(image: Image.Image, file_format: str = "png", **options) -> bytes:
     data = io.BytesIO()
-    image.save(data, kind, **options)
+    image.save(data, file_format, **options)
     return data.getvalue()
 
 
-def test_a_picture_of_the_right_size_is_untouched():
+def test_an_image_of_the_target_size_is_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(decode_image(saved(Image.fromarray(pixels)), 32).pixels, pixels)
+    assert np.array_equal(decode_image(encoded(Image.fromarray(pixels)), 32).pixels, pixels)
 
 
-def test_a_wide_picture_is_cropped_at_the_center():
+def test_a_wide_image_is_center_cropped():
     image = Image.new("RGB", (90, 30), "red")
     image.paste("blue", (30, 0, 60, 30))
-    picture = decode_image(saved(image), 30)
-    assert (picture.width, picture.height) == (90, 30)
-    assert (picture.pixels == (0, 0, 255)).all()
+    decoded = decode_image(encoded(image), 30)
+    assert (decoded.width, decoded.height) == (90, 30)
+    assert (decoded.pixels == (0, 0, 255)).all()
 
 
-def test_exif_rotation_is_applied():
+def test_exif_orientation_is_applied():
     image = Image.new("RGB", (16, 16), "red")
-    image.paste("blue", (0, 0, 16, 8))  # blue above
+    image.paste("blue", (0, 0, 16, 8))
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    pixels = decode_image(saved(image, "jpeg", exif=exif, quality=95), 16).pixels
+    exif[0x0112] = 3  # rotated by 180 degrees
+    pixels = decode_image(encoded(image, "jpeg", exif=exif, quality=95), 16).pixels
     assert pixels[2, 8, 0] > 200
     assert pixels[13, 8, 2] > 200
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_becomes_white(mode):
+def test_alpha_is_composited_onto_white(mode):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image = image.quantize(4) if mode == "P" else image.convert(mode)
-    assert (decode_image(saved(image), 8).pixels == 255).all()
+    assert (decode_image(encoded(image), 8).pixels == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -60,22 +62,22 @@ def test_transparency_becomes_white(mode):
     ],
     ids=["gray", "bilevel", "16-bit"],
 )
-def test_grays_become_rgb(image, value):
-    assert (decode_image(saved(image), 8).pixels == value).all()
+def test_gray_images_become_rgb(image, value):
+    assert (decode_image(encoded(image), 8).pixels == value).all()
 
 
 def test_cmyk_becomes_rgb():
-    pixels = decode_image(saved(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "jpeg"), 8).pixels
+    pixels = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "jpeg"), 8).pixels
     assert (pixels > 250).all()
 
 
-def test_an_animation_gives_its_first_frame():
+def test_the_first_frame_of_an_animation_is_decoded():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    data = saved(frames[0], "gif", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "gif", save_all=True, append_images=frames[1:])
     assert (decode_image(data, 8).pixels[0, 0] == (255, 0, 0)).all()
 
 
-whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+PNG = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -84,27 +86,39 @@ whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64,
         (None, RejectReason.MISSING_IMAGE),
         (b"", RejectReason.EMPTY_IMAGE),
         (b"<html>not found</html>", RejectReason.UNREADABLE_IMAGE),
-        (whole[: len(whole) // 2], RejectReason.UNREADABLE_IMAGE),
-        (whole[:20], RejectReason.UNREADABLE_IMAGE),
+        (PNG[: len(PNG) // 2], RejectReason.UNREADABLE_IMAGE),
+        (PNG[:20], RejectReason.UNREADABLE_IMAGE),
     ],
     ids=["none", "empty", "html", "truncated", "header"],
 )
-def test_what_is_no_picture_is_rejected(data, reason):
+def test_a_bad_image_is_rejected_by_reason(data, reason):
     with pytest.raises(Rejected) as caught:
         decode_image(data, 32)
     assert caught.value.reason is reason
     assert caught.value.detail
 
 
-def test_a_bomb_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 63)
+def test_an_image_with_too_many_pixels_is_rejected_by_its_header():
+    data = encoded(Image.new("1", (10_001, 10_000)))
     with pytest.raises(Rejected) as caught:
-        decode_image(saved(Image.new("RGB", (8, 8))), 8)
+        decode_image(data[:100], 8)  # of the pixel data hardly anything is left
     assert caught.value.reason is RejectReason.IMAGE_TOO_LARGE
-    assert "8x8" in caught.value.detail
+    assert caught.value.detail == "10001x10000 is over 100,000,000 pixels"
 
 
-def test_captions():
+def test_the_size_check_sees_the_original_size_before_decoding():
+    sizes = []
+
+    def check_size(width, height):
+        sizes.append((width, height))
+        raise Filtered(FilterReason.SMALL_SIDE)
+
+    with pytest.raises(Filtered):
+        decode_image(PNG[:100], 8, check_size)
+    assert sizes == [(64, 64)]
+
+
+def test_captions_are_stripped():
     assert decode_caption(" naïve café \n".encode()) == "naïve café"
 
 
@@ -116,7 +130,18 @@ def test_captions():
         (b"caf\xe9", RejectReason.CAPTION_NOT_UTF8),
     ],
 )
-def test_captions_are_rejected(data, reason):
+def test_a_bad_caption_is_rejected_by_reason(data, reason):
     with pytest.raises(Rejected) as caught:
         decode_caption(data)
     assert caught.value.reason is reason
+
+
+def test_sidecar_fields():
+    assert decode_meta('{"city": "Zürich", "score": 1.5}'.encode()) == {"city": "Zürich", "score": 1.5}
+
+
+@pytest.mark.parametrize("data", [b'{"url": ', b"[1, 2]", b'{"a": "\xe9"}', b""], ids=["cut", "list", "bytes", "empty"])
+def test_a_bad_sidecar_is_rejected(data):
+    with pytest.raises(Rejected) as caught:
+        decode_meta(data)
+    assert caught.value.reason is RejectReason.UNREADABLE_METADATA

@@ -21,7 +21,7 @@ from pipeline.encode import job as job_module
 from pipeline.encode import monitor as watch
 from pipeline.encode import run as encode_module
 from pipeline.encode.checkpoints import Checkpoints
-from pipeline.sources.read import list_shards
+from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
 

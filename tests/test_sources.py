@@ -1,4 +1,4 @@
-"""Shards are listed and read as their makers wrote them: tars, parquets, and the door that all sources share."""
+"""Listing the shards of a source, and reading tars and parquet files as other programs write them."""
 
 import gzip
 import io
@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from index.errors import SourceError
-from pipeline.images import RejectReason
-from pipeline.sources.read import ReadOptions, Sample, Unreadable, count_samples, list_shards, read_samples
+from pipeline.rejects import RejectReason
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 
 def png(color=(255, 0, 0), side=8) -> bytes:
@@ -38,35 +40,35 @@ def names(shards: list[str]) -> list[str]:
 # --- listing -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_tars_without_their_metadata_parquets(tmp_path):
+def test_a_folder_lists_tars_and_not_their_metadata_parquets(tmp_path):
     for name in ("00001.tar", "00000.tar", "00000.parquet", "00000_stats.json", "more.parquet"):
         (tmp_path / name).write_bytes(b"")
     assert names(list_shards([str(tmp_path)])) == ["00000.tar", "00001.tar", "more.parquet"]
 
 
-def test_hidden_files_and_zipped_tars(tmp_path):
+def test_gzipped_tars_are_listed_and_hidden_files_are_not(tmp_path):
     for name in ("a.tar.gz", "a.parquet", "b.tgz", "._b.tgz", ".part.tar", "c.txt"):
         (tmp_path / name).write_bytes(b"")
     assert names(list_shards([str(tmp_path)])) == ["a.tar.gz", "b.tgz"]
 
 
-def test_shards_in_sub_folders_are_found_where_the_folder_has_none(tmp_path):
+def test_subfolders_are_searched_if_the_folder_itself_has_no_shards(tmp_path):
     for name in ("data/x/00000.tar", "data/x/00000.parquet", "data/train-0.parquet", "data/.cache/old.tar", "a/b.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = list_shards([str(tmp_path)])
-    assert found == [str(tmp_path / "data/train-0.parquet"), str(tmp_path / "data/x/00000.tar")]
+    shards = list_shards([str(tmp_path)])
+    assert shards == [str(tmp_path / "data/train-0.parquet"), str(tmp_path / "data/x/00000.tar")]
     assert list_shards([str(tmp_path / "data")]) == [str(tmp_path / "data/train-0.parquet")]
 
 
-def test_braces_globs_and_repeats(tmp_path):
+def test_braces_and_globs_list_each_shard_once(tmp_path):
     for number in range(4):
         (tmp_path / f"{number:05d}.tar").write_bytes(b"")
-    found = list_shards([f"{tmp_path}/{{00000..00002}}.tar", f"{tmp_path}/*1.tar"])
-    assert names(found) == ["00000.tar", "00001.tar", "00002.tar"]
+    shards = list_shards([f"{tmp_path}/{{00000..00002}}.tar", f"{tmp_path}/*1.tar"])
+    assert names(shards) == ["00000.tar", "00001.tar", "00002.tar"]
 
 
-def test_many_braces_give_what_is_there(tmp_path):
+def test_brace_patterns_of_many_names_list_those_that_exist(tmp_path):
     for number in (3, 40, 70):
         (tmp_path / f"{number:05d}.tar").write_bytes(b"")
     assert names(list_shards([f"{tmp_path}/{{00000..00099}}.tar"])) == ["00003.tar", "00040.tar", "00070.tar"]
@@ -74,7 +76,7 @@ def test_many_braces_give_what_is_there(tmp_path):
         list_shards([f"{tmp_path}/nowhere/{{00000..00099}}.tar"])
 
 
-def test_a_glob_may_match_folders(tmp_path):
+def test_a_glob_can_match_folders(tmp_path):
     for name in ("part-0/a.tar", "part-1/b.parquet", "other/c.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -82,91 +84,91 @@ def test_a_glob_may_match_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a#b", "50%20", "a#0-1", "braces{1,2}", "glob[1]", "it's ü"])
-def test_odd_names_of_folders_do_not_matter(tmp_path, name):
+def test_special_characters_in_paths_are_literal(tmp_path, name):
     folder = tmp_path / name
-    (folder / "pictures").mkdir(parents=True)
-    (folder / "pictures" / "x#1.png").write_bytes(png())
-    (folder / "pictures" / "x#1.txt").write_bytes(b"picture")
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "x#1.png").write_bytes(png())
+    (folder / "images" / "x#1.txt").write_bytes(b"image")
     write_tar(folder / "a#1.tar", {"x.png": png(), "x.txt": b"tar"})
     pq.write_table(pa.table({"jpg": [png()], "text": ["parquet"]}), folder / "b%20.parquet")
-    shards = list_shards([str(folder), str(folder / "pictures"), str(folder / "b%20.parquet")])
-    assert shards == [str(folder / "a#1.tar"), str(folder / "b%20.parquet"), f"{folder / 'pictures'}#0-1"]
+    shards = list_shards([str(folder), str(folder / "images"), str(folder / "b%20.parquet")])
+    assert shards == [str(folder / "a#1.tar"), str(folder / "b%20.parquet"), f"{folder / 'images'}#0-1"]
     samples = [sample for shard in shards for sample in read_samples(shard)]
-    assert [sample.caption for sample in samples] == [b"tar", b"parquet", b"picture"]
+    assert [sample.caption for sample in samples] == [b"tar", b"parquet", b"image"]
     assert [sample.key for sample in samples] == ["x", "b%20/00000000", "x#1.png"]
     assert {sample.image for sample in samples} == {png()}
 
 
-def test_other_file_systems(tmp_path):
+def test_shards_on_another_fsspec_file_system(tmp_path):
     import fsspec
 
-    local = write_tar(tmp_path / "a.tar", {"x.png": png(), "x.txt": b"words"})
+    local = write_tar(tmp_path / "a.tar", {"x.png": png(), "x.txt": b"a caption"})
     with fsspec.open("memory://bucket/a.tar", "wb") as file, open(local, "rb") as source:
         file.write(source.read())
     assert list_shards(["memory://bucket/*.tar"]) == ["memory:///bucket/a.tar"]
     (sample,) = read_samples("memory:///bucket/a.tar")
-    assert (sample.image, sample.caption) == (png(), b"words")
+    assert (sample.image, sample.caption) == (png(), b"a caption")
 
 
-@pytest.mark.parametrize("given", ["nowhere", "nowhere/*.tar", "{a,b}.tar"])
-def test_nothing_found_is_said(given):
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/*.tar", "{a,b}.tar"])
+def test_a_source_without_shards_is_an_error(source):
     with pytest.raises(SourceError, match="no shards at"):
-        list_shards([given])
+        list_shards([source])
 
 
-def test_an_empty_folder_and_a_bad_pattern_are_said(tmp_path):
+def test_an_empty_folder_and_an_unbalanced_pattern_are_errors(tmp_path):
     with pytest.raises(SourceError, match="no shards at"):
         list_shards([str(tmp_path)])
     with pytest.raises(SourceError, match="brace pattern"):
         list_shards([f"{tmp_path}/{{00000..00009.tar"])
 
 
-def test_a_file_that_is_no_shard_is_refused(tmp_path):
-    path = tmp_path / "pictures.zip"
+def test_a_file_with_another_extension_is_an_error(tmp_path):
+    path = tmp_path / "images.zip"
     path.write_bytes(b"")
-    with pytest.raises(SourceError, match=r"\.tar or \.parquet"):
+    with pytest.raises(SourceError, match=r"images\.zip' is not a shard: use \.tar, .* or \.parquet"):
         list_shards([str(path)])
 
 
 @pytest.mark.parametrize("error", [PermissionError("Access\nDenied"), FileNotFoundError("no bucket")])
-def test_a_store_that_refuses_is_told_in_one_line(monkeypatch, error):
+def test_an_unreachable_store_is_a_one_line_error(monkeypatch, error):
     from fsspec.implementations.memory import MemoryFileSystem
 
     def refuse(self, path, **options):
         raise error
 
     monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
-    with pytest.raises(SourceError, match=f"cannot be listed: {type(error).__name__}: ") as said:
+    with pytest.raises(SourceError, match=rf"cannot be listed \({type(error).__name__}: ") as caught:
         list_shards(["memory://bucket"])
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- tars --------------------------------------------------------------------------------------------------------
 
 
-def test_tar_samples_keep_order_and_sidecar(tmp_path):
+def test_tar_samples_keep_their_order_and_sidecars(tmp_path):
     sidecar = b'{"url": "x",  "score": 1.50}'
     shard = write_tar(
         tmp_path / "a.tar",
-        {"b.jpg": png(), "b.txt": b"second letter", "b.json": sidecar, "a.PNG": png((0, 0, 1)), "c.txt": b"no picture"},
+        {"b.jpg": png(), "b.txt": b"second letter", "b.json": sidecar, "a.PNG": png((0, 0, 1)), "c.txt": b"no image"},
     )
     b, a, c = read_samples(shard)
     assert (b.key, b.caption, b.meta) == ("b", b"second letter", sidecar)
     assert b.image == png()
     assert (a.key, a.caption, a.meta) == ("a", None, b"{}")
     assert a.image == png((0, 0, 1))
-    assert (c.image, c.caption) == (None, b"no picture")
+    assert (c.image, c.caption) == (None, b"no image")
 
 
-@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz"])
-def test_tars_as_webdataset_writes_them(tmp_path, ending):
+@pytest.mark.parametrize("extension", ["tar", "tar.gz", "tgz"])
+def test_tars_written_by_webdataset(tmp_path, extension):
     from webdataset import TarWriter
 
-    shard = str(tmp_path / f"a.{ending}")
+    shard = str(tmp_path / f"a.{extension}")
     with TarWriter(shard) as writer:
         for number in range(3):
-            words = {"txt": f"caption {number}", "json": {"number": number}}
-            writer.write({"__key__": f"d.1/{number:03d}", "png": png((number, 0, 0)), **words})
+            fields = {"txt": f"caption {number}", "json": {"number": number}}
+            writer.write({"__key__": f"d.1/{number:03d}", "png": png((number, 0, 0)), **fields})
     samples = list(read_samples(shard))
     assert [s.key for s in samples] == ["d.1/000", "d.1/001", "d.1/002"]
     assert [s.caption for s in samples] == [b"caption 0", b"caption 1", b"caption 2"]
@@ -174,19 +176,19 @@ def test_tars_as_webdataset_writes_them(tmp_path, ending):
     assert [s.image for s in samples] == [png((number, 0, 0)) for number in range(3)]
 
 
-def test_a_tar_is_unzipped_whatever_it_is_called(tmp_path):
-    plain = write_tar(tmp_path / "plain.tar", {"x.png": png(), "x.txt": b"words"})
-    (tmp_path / "a.tar").write_bytes(gzip.compress(open_bytes(plain)))
+def test_a_gzipped_tar_is_detected_by_its_content(tmp_path):
+    plain = write_tar(tmp_path / "plain.tar", {"x.png": png(), "x.txt": b"a caption"})
+    (tmp_path / "a.tar").write_bytes(gzip.compress(read_bytes(plain)))
     (sample,) = read_samples(str(tmp_path / "a.tar"))
-    assert sample.caption == b"words"
+    assert sample.caption == b"a caption"
 
 
-def open_bytes(path) -> bytes:
+def read_bytes(path) -> bytes:
     with open(path, "rb") as file:
         return file.read()
 
 
-def test_what_tars_hold_besides_samples_is_left_out(tmp_path):
+def test_folders_links_and_special_members_are_skipped(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("./d")
@@ -219,75 +221,75 @@ def test_what_tars_hold_besides_samples_is_left_out(tmp_path):
         ("blip", {"txt": b"t", "json": b'{"caption": "j"}'}, None),
     ],
 )
-def test_where_a_caption_may_stand(tmp_path, caption_key, members, expected):
+def test_a_caption_is_found_by_extension_or_sidecar_field(tmp_path, caption_key, members, expected):
     shard = write_tar(tmp_path / "a.tar", {"x.png": png(), **{f"x.{k}": v for k, v in members.items()}})
     (sample,) = read_samples(shard, ReadOptions(caption_key=caption_key))
     assert sample.caption == expected
     assert sample.meta == members.get("json", b"{}")
 
 
-def test_a_picture_by_its_ending(tmp_path):
+def test_an_image_is_found_by_extension(tmp_path):
     shard = write_tar(tmp_path / "a.tar", {"x.jpg": b"1", "x.mask.png": b"2", "x.webp": b"3", "y.jpg": b"4"})
     assert [s.image for s in read_samples(shard)] == [b"1", b"4"]
     assert [s.image for s in read_samples(shard, ReadOptions(image_key="mask.png;jpg"))] == [b"2", b"4"]
     assert [s.image for s in read_samples(shard, ReadOptions(image_key="webp"))] == [b"3", None]
 
 
-def test_names_that_come_again_are_told_apart(tmp_path):
+def test_repeated_keys_are_rejected(tmp_path):
     members = [("a.png", b"1"), ("a.txt", b"one"), ("a.png", b"2"), ("a.txt", b"two"), ("b.png", b"3"), ("a.txt", b"4")]
     first, again, b, late = read_samples(write_tar(tmp_path / "a.tar", members))
     assert (first.key, first.image, first.caption) == ("a", b"1", b"one")
     assert (b.key, b.image) == ("b", b"3")
-    for broken in (again, late):
-        assert (broken.key, broken.reason) == ("a", RejectReason.DUPLICATE_KEY)
+    for sample in (again, late):
+        assert (sample.key, sample.reason) == ("a", RejectReason.DUPLICATE_KEY)
 
 
 @pytest.mark.parametrize(
     "key", ["/etc/x", "../x", "a/../../x", "C:/x", "C:\\x", "\\\\host\\x", "a\nb", "a\x85", "a\udcff"]
 )
-def test_unsafe_names_are_refused_and_told_safely(tmp_path, key):
+def test_unsafe_keys_are_rejected_and_reported_in_printable_form(tmp_path, key):
     shard = write_tar(
         tmp_path / "a.tar", {f"{key}.png": png(), f"{key}.txt": b"t", "good.png": png(), "good.txt": b"t"}
     )
-    broken, good = read_samples(shard)
-    assert isinstance(broken, Unreadable)
-    assert broken.reason == RejectReason.UNSAFE_NAME
-    assert broken.key.encode().decode().isprintable()
+    unsafe, good = read_samples(shard)
+    assert isinstance(unsafe, Unreadable)
+    assert unsafe.reason == RejectReason.UNSAFE_NAME
+    assert unsafe.key.encode().decode().isprintable()
     assert good.key == "good"
 
 
-def test_names_that_only_look_unsafe_are_kept(tmp_path):
+def test_keys_with_dots_spaces_and_unicode_are_safe(tmp_path):
     keys = ["a/b", "a..x/y", "ünï", "日本", "a\u200bb", "a b"]
     table = pa.table({"key": keys, "image": [png()] * len(keys), "caption": ["c"] * len(keys)})
     pq.write_table(table, tmp_path / "a.parquet")
     assert [sample.key for sample in read_samples(str(tmp_path / "a.parquet"))] == keys
 
 
-def test_a_truncated_tar_gives_what_it_holds_and_says_so(tmp_path):
+def test_a_truncated_tar_yields_its_whole_samples_and_an_unreadable_rest(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, {f"{i}.{e}": b"x" * 700 for i in range(9) for e in ("txt", "png")})
     path.write_bytes(path.read_bytes()[:9000])
-    *whole, last = read_samples(str(path))
-    assert len(whole) >= 1
-    assert all(isinstance(sample, Sample) for sample in whole)
+    *samples, last = read_samples(str(path))
+    assert len(samples) >= 1
+    assert all(isinstance(sample, Sample) for sample in samples)
     assert isinstance(last, Unreadable)
     assert last.detail
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_tar_cut_anywhere_never_gives_half_a_sample(tmp_path, zipped):
+@pytest.mark.parametrize("is_gzip", [False, True])
+def test_a_tar_cut_at_any_byte_never_yields_half_a_sample(tmp_path, is_gzip):
     rng = np.random.default_rng(0)
     members = {f"{i}.{e}": rng.bytes(700) for i in range(4) for e in ("png", "txt", "json")}
-    data = open_bytes(write_tar(tmp_path / "whole.tar", members))
+    data = read_bytes(write_tar(tmp_path / "whole.tar", members))
     ends = 4 * 3 * (512 + 1024)
     assert not any(data[ends:])
     path = tmp_path / "a.tar"
-    data = gzip.compress(data, mtime=0) if zipped else data[: ends + 512]
+    data = gzip.compress(data, mtime=0) if is_gzip else data[: ends + 512]
     for length in range(0, len(data), 256):
         path.write_bytes(data[:length])
         *samples, last = read_samples(str(path))
-        assert (last.key, last.reason) == ("", RejectReason.BROKEN_SHARD), length
-        assert len(samples) in ({length // 4608, length // 4608 - 1} if not zipped else range(5))
+        assert (last.key, last.reason) == ("", RejectReason.UNREADABLE_SHARD), length
+        assert len(samples) in ({length // 4608, length // 4608 - 1} if not is_gzip else range(5))
         for sample in samples:
             expected = (members[f"{sample.key}.png"], members[f"{sample.key}.txt"], members[f"{sample.key}.json"])
             assert (sample.image, sample.caption, sample.meta) == expected
@@ -297,31 +299,31 @@ def test_a_tar_cut_anywhere_never_gives_half_a_sample(tmp_path, zipped):
     assert [sample.key for sample in read_samples(str(path))] == ["0", "1", "2", "3"]
 
 
-def test_a_damaged_header_is_no_end_of_the_shard(tmp_path):
+def test_a_damaged_header_is_not_taken_for_the_end_of_a_tar(tmp_path):
     path = tmp_path / "a.tar"
-    data = bytearray(open_bytes(write_tar(path, {f"{i}.{e}": b"x" * 700 for i in range(3) for e in ("png", "txt")})))
+    data = bytearray(read_bytes(write_tar(path, {f"{i}.{e}": b"x" * 700 for i in range(3) for e in ("png", "txt")})))
     data[2 * 1536 + 100] ^= 1
     path.write_bytes(data)
-    (broken,) = read_samples(str(path))
-    assert "damaged at byte 3,072" in broken.detail
-    assert "'0'" in broken.detail
+    (rest,) = read_samples(str(path))
+    assert "damaged at byte 3,072" in rest.detail
+    assert "'0'" in rest.detail
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100, None])
-def test_what_is_no_tar_is_one_broken_shard(tmp_path, content):
+def test_a_file_that_is_not_a_tar_is_one_unreadable_shard(tmp_path, content):
     path = tmp_path / "a.tar"
     if content is not None:
         path.write_bytes(content)
-    (broken,) = read_samples(str(path))
-    assert (broken.key, broken.shard, broken.reason) == ("", str(path), RejectReason.BROKEN_SHARD)
+    (rest,) = read_samples(str(path))
+    assert (rest.key, rest.shard, rest.reason) == ("", str(path), RejectReason.UNREADABLE_SHARD)
     assert count_samples(str(path)) is None
 
 
-# --- beside a tar ------------------------------------------------------------------------------------------------
+# --- sidecar files of a tar --------------------------------------------------------------------------------------
 
 
-def test_metadata_beside_a_tar_serves_samples_without_any(tmp_path):
-    members = {"000.jpg": b"0", "001.jpg": b"1", "001.txt": b"own words", "002.jpg": b"2"}
+def test_the_parquet_of_a_tar_serves_samples_without_caption_and_sidecar(tmp_path):
+    members = {"000.jpg": b"0", "001.jpg": b"1", "001.txt": b"its own", "002.jpg": b"2"}
     shard = write_tar(tmp_path / "00000.tar", members)
     rows = {"key": ["000", "001", "009"], "caption": ["zero", "one", "nine"], "raw": [b"", b"", b""]}
     pq.write_table(
@@ -329,12 +331,12 @@ def test_metadata_beside_a_tar_serves_samples_without_any(tmp_path):
     )
     zero, one, two = read_samples(shard)
     assert (zero.caption, json.loads(zero.meta)) == (b"zero", {"key": "000", "caption": "zero", "status": "success"})
-    assert (one.caption, one.meta) == (b"own words", b"{}")
+    assert (one.caption, one.meta) == (b"its own", b"{}")
     assert (two.caption, two.meta) == (None, b"{}")
     assert count_samples(shard) == 2
 
 
-def test_counts_beside_a_tar(tmp_path):
+def test_samples_are_counted_by_the_sidecar_files_of_a_tar(tmp_path):
     shard = write_tar(tmp_path / "00000.tar", {"000.jpg": b"0"})
     stats = tmp_path / "00000_stats.json"
     assert count_samples(shard) is None
@@ -352,66 +354,75 @@ def test_counts_beside_a_tar(tmp_path):
 
 
 @pytest.mark.parametrize("struct", [True, False])
-def test_parquet_as_hugging_face_writes_it_and_plain(tmp_path, struct):
-    pictures = [png(), png((0, 255, 0))]
-    image = [{"bytes": data, "path": None} for data in pictures] if struct else pictures
+def test_parquet_images_as_structs_and_as_bytes(tmp_path, struct):
+    images = [png(), png((0, 255, 0))]
+    image = [{"bytes": data, "path": None} for data in images] if struct else images
     table = pa.table({"image": image, "caption": ["one", None], "label": [7, 8]})
     pq.write_table(table, tmp_path / "train-00000.parquet")
     one, two = read_samples(str(tmp_path / "train-00000.parquet"))
-    assert (one.key, one.image, one.caption) == ("train-00000/00000000", pictures[0], b"one")
+    assert (one.key, one.image, one.caption) == ("train-00000/00000000", images[0], b"one")
     assert json.loads(one.meta) == {"label": 7}
     assert (two.key, two.caption) == ("train-00000/00000001", None)
     assert count_samples(str(tmp_path / "train-00000.parquet")) == 2
 
 
-def test_parquet_without_captions_says_what_it_has(tmp_path):
+def test_a_parquet_without_captions_names_its_columns(tmp_path):
     pq.write_table(pa.table({"image": [b""], "label": np.arange(1)}), tmp_path / "a.parquet")
-    (broken,) = read_samples(str(tmp_path / "a.parquet"))
-    assert isinstance(broken, Unreadable)
-    assert "image, label" in broken.detail
+    (rest,) = read_samples(str(tmp_path / "a.parquet"))
+    assert isinstance(rest, Unreadable)
+    assert "image, label" in rest.detail
 
 
-def test_parquet_columns_by_name(tmp_path):
+def test_parquet_columns_are_found_by_their_usual_or_given_names(tmp_path):
     table = pa.table(
-        {"a": [b"1"], "b": [{"bytes": b"2", "path": "b.png"}], "Text": ["words"], "alt": ["other"], "n": [1]}
+        {"a": [b"1"], "b": [{"bytes": b"2", "path": "b.png"}], "Text": ["usual"], "alt": ["other"], "n": [1]}
     )
     pq.write_table(table, tmp_path / "a.parquet")
     shard = str(tmp_path / "a.parquet")
     (usual,) = read_samples(shard)
-    assert (usual.image, usual.caption, json.loads(usual.meta)) == (None, b"words", {"alt": "other", "n": 1})
+    assert (usual.image, usual.caption, json.loads(usual.meta)) == (None, b"usual", {"alt": "other", "n": 1})
     (named,) = read_samples(shard, ReadOptions(image_key="jpg;b", caption_key="alt"))
-    assert (named.image, named.caption, json.loads(named.meta)) == (b"2", b"other", {"Text": "words", "n": 1})
+    assert (named.image, named.caption, json.loads(named.meta)) == (b"2", b"other", {"Text": "usual", "n": 1})
 
 
 @pytest.mark.parametrize(
-    ("reading", "message"),
+    ("options", "message"),
     [
-        (ReadOptions(image_key="photo"), r"--image-key 'photo': .* image, caption, label"),
-        (ReadOptions(caption_key="alt;words"), r"--caption-key 'alt;words': .* image, caption, label"),
-        (ReadOptions(caption_key="label"), r"--caption-key 'label' holds int64: give a column of text"),
-        (ReadOptions(image_key="caption"), r"--image-key 'caption' holds string: give a column of image bytes"),
+        (ReadOptions(image_key="photo"), r"--image-key 'photo' is not a column: .* image, caption, label"),
+        (
+            ReadOptions(caption_key="alt;title"),
+            r"--caption-key 'alt;title' is not a column: .* image, caption, label",
+        ),
+        (
+            ReadOptions(caption_key="label"),
+            r"--caption-key 'label' is a column of int64, not of text: .* image, caption",
+        ),
+        (
+            ReadOptions(image_key="caption"),
+            r"--image-key 'caption' is a column of string, not of image bytes: .* image",
+        ),
     ],
 )
-def test_a_named_column_that_does_not_serve_is_a_mistake(tmp_path, reading, message):
+def test_a_given_column_that_does_not_fit_is_an_error(tmp_path, options, message):
     pq.write_table(pa.table({"image": [png()], "caption": ["c"], "label": [1]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match=message):
-        list(read_samples(str(tmp_path / "a.parquet"), reading))
+        list(read_samples(str(tmp_path / "a.parquet"), options))
 
 
-def test_parquet_captions_of_every_kind(tmp_path):
-    bad = pa.array([b"caf\xe9", b"good"]).cast(pa.binary()).view(pa.string())
-    kinds = {
+def test_parquet_captions_of_every_arrow_type(tmp_path):
+    latin1 = pa.array([b"caf\xe9", b"good"]).cast(pa.binary()).view(pa.string())
+    columns = {
         "list": pa.array([["first", "second"], []]),
         "dictionary": pa.array(["x", None]).dictionary_encode(),
         "large": pa.array(["x", ""], pa.large_string()),
         "binary": pa.array([b"x", b"y"]),
-        "not_utf8": bad,
+        "not_utf8": latin1,
     }
-    found = {}
-    for name, captions in kinds.items():
+    captions_by_type = {}
+    for name, captions in columns.items():
         pq.write_table(pa.table({"image": [png(), png()], "caption": captions}), tmp_path / f"{name}.parquet")
-        found[name] = [sample.caption for sample in read_samples(str(tmp_path / f"{name}.parquet"))]
-    assert found == {
+        captions_by_type[name] = [sample.caption for sample in read_samples(str(tmp_path / f"{name}.parquet"))]
+    assert captions_by_type == {
         "list": [b"first", None],
         "dictionary": [b"x", None],
         "large": [b"x", b""],
@@ -420,14 +431,14 @@ def test_parquet_captions_of_every_kind(tmp_path):
     }
 
 
-def test_a_path_without_bytes_is_a_missing_picture(tmp_path):
+def test_a_path_without_bytes_is_a_missing_image(tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     image = [{"bytes": None, "path": str(tmp_path / "secret.png")}, None]
     pq.write_table(pa.table({"image": image, "caption": ["a", "b"]}), tmp_path / "a.parquet")
     assert [sample.image for sample in read_samples(str(tmp_path / "a.parquet"))] == [None, None]
 
 
-def test_meta_of_parquet_rows_is_json_without_bytes(tmp_path):
+def test_the_meta_of_a_parquet_row_is_json_without_bytes(tmp_path):
     rows = {"image": [png()], "caption": ["c"], "mask": [b"1"], "crops": [[{"bytes": b"1"}]], "score": [float("nan")]}
     pq.write_table(pa.table({**rows, "key": ["k"], "day": pa.array([0], pa.date32())}), tmp_path / "a.parquet")
     (sample,) = read_samples(str(tmp_path / "a.parquet"))
@@ -435,17 +446,17 @@ def test_meta_of_parquet_rows_is_json_without_bytes(tmp_path):
     assert sample.meta == b'{"score": null, "key": "k", "day": "1970-01-01"}'
 
 
-def test_keys_of_rows_number_through_the_whole_file(tmp_path):
+def test_keys_count_rows_through_all_row_groups(tmp_path):
     table = pa.table({"image": [png()] * 100, "caption": [f"c{i}" for i in range(100)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=33)
     keys = [sample.key for sample in read_samples(str(tmp_path / "a.parquet"))]
     assert keys == [f"a/{number:08d}" for number in range(100)]
 
 
-def test_a_damaged_parquet_is_one_broken_shard(tmp_path):
+def test_a_damaged_parquet_is_one_unreadable_shard(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [png()], "caption": ["c"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
-    (broken,) = read_samples(str(path))
-    assert (broken.key, broken.reason) == ("", RejectReason.BROKEN_SHARD)
+    (rest,) = read_samples(str(path))
+    assert (rest.key, rest.reason) == ("", RejectReason.UNREADABLE_SHARD)
     assert count_samples(str(path)) is None

@@ -121,7 +121,7 @@ def test_jitter_moves_what_is_asked_for_and_the_search_follows(encoded):
 )
 def test_token_states_are_those_of_the_caption_that_is_told(indexed, text_encoder, options):
     encoder = TransformersTextEncoder(text_encoder)
-    words = partial(encoder.describe, tokens=6)
+    words = partial(encoder.encode_tokens, num_tokens=6)
     plain, told = (
         stream(indexed, describe=each, **options).batches(2, 3) for each in (None, words)
     )  # fmt: skip

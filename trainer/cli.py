@@ -284,15 +284,15 @@ def evaluate(
         --out reports/shapes
     """
     print_status(f"trainer evaluate: opening {run}")
-    from trainer.evaluation.evaluate import evaluate as run_evaluate
-    from trainer.evaluation.report import lines_of
+    from trainer.evaluation.protocol import evaluate as run_evaluate
+    from trainer.evaluation.report import metrics_by_name
 
     out = out or run / "report"
     config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
     report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
-    print_columns(str(run), lines_of(report))
+    print_columns(str(run), metrics_by_name(report))
     print(f"\npage: {page}")
     return None
 
@@ -326,13 +326,13 @@ def compare(
     """
     print_status(f"trainer compare: opening {len(run)} runs")
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.comparison_page import columns_of
+    from trainer.evaluation.report import main_metrics
 
     config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
     report, page = run_compare(run, config, out, captions=caption or []), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
-    for name, rows in columns_of(report).items():
+    for name, rows in main_metrics(report).items():
         print_columns(name, rows)
     print(f"\npage: {page}")
     return None
@@ -347,10 +347,15 @@ def _evaluation(
     device: str,
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
-    from trainer.evaluation.exam import ExamConfig
+    from trainer.evaluation.protocol import EvaluationConfig
 
-    return ExamConfig(
-        steps=num_inference_steps, samples=num_samples, clip=clip, inception=inception, seed=seed, device=device
+    return EvaluationConfig(
+        num_inference_steps=num_inference_steps,
+        num_samples=num_samples,
+        clip=clip,
+        inception=inception,
+        seed=seed,
+        device=device,
     )
 
 

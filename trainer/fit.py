@@ -18,7 +18,7 @@ from index.search.ann import open_search
 from index.table.schema import TableMeta
 from index.table.storage import write_json
 from index.table.table import Table, open_table
-from pipeline.encoders import TransformersTextEncoder, pick_device
+from pipeline.encoders import TransformersTextEncoder, resolve_device
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.folder import begin_folder, check_encoder, check_settings, encoder_of
 from trainer.models.base import Network, NetworkConfig, count_flops, make_network
@@ -50,7 +50,7 @@ def fit(
     if resume:
         table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
     meta = table.meta
-    device = pick_device(machine.device)
+    device = resolve_device(machine.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = Accelerator(mixed_precision="bf16" if config.dtype == "bfloat16" else "no", cpu=device == "cpu")
@@ -185,7 +185,7 @@ def _describe(out: Path, meta: TableMeta, tokens: int, device: str) -> Describe 
         return None
     encoder = TransformersTextEncoder(encoder_of(out, meta, "text_encoder"), device)
     check_encoder(meta.text_encoder, encoder.ref)
-    return partial(encoder.describe, tokens=tokens)
+    return partial(encoder.encode_tokens, num_tokens=tokens)
 
 
 def _measured_reuse(stream: NeighborStream, network: Network, objective: Objective, accelerator: "Accelerator") -> int:

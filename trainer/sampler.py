@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from index.errors import OptionError, RunError, one_line
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
 from trainer.folder import encoder_of
 from trainer.models.base import Network
 from trainer.objectives.base import Objective, make_objective
@@ -66,7 +66,7 @@ class Coalescer:
         """
         folder = _fetch(str(name))
         config = read_config(folder)
-        device = pick_device(device)
+        device = resolve_device(device)
         network = load_network(folder)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
@@ -130,7 +130,7 @@ class Coalescer:
 
     def describe(self, captions: Sequence[str]) -> Float32[np.ndarray, "B K T"]:
         """Captions as the network is told them."""
-        return self.text_encoder.describe(captions, tokens=self.network.config.tokens)
+        return self.text_encoder.encode_tokens(captions, num_tokens=self.network.config.tokens)
 
     def coordinates(
         self,

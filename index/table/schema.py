@@ -23,7 +23,7 @@ REJECTS = pa.schema(
     [
         pa.field("key", pa.string()),
         pa.field("shard", pa.string()),
-        pa.field("reason", pa.string()),  # one of pipeline.images.RejectReason
+        pa.field("reason", pa.string()),  # one of pipeline.rejects.RejectReason
         pa.field("detail", pa.string()),
     ]
 )

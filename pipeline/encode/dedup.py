@@ -19,8 +19,9 @@ from pipeline.encode.checkpoints import name_of
 from pipeline.encode.job import EncodeJob
 from pipeline.encode.shard import wanted_caption
 from pipeline.filters import Filtered
-from pipeline.images import Rejected
-from pipeline.sources.read import Unreadable, read_samples
+from pipeline.rejects import Rejected
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import Unreadable
 
 Place = tuple[str, int]
 

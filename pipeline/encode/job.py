@@ -17,7 +17,7 @@ from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
 from pipeline.encode.checkpoints import Checkpoints, EncodedShard
 from pipeline.encode.shard import EncodeShard
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
 
 _loading = threading.Lock()
 
@@ -27,7 +27,7 @@ def open_encoders(
 ) -> tuple[DiffusersAutoencoder, TransformersTextEncoder]:
     """Both encoders, loaded once per process, whatever number of threads asks for them."""
     with _loading:
-        return _open_encoders(image_encoder, text_encoder, pick_device(device), dtype)
+        return _open_encoders(image_encoder, text_encoder, resolve_device(device), dtype)
 
 
 @lru_cache(maxsize=1)

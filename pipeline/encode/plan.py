@@ -15,7 +15,8 @@ from typing import Any
 from index.errors import SourceError, TableError
 from index.table.storage import Storage, is_local
 from pipeline.encode.job import EncodeJob
-from pipeline.sources.read import ReadOptions, Unreadable, count_samples, read_samples
+from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.sample import ReadOptions, Unreadable
 
 TRIED_SAMPLES = 8
 COUNTED_SHARDS = 256

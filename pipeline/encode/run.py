@@ -25,7 +25,8 @@ from pipeline.encode.job import Counts, EncodeJob, open_encoders
 from pipeline.encode.monitor import watching
 from pipeline.encode.plan import check_source, check_target, expected_samples, first_samples, plan
 from pipeline.filters import Filters
-from pipeline.sources.read import ReadOptions, list_shards
+from pipeline.sources.listing import list_shards
+from pipeline.sources.sample import ReadOptions
 
 BEGUN = "begun.json"
 

@@ -22,8 +22,10 @@ from index.table.table import list_array
 from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encoders import ImageEncoder, TextEncoder
 from pipeline.filters import Filtered, FilterReason, Filters
-from pipeline.images import Rejected, RejectReason, decode_caption, decode_image, decode_meta, quiet_pillow
-from pipeline.sources.read import Sample, Unreadable, read_samples
+from pipeline.images import decode_image, quiet_pillow
+from pipeline.rejects import Rejected, RejectReason
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import Sample, Unreadable, decode_caption, decode_meta
 
 BATCHES_AHEAD = 2
 

@@ -1,7 +1,8 @@
-"""Rows of an Arrow table as samples, whichever file or dataset they come from.
+"""Read samples from Arrow rows, whichever file or dataset the rows come from.
 
-A caption is text or a list of texts (the first is taken), never a class number. Its bytes are taken as they are, so one
-bad caption does not end a shard. All other columns become the JSON of `meta`, but for those that hold bytes.
+A caption is a string or a list of strings (the first is taken), never a class label. Captions are read as bytes, so
+that one that is not UTF-8 is rejected alone and does not end the shard. All other columns become the JSON of `meta`,
+except those that contain bytes.
 """
 
 import json
@@ -11,87 +12,145 @@ from dataclasses import dataclass
 from typing import Any
 
 from index.errors import SourceError, one_line
-from pipeline.images import RejectReason
-from pipeline.sources.arrow_types import is_list, is_picture, is_text, plain_names
-from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_caption, pick
+from pipeline.rejects import RejectReason
+from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_caption, match_name
 
-ROWS = 32
-"""Rows whose pictures are in memory at once."""
+ROWS_PER_READ = 32
+"""Rows whose images are in memory at once."""
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img", "bytes", "image_bytes", "picture", "photo")
 KEY_COLUMNS = ("key", "__key__")
 
-Fetch = Callable[[str], bytes | None]
-"""The picture of a path that stands in place of bytes; None where it may not be opened."""
+ReadFile = Callable[[str], bytes | None]
+"""Read the image at a path that a row holds instead of bytes; None if the path may not be opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a table mean what."""
+    """Which columns of a table hold the image, the caption, the key and the metadata."""
 
     image: str | None
     caption: str
     key: str | None
-    rest: tuple[str, ...]
-    """What goes to `meta`."""
+    meta: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        """All that need be read."""
-        return list(dict.fromkeys([*([self.image] if self.image else []), self.caption, *self.rest]))
+        """Return the columns to read."""
+        return list(dict.fromkeys([*([self.image] if self.image else []), self.caption, *self.meta]))
 
     @classmethod
-    def of(cls, schema: Any, reading: ReadOptions) -> "Columns":
-        """SourceError where a column that the user named is missing or unfit; ValueError without captions."""
-        pictures = [field.name for field in schema if is_picture(field.type)]
-        texts = [field.name for field in schema if is_text(field.type)]
-        image = _named(schema, pictures, reading.image_names, "--image-key", "image bytes")
-        caption = _named(schema, texts, reading.caption_names, "--caption-key", "text")
-        image = image or pick(pictures, IMAGE_COLUMNS)
-        caption = caption or pick([name for name in texts if name != image], CAPTION_FIELDS)
+    def of(cls, schema: Any, options: ReadOptions) -> "Columns":
+        """Choose the columns of an Arrow schema.
+
+        Raises SourceError if a column that the user named is missing or has the wrong type, and ValueError if none of
+        the usual caption columns is there.
+        """
+        images = [field.name for field in schema if is_image_type(field.type)]
+        texts = [field.name for field in schema if is_text_type(field.type)]
+        image = _named_column(schema, images, options.image_keys, "--image-key", "image bytes")
+        caption = _named_column(schema, texts, options.caption_keys, "--caption-key", "text")
+        image = image or match_name(images, IMAGE_COLUMNS)
+        caption = caption or match_name([name for name in texts if name != image], CAPTION_FIELDS)
         if caption is None:
             raise ValueError(
                 f"no caption column among {', '.join(schema.names)}: "
-                f"name it {CAPTION_FIELDS[0]!r}, or give --caption-key"
+                f"rename it to {CAPTION_FIELDS[0]!r}, or set --caption-key"
             )
         return cls(
             image=image,
             caption=caption,
-            key=pick(schema.names, KEY_COLUMNS),
-            rest=tuple(name for name in plain_names(schema) if name not in (image, caption)),
+            key=match_name(schema.names, KEY_COLUMNS),
+            meta=tuple(name for name in columns_without_bytes(schema) if name not in (image, caption)),
         )
 
     def samples(
-        self, rows: Any, shard: str, stem: str, first: int, fetch: Fetch | None = None
+        self, rows: Any, shard: str, stem: str, first: int, read_file: ReadFile | None = None
     ) -> Iterator[Sample | Unreadable]:
-        """The rows of an Arrow table or batch, `first` onwards; `stem` names those that have no key."""
-        pictures = rows.column(self.image).to_pylist() if self.image else [None] * rows.num_rows
-        others = rows.select(list(self.rest)).to_pylist() if self.rest else [{}] * rows.num_rows
+        """Yield the rows of an Arrow table or batch as samples.
+
+        A row without a key is named after `stem` and its position, which is `first` for the first row.
+        """
+        images = rows.column(self.image).to_pylist() if self.image else [None] * rows.num_rows
+        metas = rows.select(list(self.meta)).to_pylist() if self.meta else [{}] * rows.num_rows
         captions = _captions(rows.column(self.caption))
-        for number, (picture, caption, row) in enumerate(zip(pictures, captions, others, strict=True), first):
-            given = row.get(self.key) if self.key else None
-            key = f"{stem}/{number:08d}" if given in (None, "") else str(given)
+        for position, (value, caption, meta) in enumerate(zip(images, captions, metas, strict=True), first):
+            key = meta.get(self.key) if self.key else None
+            key = f"{stem}/{position:08d}" if key in (None, "") else str(key)
             try:
-                image = _image_bytes(picture, fetch)
+                image = _image_bytes(value, read_file)
             except OSError as error:
-                yield Unreadable(key, shard, RejectReason.BROKEN_SHARD, one_line(error, typed=True))
+                yield Unreadable(key, shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
                 continue
-            yield Sample(key, shard, image, encode_caption(caption), encode_meta(row))
+            yield Sample(key, shard, image, encode_caption(caption), encode_meta(meta))
 
 
 def encode_meta(row: dict[str, Any]) -> bytes:
-    """A row as JSON; numbers that JSON has no word for become null."""
+    """Return a row as JSON; NaN and infinity, which JSON does not have, become null."""
     row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     return json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def _named(schema: Any, fit: list[str], given: tuple[str, ...], option: str, what: str) -> str | None:
-    if not given:
+def columns_without_bytes(schema: Any) -> list[str]:
+    """Return the names of the columns that contain no bytes."""
+    return [field.name for field in schema if not contains_bytes(field.type)]
+
+
+def is_image_type(arrow_type: Any) -> bool:
+    """Return whether a column can hold images: bytes, or Hugging Face's struct{bytes, path}."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0:
+        arrow_type = arrow_type.field("bytes").type
+    return is_bytes_type(arrow_type)
+
+
+def is_text_type(arrow_type: Any) -> bool:
+    """Return whether a column can hold captions: strings, bytes, or lists of these; not numbers or class labels."""
+    import pyarrow as pa
+
+    if is_list_type(arrow_type) or pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    is_string = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(check(arrow_type) for check in is_string) or is_bytes_type(arrow_type)
+
+
+def is_list_type(arrow_type: Any) -> bool:
+    """Return whether an Arrow type is a list of any layout."""
+    import pyarrow as pa
+
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(check(arrow_type) for check in is_list)
+
+
+def is_bytes_type(arrow_type: Any) -> bool:
+    """Return whether an Arrow type is binary of any layout."""
+    import pyarrow as pa
+
+    is_binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(check(arrow_type) for check in is_binary)
+
+
+def contains_bytes(arrow_type: Any) -> bool:
+    """Return whether an Arrow type contains binary data at any depth."""
+    import pyarrow as pa
+
+    if is_list_type(arrow_type):
+        return contains_bytes(arrow_type.value_type)
+    if pa.types.is_struct(arrow_type):
+        return any(contains_bytes(arrow_type.field(i).type) for i in range(arrow_type.num_fields))
+    return is_bytes_type(arrow_type)
+
+
+def _named_column(schema: Any, fitting: list[str], keys: tuple[str, ...], option: str, content: str) -> str | None:
+    """Return the column that the user named; raises SourceError if it is missing or not one of the `fitting`."""
+    if not keys:
         return None
-    name = pick(schema.names, given)
+    name = match_name(schema.names, keys)
     if name is None:
-        raise SourceError(f"{option} {';'.join(given)!r}: there is no such column; there are {', '.join(schema.names)}")
-    if name not in fit:
-        raise SourceError(f"{option} {name!r} holds {schema.field(name).type}: give a column of {what}")
+        raise SourceError(f"{option} {';'.join(keys)!r} is not a column: choose one of {', '.join(schema.names)}")
+    if name not in fitting:
+        others = f": choose one of {', '.join(fitting)}" if fitting else ""
+        raise SourceError(f"{option} {name!r} is a column of {schema.field(name).type}, not of {content}{others}")
     return name
 
 
@@ -100,16 +159,16 @@ def _captions(column: Any) -> list[Any]:
 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not is_list(column.type):
+    if not is_list_type(column.type):
         column = column.cast(pa.large_binary())
     values: list[Any] = column.to_pylist()
     return values
 
 
-def _image_bytes(picture: Any, fetch: Fetch | None) -> bytes | None:
-    data: bytes | None = picture
-    if isinstance(picture, dict):
-        data = picture["bytes"]
-        if data is None and fetch is not None and picture.get("path"):
-            return fetch(picture["path"])
+def _image_bytes(value: Any, read_file: ReadFile | None) -> bytes | None:
+    data: bytes | None = value
+    if isinstance(value, dict):
+        data = value["bytes"]
+        if data is None and read_file is not None and value.get("path"):
+            return read_file(value["path"])
     return data

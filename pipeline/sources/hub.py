@@ -1,8 +1,9 @@
-"""`hf:NAME?name=CONFIG&split=SPLIT&revision=REV`: a dataset of the Hugging Face hub, or of a local folder, streamed.
+"""Stream a dataset of the Hugging Face hub or of a local folder: `hf:NAME?name=CONFIG&split=SPLIT&revision=REV`.
 
-NAME alone takes the only configuration and the split `train`. One shard is one file of the dataset, written
-`hf:NAME?...&shard=I/N`; listing pins the commit, so that a run that is taken up again reads the same data. Nothing is
-downloaded beyond what is read. A picture that the rows name by its path is read if it belongs to the dataset itself.
+NAME alone means the only configuration, and the split `train`. A shard is one file of the dataset, written
+`hf:NAME?...&shard=I/N`. Listing pins the commit, so that a run that is resumed reads the same data. Nothing is
+downloaded beyond what is read. A row may hold the path of its image instead of the bytes: the image is read if the
+path is inside the dataset, and is missing otherwise.
 """
 
 import os
@@ -13,109 +14,125 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from index.errors import SourceError, one_line
-from pipeline.sources.columns import ROWS, Columns
+from pipeline.sources.columns import ROWS_PER_READ, Columns
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 SCHEME = "hf:"
-OPTIONS = ("name", "split", "revision", "shard")
+PARAMETERS = ("name", "split", "revision", "shard")
 
 
 @dataclass(frozen=True, slots=True)
-class _Address:
-    place: str
+class _HubURI:
+    """A parsed `hf:` URI; fields are named as the arguments of `datasets.load_dataset`."""
+
+    path: str
     """Folder or hub id."""
     name: str | None = None
+    """Configuration of the dataset."""
     split: str | None = None
     revision: str | None = None
     shard: str | None = None
+    """I/N: file I, counted from 0, of the N files of the split."""
 
     @classmethod
-    def parse(cls, text: str) -> "_Address":
-        place, mark, query = text.removeprefix(SCHEME).rpartition("?")
+    def parse(cls, uri: str) -> "_HubURI":
+        path, mark, query = uri.removeprefix(SCHEME).rpartition("?")
         if not mark:
-            place, query = query, ""
-        options = dict(parse_qsl(query, keep_blank_values=True))
-        unknown = ", ".join(sorted(set(options) - set(OPTIONS)))
-        if not place or unknown or (mark and not options):
-            known = "write hf:NAME?name=CONFIG&split=SPLIT&revision=REV, each of the three where needed"
-            raise SourceError(f"{text!r} names no dataset{f' ({unknown} is unknown)' if unknown else ''}: {known}")
-        return cls(place, **options)
+            path, query = query, ""
+        parameters = dict(parse_qsl(query, keep_blank_values=True))
+        unknown = ", ".join(sorted(set(parameters) - set(PARAMETERS)))
+        if not path or unknown or (mark and not parameters):
+            reason = f"parameter {unknown} is unknown" if unknown else "the dataset's name or a parameter is missing"
+            raise SourceError(
+                f"{uri!r} is not a dataset URI ({reason}): use hf:NAME?name=CONFIG&split=SPLIT&revision=REV, "
+                "where each of the three parameters is optional"
+            )
+        return cls(path, **parameters)
 
     def __str__(self) -> str:
-        options = {option: value for option in OPTIONS if (value := getattr(self, option))}
-        return f"{SCHEME}{self.place}?{urlencode(options, safe='/')}"
+        parameters = {name: value for name in PARAMETERS if (value := getattr(self, name))}
+        return f"{SCHEME}{self.path}?{urlencode(parameters, safe='/')}"
 
     @property
     def is_folder(self) -> bool:
-        return os.path.isdir(self.place)
+        return os.path.isdir(self.path)
 
-    def pinned(self) -> "_Address":
-        """The same wherever and whenever it is read."""
-        if self.is_folder or self.place.startswith(("/", ".")):
-            return replace(self, place=os.path.abspath(self.place))
+    def pin(self) -> "_HubURI":
+        """Return the URI that means the same data everywhere and later: an absolute path or a commit."""
+        if self.is_folder or self.path.startswith(("/", ".")):
+            return replace(self, path=os.path.abspath(self.path))
         from huggingface_hub import HfApi
 
-        return replace(self, revision=HfApi().dataset_info(self.place, revision=self.revision).sha)
+        return replace(self, revision=HfApi().dataset_info(self.path, revision=self.revision).sha)
 
-    def fetch(self, path: str) -> bytes | None:
-        """A picture of the dataset, which may lie in an archive; None for a path to elsewhere."""
+    def read_file(self, path: str) -> bytes | None:
+        """Read an image of the dataset, which may be in an archive; None if the path is outside the dataset."""
         import fsspec
 
         origin = path.rpartition("::")[2]
         if self.is_folder:
-            inside = os.path.realpath(origin).startswith(os.path.join(os.path.realpath(self.place), ""))
+            is_inside = os.path.realpath(origin).startswith(os.path.join(os.path.realpath(self.path), ""))
         else:
-            inside = origin.startswith(f"hf://datasets/{self.place}@")
-        if not inside:
+            is_inside = origin.startswith(f"hf://datasets/{self.path}@")
+        if not is_inside:
             return None
         with fsspec.open(path, "rb") as file:
             data: bytes = file.read()
         return data
 
 
-def list_shards(source: str, reading: ReadOptions) -> list[str]:
-    """The files of one split."""
-    given = _Address.parse(source)
-    _splits.cache_clear()
+def list_shards(source: str, options: ReadOptions) -> list[str]:
+    """Return the files of one split; raises SourceError if the dataset or the split does not exist."""
+    given = _HubURI.parse(source)
+    _load_splits.cache_clear()
     try:
-        address = given.pinned()
-    except Exception as error:  # the hub client raises whatever its connection meets
-        raise SourceError(f"{source} cannot be found: {one_line(error, typed=True)}") from error
-    splits = _splits(address.place, address.name, address.revision)
+        uri = given.pin()
+    except Exception as error:  # the hub client raises exceptions of any class
+        raise SourceError(
+            f"{source} is not found on the hub ({one_line(error, typed=True)}): check its name and the connection, and "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    splits = _load_splits(uri.path, uri.name, uri.revision)
     split = given.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
-        raise SourceError(f"{source} has no split {split!r}: add ?split= and one of {', '.join(splits)}")
+        example = replace(given, split=next(iter(splits), "SPLIT"))
+        raise SourceError(f"{source} has no split {split!r}: choose one of {', '.join(splits)}, as in '{example}'")
     total = splits[split].num_shards
-    return [str(replace(address, split=split, shard=f"{index}/{total}")) for index in range(total)]
+    return [str(replace(uri, split=split, shard=f"{index}/{total}")) for index in range(total)]
 
 
-def count_samples(shard: str, reading: ReadOptions) -> int | None:
-    """Only reading tells."""
+def count_samples(shard: str, options: ReadOptions) -> int | None:
+    """Return None: the number of rows is known only after reading."""
     return None
 
 
-def read_samples(shard: str, reading: ReadOptions) -> Iterator[Sample | Unreadable]:
-    """The rows in their order."""
-    address = _Address.parse(shard)
-    index, _, total = (address.shard or "").partition("/")
-    if not (index.isdecimal() and total.isdecimal() and address.split):
-        raise SourceError(f"{shard!r} is not a shard: list the source first")
-    stream = _splits(address.place, address.name, address.revision)[address.split]
-    if stream.num_shards != int(total):
-        raise ValueError(f"{stream.num_shards} files and not {total}: the dataset was changed")
-    stem = f"{address.split}-{int(index):05d}-of-{int(total):05d}"
-    number, columns = 0, None
-    for rows in stream.shard(int(total), int(index)).with_format("arrow").iter(ROWS):
-        columns = columns or Columns.of(rows.schema, reading)
-        yield from columns.samples(rows, shard, stem, number, address.fetch)
-        number += rows.num_rows
+def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
+    """Yield the rows in their order; raises ValueError if the dataset has another number of files by now."""
+    uri = _HubURI.parse(shard)
+    index, _, total = (uri.shard or "").partition("/")
+    if not (index.isdecimal() and total.isdecimal() and uri.split):
+        raise SourceError(f"{shard!r} is not a shard: use one that `list_shards` returns, with &split= and &shard=I/N")
+    dataset = _load_splits(uri.path, uri.name, uri.revision)[uri.split]
+    if dataset.num_shards != int(total):
+        raise ValueError(
+            f"the split has {dataset.num_shards} files and this shard needs {total}: the dataset was changed after it "
+            "was listed"
+        )
+    stem = f"{uri.split}-{int(index):05d}-of-{int(total):05d}"
+    position, columns = 0, None
+    for rows in dataset.shard(int(total), int(index)).with_format("arrow").iter(ROWS_PER_READ):
+        columns = columns or Columns.of(rows.schema, options)
+        yield from columns.samples(rows, shard, stem, position, uri.read_file)
+        position += rows.num_rows
 
 
 @lru_cache(maxsize=2)
-def _splits(place: str, name: str | None, revision: str | None) -> dict[str, Any]:
+def _load_splits(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
     import datasets
 
     try:
-        return dict(datasets.load_dataset(place, name, revision=revision, streaming=True))
-    except Exception as error:  # datasets raises whatever its builders and the hub's client meet
-        raise SourceError(f"{SCHEME}{place} cannot be loaded: {one_line(error, typed=True)}") from error
+        return dict(datasets.load_dataset(path, name, revision=revision, streaming=True))
+    except Exception as error:  # datasets raises exceptions of any class
+        raise SourceError(
+            f"{SCHEME}{path} cannot be loaded by datasets.load_dataset: {one_line(error, typed=True)}"
+        ) from error

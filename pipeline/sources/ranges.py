@@ -1,15 +1,15 @@
-"""Shards of a folder that is too large for one: ranges of about a thousand samples, named `FOLDER#START-STOP`."""
+"""Ranges of a folder's samples, for sources without shard files: each range is one shard, `FOLDER#START-STOP`."""
 
 from dataclasses import dataclass
 
 from index.errors import SourceError
 
-SIZE = 1000
+SAMPLES_PER_RANGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRange:
-    """A range of a folder's samples."""
+    """The samples from position `start` up to, not including, `stop` of a folder."""
 
     folder: str
     start: int
@@ -17,24 +17,28 @@ class SampleRange:
 
     @classmethod
     def parse(cls, shard: str) -> "SampleRange":
-        """From a shard's name; the folder may hold a # too."""
-        folder, _, numbers = shard.rpartition("#")
-        start, _, stop = numbers.partition("-")
+        """Parse a shard's name, in which the folder may contain `#`; raises SourceError if it is not a range."""
+        folder, _, positions = shard.rpartition("#")
+        start, _, stop = positions.partition("-")
         if not (folder and start.isdecimal() and stop.isdecimal()):
-            raise SourceError(f"{shard!r} is not a shard: give .tar or .parquet files, or FOLDER#START-STOP")
+            raise SourceError(f"{shard!r} is not a shard: use .tar or .parquet files, or FOLDER#START-STOP")
         return cls(folder, int(start), int(stop))
 
     @property
-    def size(self) -> int:
-        """How many samples it names."""
+    def num_samples(self) -> int:
+        """Return the number of samples in the range."""
         return self.stop - self.start
 
     def check(self, total: int) -> None:
-        """Say it where the folder became smaller than this piece supposes."""
+        """Raise ValueError if the folder, of `total` samples now, has fewer than this range expects."""
         if self.stop > total:
-            raise ValueError(f"samples {self.start:,} to {self.stop:,} of {total:,}: {self.folder} was changed")
+            raise ValueError(
+                f"{self.folder} has {total:,} samples and this shard needs {self.stop:,}: the source was changed "
+                "after it was listed"
+            )
 
 
-def cut(folder: str, total: int) -> list[str]:
-    """A folder's samples as shards of about a thousand."""
-    return [f"{folder}#{start}-{min(start + SIZE, total)}" for start in range(0, total, SIZE)]
+def split_into_ranges(folder: str, total: int) -> list[str]:
+    """Return the shards of a folder of `total` samples."""
+    starts = range(0, total, SAMPLES_PER_RANGE)
+    return [f"{folder}#{start}-{min(start + SAMPLES_PER_RANGE, total)}" for start in starts]

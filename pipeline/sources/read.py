@@ -1,109 +1,79 @@
-"""Where image-caption pairs come from: list shards, count and read their samples.
+"""Count and read the samples of one shard, with the reader of its format.
 
-A shard is one unit of work, named by a string that means the same on every machine that reaches the data:
-
-    path/00000.tar  .tar.gz  .tgz   WebDataset / img2dataset                                    tar.py
-    path/00000.parquet              rows with image bytes                                       parquet.py
-    FOLDER#0-1000                   pictures with captions beside them or in metadata.csv       folder.py
-    FOLDER/train#0-1000             a dataset that Hugging Face's `save_to_disk` wrote          saved.py
-    hf:NAME?split=train&shard=0/3   a dataset of the Hugging Face hub, streamed                 hub.py
-
-All but the last may stand at any fsspec URI. Samples come in their source's order, undecoded: what is wrong with a
-picture or a caption is said by whoever decodes it.
+Samples come in the order of their source and are not decoded: a damaged image or caption is rejected later, by
+images.py and sample.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-from index.errors import CoalescerError, SourceError, one_line
-from pipeline.images import RejectReason
-from pipeline.sources import folder, hub, listing, parquet, saved, tar
+from index.errors import CoalescerError, one_line
+from pipeline.rejects import RejectReason
+from pipeline.sources import folder, hub, parquet, saved, tar
 from pipeline.sources.ranges import SampleRange
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
-
-__all__ = ["ReadOptions", "Sample", "Unreadable", "count_samples", "list_shards", "read_samples"]
-
-STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "s3fs")
-"""Packages whose own exceptions mean that a store cannot be reached or refuses."""
-USUAL = ReadOptions()
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What every file in `readers` offers."""
+    """What the module of each format offers: tar, parquet, folder, saved and hub."""
 
-    def count_samples(self, shard: str, reading: ReadOptions) -> int | None:
-        """How many samples, without reading them."""
+    def count_samples(self, shard: str, options: ReadOptions) -> int | None:
+        """Return the number of samples if it is known without reading them, else None."""
 
-    def read_samples(self, shard: str, reading: ReadOptions) -> Iterator[Sample | Unreadable]:
-        """The samples in their order."""
-
-
-def list_shards(sources: Sequence[str], reading: ReadOptions = USUAL) -> list[str]:
-    """The shards behind folders, files, globs, brace patterns and hub names; SourceError where there is none."""
-    found: dict[str, None] = {}
-    for source in sources:
-        is_hub = source.startswith(hub.SCHEME)
-        try:
-            shards = hub.list_shards(source, reading) if is_hub else listing.list_shards(source, reading)
-        except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORES:
-                raise
-            raise SourceError(f"{source!r} cannot be listed: {one_line(error, typed=True)}") from error
-        if not shards:
-            raise SourceError(
-                f"no shards at {source!r}: give .tar or .parquet files, a folder of them or of pictures, a pattern "
-                "such as 'data/{00000..00009}.tar', or hf:NAME"
-            )
-        found |= dict.fromkeys(shards)
-    return list(found)
+    def read_samples(self, shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
+        """Yield the samples in their order; any exception ends the shard."""
 
 
-def count_samples(shard: str, reading: ReadOptions = USUAL) -> int | None:
-    """How many samples a shard has, without reading them; None where only reading tells."""
+def count_samples(shard: str, options: ReadOptions | None = None) -> int | None:
+    """Return the number of samples of a shard if it is known without reading them, else None."""
+    options = options or ReadOptions()
     try:
-        return _reader(shard, reading).count_samples(shard, reading)
+        return _reader_of(shard, options).count_samples(shard, options)
     except CoalescerError:
         raise
-    except Exception:  # whatever is wrong with the shard, reading it will say so
+    except Exception:  # a shard that cannot be read is reported by read_samples
         return None
 
 
-def read_samples(shard: str, reading: ReadOptions = USUAL) -> Iterator[Sample | Unreadable]:
-    """The samples of one shard, in its order; where it cannot be read on, a last `Unreadable` without a key."""
-    seen: set[str] = set()
+def read_samples(shard: str, options: ReadOptions | None = None) -> Iterator[Sample | Unreadable]:
+    """Yield the samples of a shard in its order, and a last Unreadable with an empty key if the shard is damaged."""
+    options = options or ReadOptions()
+    keys: set[str] = set()
     try:
-        for sample in _reader(shard, reading).read_samples(shard, reading):
+        for sample in _reader_of(shard, options).read_samples(shard, options):
             if isinstance(sample, Unreadable):
                 yield sample
-            elif fault := _fault(sample.key):
-                yield Unreadable(repr(sample.key)[1:-1], shard, RejectReason.UNSAFE_NAME, fault)
-            elif sample.key in seen:
+            elif problem := _unsafe(sample.key):
+                yield Unreadable(repr(sample.key)[1:-1], shard, RejectReason.UNSAFE_NAME, problem)
+            elif sample.key in keys:
                 yield Unreadable(
                     sample.key, shard, RejectReason.DUPLICATE_KEY, "an earlier sample of the shard has this key"
                 )
             else:
-                seen.add(sample.key)
+                keys.add(sample.key)
                 yield sample
     except CoalescerError:
         raise
-    except Exception as error:  # whatever tarfile, pyarrow or a file system raise, the shard ends here
-        yield Unreadable("", shard, RejectReason.BROKEN_SHARD, one_line(error, typed=True))
+    except Exception as error:  # tarfile, pyarrow, datasets and file systems raise exceptions of any class
+        yield Unreadable("", shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
 
 
-def _reader(shard: str, reading: ReadOptions) -> Reader:
+def _reader_of(shard: str, options: ReadOptions) -> Reader:
     if shard.startswith(hub.SCHEME):
         return hub
-    if shard.endswith(listing.EXTENSIONS):
-        return parquet if shard.endswith(parquet.EXTENSIONS) else tar
-    return saved if saved.is_saved(SampleRange.parse(shard).folder, reading.storage) else folder
+    if shard.endswith(parquet.EXTENSIONS):
+        return parquet
+    if shard.endswith(tar.EXTENSIONS):
+        return tar
+    return saved if saved.is_saved_dataset(SampleRange.parse(shard).folder, options.storage) else folder
 
 
-def _fault(key: str) -> str | None:
-    """Why a name could lead astray whoever makes a path of it; None where it cannot."""
+def _unsafe(key: str) -> str | None:
+    """Return why a key is unsafe to use as a path (absolute, `..`, control characters), or None."""
     if any(ord(letter) < 32 or 127 <= ord(letter) < 160 or 0xD800 <= ord(letter) < 0xE000 for letter in key):
-        return "it holds control characters or is not UTF-8"
+        return "the key contains control characters or is not UTF-8"
     parts = key.replace("\\", "/").split("/")
     if parts[0] == "" or (len(parts[0]) == 2 and parts[0][1] == ":"):
-        return "it is absolute"
-    return "it leads up a folder" if ".." in parts else None
+        return "the key is an absolute path"
+    return "the key contains .." if ".." in parts else None

@@ -1,7 +1,7 @@
-"""A Hugging Face dataset as `save_to_disk` writes it: one split, or a folder of all splits.
+"""Read a Hugging Face dataset written by `save_to_disk`: one split, or a folder with all splits (DatasetDict).
 
-The Arrow files are mapped into memory; `datasets` copies those of an object store to this machine first, in every
-process. Pictures stay encoded.
+The Arrow files are memory-mapped; `datasets` first copies those of an object store to this machine, once per process.
+Images stay encoded.
 """
 
 from collections.abc import Iterator
@@ -10,50 +10,55 @@ from typing import Any
 
 from index.errors import SourceError, one_line
 from index.table.storage import Storage
-from pipeline.sources.columns import ROWS, Columns
-from pipeline.sources.ranges import SampleRange, cut
+from pipeline.sources.columns import ROWS_PER_READ, Columns
+from pipeline.sources.ranges import SampleRange, split_into_ranges
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
-SPLITS = "dataset_dict.json"
-ONE_SPLIT = ("state.json", "dataset_info.json")
+DATASET_DICT_FILE = "dataset_dict.json"
+DATASET_FILES = ("state.json", "dataset_info.json")
 
 
-def is_saved(folder: str, storage: Storage) -> bool:
-    """Whether a folder is one split or holds several."""
-    return storage.exists(f"{folder}/{SPLITS}") or all(storage.exists(f"{folder}/{name}") for name in ONE_SPLIT)
+def is_saved_dataset(folder: str, storage: Storage) -> bool:
+    """Return whether a folder is a saved Dataset or DatasetDict."""
+    if storage.exists(f"{folder}/{DATASET_DICT_FILE}"):
+        return True
+    return all(storage.exists(f"{folder}/{name}") for name in DATASET_FILES)
 
 
-def list_shards(folder: str, reading: ReadOptions) -> list[str]:
-    """Pieces of every split."""
-    _dataset.cache_clear()
+def list_shards(folder: str, options: ReadOptions) -> list[str]:
+    """Return the ranges of every split; raises SourceError if the dataset cannot be loaded."""
+    _load.cache_clear()
     try:
-        splits = (reading.storage.read_json(f"{folder}/{SPLITS}") or {}).get("splits")
+        splits = (options.storage.read_json(f"{folder}/{DATASET_DICT_FILE}") or {}).get("splits")
         folders = [f"{folder}/{split}" for split in splits] if splits else [folder]
-        return [shard for split in folders for shard in cut(split, len(_dataset(split, reading.storage)))]
-    except Exception as error:  # pyarrow and datasets raise whatever they meet in a damaged file
-        raise SourceError(f"{folder} is no dataset that can be loaded: {one_line(error, typed=True)}") from error
+        return [shard for split in folders for shard in split_into_ranges(split, len(_load(split, options.storage)))]
+    except Exception as error:  # pyarrow and datasets raise exceptions of any class for a damaged file
+        raise SourceError(
+            f"{folder} cannot be loaded by datasets.load_from_disk ({one_line(error, typed=True)}): "
+            "save it again with save_to_disk"
+        ) from error
 
 
-def count_samples(shard: str, reading: ReadOptions) -> int | None:
-    """As the shard's name tells."""
-    return SampleRange.parse(shard).size
+def count_samples(shard: str, options: ReadOptions) -> int | None:
+    """Return the number of rows, from the shard's name."""
+    return SampleRange.parse(shard).num_samples
 
 
-def read_samples(shard: str, reading: ReadOptions) -> Iterator[Sample | Unreadable]:
-    """The rows in their order."""
-    piece = SampleRange.parse(shard)
-    dataset = _dataset(piece.folder, reading.storage)
-    piece.check(len(dataset))
-    columns = Columns.of(dataset.features.arrow_schema, reading)
-    stem = piece.folder.rsplit("/", 1)[-1]
+def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
+    """Yield the rows in their order."""
+    sample_range = SampleRange.parse(shard)
+    dataset = _load(sample_range.folder, options.storage)
+    sample_range.check(len(dataset))
+    columns = Columns.of(dataset.features.arrow_schema, options)
+    stem = sample_range.folder.rsplit("/", 1)[-1]
     dataset = dataset.with_format("arrow", columns=columns.names)
-    for start in range(piece.start, piece.stop, ROWS):
-        rows = dataset[start : min(start + ROWS, piece.stop)]
+    for start in range(sample_range.start, sample_range.stop, ROWS_PER_READ):
+        rows = dataset[start : min(start + ROWS_PER_READ, sample_range.stop)]
         yield from columns.samples(rows, shard, stem, start)
 
 
 @lru_cache(maxsize=4)
-def _dataset(folder: str, storage: Storage) -> Any:
+def _load(folder: str, storage: Storage) -> Any:
     import datasets
 
     files, _ = storage.files(folder)

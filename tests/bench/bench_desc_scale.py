@@ -15,13 +15,12 @@ from typing import Any
 
 import real_tables
 import torch
-from bench_rivals import DEFAULT, SETS, main_figures, train
+from bench_rivals import DEFAULT, SETS, main_metrics, train
 from machine import machine
 
 from index.build.build_index import BuildConfig, build_index
 from index.table.table import Table, open_table
-from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.exam import ExamConfig
+from trainer.evaluation.protocol import EvaluationConfig, evaluate
 
 SEARCH = ("perplexity", "self_retrieval_rate", "text_distance", "prior_skew", "balance_chi_square")
 
@@ -47,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
     given.work.mkdir(parents=True, exist_ok=True)
-    config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], device="cpu")
+    config = EvaluationConfig(num_inference_steps=[int(n) for n in given.steps.split(",")], device="cpu")
     lines: list[dict[str, Any]] = []
     for scale in given.scales.split(","):
         table = laid_out(open_table(given.table), float(scale), given.work / f"at-{scale}.lance")
@@ -57,8 +56,8 @@ def main() -> None:
             train(table.uri, SETS["rivals"][DEFAULT], run, given.size, given.images, seed)
             report = evaluate(run, config, run / "report")
             line = {"desc_scale": float(scale), "seed": seed} | {name: search[name] for name in SEARCH}
-            line |= {"retrieved": main_figures(report["floors"]["retrieved pairs"])}
-            lines.append(line | {"steps": {n: main_figures(figures) for n, figures in report["steps"].items()}})
+            line |= {"retrieved": main_metrics(report["references"]["retrieved pairs"])}
+            lines.append(line | {"steps": {n: main_metrics(metrics) for n, metrics in report["metrics"].items()}})
     print(json.dumps({"machine": machine(), "table": given.table, "images": given.images, "lines": lines}, indent=2))
 
 

@@ -75,8 +75,10 @@ def bare(source: Path, image: str, text: str, count: int) -> float:
     from diffusers import AutoencoderTiny
     from transformers import AutoTokenizer, BertModel
 
-    from pipeline.images import decode_caption, decode_image
-    from pipeline.sources.read import list_shards, read_samples
+    from pipeline.images import decode_image
+    from pipeline.sources.listing import list_shards
+    from pipeline.sources.read import read_samples
+    from pipeline.sources.sample import decode_caption
 
     torch.set_num_threads(1)
     pictures, captions = [], []

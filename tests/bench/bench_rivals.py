@@ -1,15 +1,14 @@
-"""The coalescer against its rivals on one table: the same latents, network, batches, captions and time to train.
+"""Compare the coalescer with its rivals on one table: equal latents, network, batches, captions and training time.
 
-  rivals  every objective, on its authors' pairs, and both flows also on the search's
-  parts   the default coalescer with one thing changed at a time
+  rivals  every objective with its authors' coupling, and both flows also with retrieved pairs
+  parts   the default coalescer with one setting changed at a time
 
-Every objective first takes steps in turns on pairs that are in memory, medians over the rounds; that says how many
-images each may see in the time that the default coalescer takes for `--images`. Then each is trained by `trainer fit`
-for each seed, one run after the other, and all of them sit one exam, `trainer compare`, whose page and report are in
-WORK/report. A run that is there already is not trained again. A rectified flow rests on the run of flow matching with
-seed 0, which is not counted as its time.
+First all objectives take training steps in turns, on pairs in memory. The median rates say how many images each may see
+in the time that the default coalescer takes for `--images`. Then each is trained by `trainer fit`, once per seed, one
+run after the other, and `trainer compare` evaluates all of them; its page and report are in WORK/report. Runs that
+exist are not trained again. A rectified flow starts from the flow matching run of seed 0, whose time is not counted.
 
-Each objective has its authors' settings as they stand in trainer/objectives; none was tuned here. Prints JSON.
+Every objective has its authors' settings, as in trainer/objectives; none was tuned here. Prints JSON.
 
     python tests/bench/bench_rivals.py TABLE.lance --work WORK [--set rivals --size tiny --images 400000 --seeds 3]
 """
@@ -31,13 +30,13 @@ from machine import machine
 from index.search.ann import open_search
 from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
-from trainer.evaluation.exam import ExamConfig
+from trainer.evaluation.protocol import EvaluationConfig
 from trainer.objectives.base import make_objective
 from trainer.stream import NeighborStream
 
 
-class Kind(NamedTuple):
-    """What a run is asked for."""
+class Variant(NamedTuple):
+    """Settings of a run that differ between variants."""
 
     objective: str
     coupling: str = "nearest"
@@ -50,120 +49,135 @@ DEFAULT, FLOW = "coalescer", "flow_matching-independent"
 OVERSHOOTING = {"rule": "even", "consistency": 1, "ramp": 0, "gap": 1, "segment": 0.7}
 SETS = {
     "rivals": {
-        DEFAULT: Kind("coalescer"),
-        "coalescer-paper": Kind("coalescer", preset="paper"),
-        "endpoint": Kind("endpoint"),
-        FLOW: Kind("flow_matching", "independent"),
-        "flow_matching-nearest": Kind("flow_matching"),
-        "rectified_flow": Kind("rectified_flow", "independent"),
-        "mean_flow-independent": Kind("mean_flow", "independent"),
-        "mean_flow-nearest": Kind("mean_flow"),
-        "shortcut": Kind("shortcut", "independent"),
-        "consistency": Kind("consistency", "independent"),
-        "imle": Kind("imle", "independent"),
+        DEFAULT: Variant("coalescer"),
+        "coalescer-paper": Variant("coalescer", preset="paper"),
+        "endpoint": Variant("endpoint"),
+        FLOW: Variant("flow_matching", "independent"),
+        "flow_matching-nearest": Variant("flow_matching"),
+        "rectified_flow": Variant("rectified_flow", "independent"),
+        "mean_flow-independent": Variant("mean_flow", "independent"),
+        "mean_flow-nearest": Variant("mean_flow"),
+        "shortcut": Variant("shortcut", "independent"),
+        "consistency": Variant("consistency", "independent"),
+        "imle": Variant("imle", "independent"),
     },
     "parts": {
-        DEFAULT: Kind("coalescer"),
-        "no-consistency": Kind("coalescer", hyperparameters={"consistency": 0}),
-        "early-consistency": Kind("coalescer", hyperparameters={"consistency": 10, "ramp": 0}),
-        "softer": Kind("coalescer", hyperparameters={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
-        "far-consistency": Kind("coalescer", hyperparameters={"consistency": 1, "ramp": 0, "gap": 1}),
-        "no-confidence": Kind("coalescer", hyperparameters={"confidence_weight": 0}),
-        "no-segment": Kind("coalescer", hyperparameters={"segment": 0, "consistency": 0}),
-        "clock": Kind("coalescer", hyperparameters={"clock": 1}),
-        "even": Kind("coalescer", hyperparameters={"rule": "even"}),
-        "overshooting": Kind("coalescer", hyperparameters=OVERSHOOTING),
-        "own": Kind("coalescer", hyperparameters={"segment": 0.7, "own": 0.2}),
-        "no-reuse": Kind("coalescer", reuse=1),
-        "no-search": Kind("coalescer", "independent"),
+        DEFAULT: Variant("coalescer"),
+        "no-consistency": Variant("coalescer", hyperparameters={"consistency": 0}),
+        "early-consistency": Variant("coalescer", hyperparameters={"consistency": 10, "ramp": 0}),
+        "softer": Variant("coalescer", hyperparameters={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
+        "far-consistency": Variant("coalescer", hyperparameters={"consistency": 1, "ramp": 0, "gap": 1}),
+        "no-confidence": Variant("coalescer", hyperparameters={"confidence_weight": 0}),
+        "no-segment": Variant("coalescer", hyperparameters={"segment": 0, "consistency": 0}),
+        "clock": Variant("coalescer", hyperparameters={"clock": 1}),
+        "even": Variant("coalescer", hyperparameters={"rule": "even"}),
+        "overshooting": Variant("coalescer", hyperparameters=OVERSHOOTING),
+        "own": Variant("coalescer", hyperparameters={"segment": 0.7, "own": 0.2}),
+        "no-reuse": Variant("coalescer", reuse=1),
+        "no-search": Variant("coalescer", "independent"),
     },
 }
 BATCH = 256
-REPORTED = ("frechet", "feature_frechet", "two_sample_accuracy", "precision", "recall", "coverage", "diversity")
-ADHERENCE = ("class_accuracy", "caption_first")
+PRINTED = (
+    "frechet",
+    "feature_frechet",
+    "two_sample_accuracy",
+    "precision",
+    "recall",
+    "coverage",
+    "diversity",
+    "class_accuracy",
+    "caption_top1",
+)
 
 
-def rates(table: Table, kinds: dict[str, Kind], size: str, rounds: int, seconds: float) -> dict[str, float]:
-    """Steps per second of each objective alone, targets in memory, taking turns."""
+def measure_rates(
+    table: Table, variants: dict[str, Variant], size: str, rounds: int, seconds: float
+) -> dict[str, float]:
+    """Return the training steps per second of each objective, with pairs in memory, measured in turns."""
     stream = NeighborStream(table, open_search(table), batch_size=BATCH, seed=0)
-    found = [batch for _, batch in itertools.islice(stream, 8)]
+    batches = [batch for _, batch in itertools.islice(stream, 8)]
     objectives = {
-        name: make_objective(kind.objective, kind.preset, **kind.hyperparameters) for name, kind in kinds.items()
+        name: make_objective(variant.objective, variant.preset, **variant.hyperparameters)
+        for name, variant in variants.items()
     }
     trials = {name: Trial(table, size, "cpu", objective) for name, objective in objectives.items()}
-    each: dict[str, list[float]] = {name: [] for name in kinds}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, trial in trials.items():
-            each[name].append(trial.rate(enumerate(itertools.cycle(found)), seconds)[0])
-    return {name: statistics.median(each[name]) for name in kinds}
+            rates[name].append(trial.rate(enumerate(itertools.cycle(batches)), seconds)[0])
+    return {name: statistics.median(rates[name]) for name in variants}
 
 
-def train(table: str, kind: Kind, out: Path, size: str, images: int, seed: int) -> None:
-    """One run, as a user starts it."""
+def train(table: str, variant: Variant, out: Path, size: str, images: int, seed: int) -> None:
+    """Train a run by the command line, unless it exists."""
     if (out / "result.json").exists():
         return
     call = [sys.executable, "-c", "from trainer.cli import main; main()", "fit", table, "--out", str(out)]
-    call += ["--objective", kind.objective, "--preset", kind.preset, "--coupling", kind.coupling, "--size", size]
-    call += ["--images", str(images), "--batch-size", str(BATCH), "--seed", str(seed), "--device", "cpu"]
-    call += [part for dial, value in kind.hyperparameters.items() for part in ("--set", f"{dial}={value}")]
-    call += [] if kind.reuse is None else ["--reuse", str(kind.reuse)]
+    call += ["--objective", variant.objective, "--preset", variant.preset, "--coupling", variant.coupling]
+    call += ["--size", size, "--images", str(images), "--batch-size", str(BATCH), "--seed", str(seed)]
+    call += ["--device", "cpu"]
+    call += [part for name, value in variant.hyperparameters.items() for part in ("--set", f"{name}={value}")]
+    call += [] if variant.reuse is None else ["--reuse", str(variant.reuse)]
     subprocess.run(call, check=True, stdout=sys.stderr)
 
 
-def main_figures(row: dict[str, Any]) -> dict[str, Any]:
-    """Those of a report's row that are printed."""
-    return {name: figure for name, figure in row.items() if name in (*REPORTED, *ADHERENCE)}
+def main_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are printed."""
+    return {name: value for name, value in metrics.items() if name in PRINTED}
 
 
-def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The main figures of every kind of run, [mean, standard deviation] by steps, and of the floors."""
-    lines = [
+def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the main metrics of every group of runs, [mean, standard deviation] by steps, and of the references."""
+    groups = [
         {
             "run": label,
-            "runs": line["runs"],
-            "training": line["training"],
-            "steps": {n: main_figures(row) for n, row in line["steps"].items()},
+            "runs": group["runs"],
+            "training": group["training"],
+            "metrics": {n: main_metrics(metrics) for n, metrics in group["metrics"].items()},
         }
-        for label, line in report["lines"].items()
+        for label, group in report["groups"].items()
     ]
-    floors = {name: main_figures(row) for name, row in report["floors"].items()}
-    return [*lines, {"floors": floors}]
+    references = {name: main_metrics(metrics) for name, metrics in report["references"].items()}
+    return [*groups, {"references": references}]
 
 
 def main() -> None:
     """Measure rates, train, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
-    parser.add_argument("--work", type=Path, required=True, help="for the runs and the report")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs and the report")
     parser.add_argument("--set", default="rivals", choices=SETS)
-    parser.add_argument("--only", help="some of its runs, with commas")
+    parser.add_argument("--only", help="comma-separated names of some of its runs")
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--images", type=int, default=400_000, help="of the default coalescer")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", default="1,2,4,8,32")
-    parser.add_argument("--samples", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
-    given = parser.parse_args()
+    parser.add_argument("--images", type=int, default=400_000, help="training images of the default coalescer")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--num-inference-steps", default="1,2,4,8,32")
+    parser.add_argument("--num-samples", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each objective in the measurement of rates")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
+    args = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
-    table = open_table(given.table, indexed=True)
-    kinds = {name: SETS[given.set][name] for name in (given.only or ",".join(SETS[given.set])).split(",")}
-    ready = {DEFAULT: Kind("coalescer")} | {name: kind for name, kind in kinds.items() if name != "rectified_flow"}
-    speed = rates(table, ready, given.size, given.rounds, given.seconds)
+    table = open_table(args.table, indexed=True)
+    variants = {name: SETS[args.set][name] for name in (args.only or ",".join(SETS[args.set])).split(",")}
+    ready = {DEFAULT: Variant("coalescer")}
+    ready |= {name: variant for name, variant in variants.items() if name != "rectified_flow"}
+    rates = measure_rates(table, ready, args.size, args.rounds, args.seconds)
     runs = []
-    for seed in range(given.seeds):
-        for name, kind in kinds.items():
-            if kind.objective == "rectified_flow":
-                kind = kind._replace(hyperparameters={"flow": str(given.work / f"{FLOW}-0")})
-            if name not in speed:  # the flow that it rests on is there by now
-                speed |= rates(table, {name: kind}, given.size, given.rounds, given.seconds)
-            images = int(given.images * speed[name] / speed[DEFAULT]) // BATCH * BATCH
-            runs.append(given.work / f"{name}-{seed}")
-            train(given.table, kind, runs[-1], given.size, images, seed)
-    config = ExamConfig(steps=[int(n) for n in given.steps.split(",")], samples=given.samples, device="cpu")
-    in_order = sorted(runs, key=lambda run: list(kinds).index(run.name.rpartition("-")[0]))
-    report = compare(in_order, config, given.work / "report")
-    print(json.dumps({"machine": machine(), "steps_per_second": speed, "lines": summary(report)}, indent=2))
+    for seed in range(args.seeds):
+        for name, variant in variants.items():
+            if variant.objective == "rectified_flow":
+                variant = variant._replace(hyperparameters={"flow": str(args.work / f"{FLOW}-0")})
+            if name not in rates:  # the flow that it starts from exists by now
+                rates |= measure_rates(table, {name: variant}, args.size, args.rounds, args.seconds)
+            images = int(args.images * rates[name] / rates[DEFAULT]) // BATCH * BATCH
+            runs.append(args.work / f"{name}-{seed}")
+            train(args.table, variant, runs[-1], args.size, images, seed)
+    steps = [int(n) for n in args.num_inference_steps.split(",")]
+    config = EvaluationConfig(num_inference_steps=steps, num_samples=args.num_samples, device="cpu")
+    in_order = sorted(runs, key=lambda run: list(variants).index(run.name.rpartition("-")[0]))
+    report = compare(in_order, config, args.work / "report")
+    print(json.dumps({"machine": machine(), "steps_per_second": rates, "groups": summarize(report)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from index.report.hubness import ridge_r2
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
-from trainer.evaluation.metrics import energy_distance, frechet, sliced_wasserstein
-from trainer.evaluation.neighborhoods import manifold
+from trainer.evaluation.metrics import energy_distance, frechet, prdc, sliced_wasserstein
 
 SIZE, CLUSTERS, NOISE = 64, 10, 0.03
 TRAINING, BANK, TESTED = 10_000, 131_072, 2_000
@@ -127,7 +126,7 @@ def world(k: int, seed: int) -> World:
 
 def quality(found: Float32[np.ndarray, "N D"], real: Float32[np.ndarray, "N D"]) -> dict[str, float]:
     """How far samples are from fresh points."""
-    near = manifold(real, found)
+    near = prdc(real, found)
     return {
         "frechet": frechet(found, real) / SIZE,
         "energy": energy_distance(found, real),

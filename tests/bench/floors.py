@@ -15,10 +15,10 @@ from index.build.build_index import BuildConfig, build_index
 from index.search.ann import ApproximateSearch, ExactSearch
 from index.space.queries import draw_points
 from index.table.table import open_table
-from pipeline.images import decode_caption
-from pipeline.sources.read import list_shards, read_samples
-from trainer.evaluation.metrics import frechet
-from trainer.evaluation.neighborhoods import manifold
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import decode_caption
+from trainer.evaluation.metrics import frechet, prdc
 
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))
@@ -44,7 +44,7 @@ def floors(data: Path, work: Path, seconds: float) -> list[dict[str, Any]]:
         return {
             "space": space,
             "frechet": frechet(found, real),
-            "coverage": manifold(real, found).coverage,
+            "coverage": prdc(real, found).coverage,
             "adherence": None if space == TRAINING else accuracy(found, right),
             **more,
         }

@@ -10,8 +10,11 @@ from jaxtyping import UInt8
 from index.errors import SourceError
 from index.table.schema import HELDOUT, TRAIN, row_id, split_of
 from index.terminal import Progress
-from pipeline.images import Rejected, decode_caption, decode_image, quiet_pillow
-from pipeline.sources.read import Sample, list_shards, read_samples
+from pipeline.images import decode_image, quiet_pillow
+from pipeline.rejects import Rejected
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples
+from pipeline.sources.sample import Sample, decode_caption
 
 MAX_BYTES = 4 * 2**30
 

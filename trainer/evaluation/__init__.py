@@ -1,1 +1,1 @@
-"""What `trainer evaluate` and `trainer compare` measure: a run's answers beside those that are known as good or bad."""
+"""Evaluation of trained runs: samples for held-out captions, metrics, and references of known quality."""

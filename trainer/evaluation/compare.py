@@ -1,9 +1,8 @@
-"""Several runs on one table side by side: the same exam, captions and seeds for all of them, one table and one page.
+"""Comparison of several runs on one table: the same prompts, noise and references, one report and one page.
 
-Runs that differ in nothing but their seed are one line, with mean and standard deviation.
+Runs that differ only in their seed form a group, reported as mean and standard deviation.
 """
 
-import itertools
 import json
 import statistics
 import time
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from index.errors import RunError
 from index.table.storage import write_json, write_text
-from trainer.evaluation.comparison_page import comparison_page
-from trainer.evaluation.exam import ExamConfig, set_exam
+from trainer.evaluation.protocol import EvaluationConfig, open_protocol
+from trainer.evaluation.report import comparison_page
 from trainer.grid import draw_grid
 from trainer.run_folder import read_config
 from trainer.sampler import Coalescer
@@ -23,104 +22,96 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHOWN_STEPS = 2
-COST = ("parameters", "images", "seconds")
-"""Of training, in every run's result."""
-QUIET = ("images", "reuse", "flow")
-"""Settings that a run is named by only where nothing else tells it from another; what it cost stands in a table."""
+"""Images are shown for the number of inference steps nearest to this."""
+TRAINING = ("parameters", "images", "seconds")
+"""Entries of a run's result.json that say what training cost."""
 
 
-def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure all runs; writes OUT/report.json and OUT/index.html, and returns the report."""
+def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: Sequence[str] = ()) -> dict[str, Any]:
+    """Evaluate all runs, write OUT/report.json and OUT/index.html, and return the report.
+
+    The page shows images of `captions` from each group. Raises RunError unless all runs are complete and of one table.
+    """
     configs = [read_config(run) for run in runs]
-    _check_tables(runs, configs)
+    _check_runs(runs, configs)
     began = time.perf_counter()
-    opened = Coalescer.from_pretrained(runs[0], device=config.device)
-    exam = set_exam(runs[0], opened, config, out)
-    labels = name_runs(configs)
-    shown = min(config.steps, key=lambda n: abs(n - SHOWN_STEPS))
-    each: list[dict[str, Any]] = []
-    answers, drawn = {}, {}
+    protocol = open_protocol(runs[0], Coalescer.from_pretrained(runs[0], device=config.device), config, out)
+    labels = label_runs(configs)
+    shown = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
+    evaluated: list[dict[str, Any]] = []
+    samples, images = {}, {}
     for run, label in zip(runs, labels, strict=True):
-        coalescer = Coalescer.from_pretrained(run, device=config.device)
-        result = exam.take(coalescer, config.steps, out / "log.jsonl")
-        each.append({"run": str(run), "label": label, "steps": result.figures, "training": _training(run)})
-        if label not in answers:
-            answers[label] = result.found[shown].x
+        pipeline = Coalescer.from_pretrained(run, device=config.device)
+        result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
+        evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(run)})
+        if label not in samples:
+            samples[label] = result.samples[shown].x
             if captions:
-                drawn[label] = coalescer(captions, steps=shown, seed=config.seed).images
+                images[label] = pipeline(captions, steps=shown, seed=config.seed).images
     report = {
-        **exam.report(),
-        "steps": config.steps,
-        "shown_steps": shown,
-        "runs": each,
-        "lines": {label: summarize([one for one in each if one["label"] == label]) for label in dict.fromkeys(labels)},
+        **protocol.summary(),
+        "num_inference_steps": config.num_inference_steps,
+        "shown_num_inference_steps": shown,
+        "runs": evaluated,
+        "groups": {label: summarize([run for run in evaluated if run["label"] == label]) for label in samples},
         "captions": list(captions),
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "report.json", report)
-    write_text(out / "index.html", comparison_page(report, [exam.sheet(answers), *_asked(captions, drawn)]))
+    grids = [protocol.image_grid(samples), *([_caption_grid(captions, images)] if captions else [])]
+    write_text(out / "index.html", comparison_page(report, grids))
     return report
 
 
-def name_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each run: its objective, and whatever else it does not share with all others, but for the seed."""
+def label_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a label for each run: its objective, and the settings other than the seed in which runs differ."""
     settings = [_settings(config) for config in configs]
-    whole = _names(settings)
-    for left_out in (QUIET, *itertools.combinations(QUIET, len(QUIET) - 1)):
-        names = _names(settings, without=left_out)
-        if len(set(names)) == len(set(whole)):
-            return names
-    return whole
-
-
-def _names(settings: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> list[str]:
-    names = [name for name in dict.fromkeys(name for each in settings for name in each) if name not in without]
+    names = dict.fromkeys(name for each in settings for name in each)
     differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
-    own = [
-        [f"{name}={each[name]}" for name in differing if name not in ("objective", "preset") and name in each]
-        for each in settings
-    ]
-    kinds = [each["objective"] + ("" if each["preset"] == "default" else f" {each['preset']}") for each in settings]
-    return [", ".join([kind, *rest]) for kind, rest in zip(kinds, own, strict=True)]
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    fitted = {name: value for name, value in config["fit"].items() if name not in ("seed", "hyperparameters")}
-    return {**fitted, **config["fit"]["hyperparameters"]}
+    labels = []
+    for config, each in zip(configs, settings, strict=True):
+        objective, preset = config["fit"]["objective"], config["fit"]["preset"]
+        values = [f"{name}={each[name]}" for name in differing if name in each]
+        labels.append(", ".join([objective if preset == "default" else f"{objective} {preset}", *values]))
+    return labels
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Runs that differ by seed alone as one: [mean, standard deviation] of each figure, 0 of a single run."""
-    steps = {
-        n: {name: _spread([run["steps"][n][name] for run in runs]) for name in figures}
-        for n, figures in runs[0]["steps"].items()
+    """Return [mean, standard deviation] of each metric of a group of runs; the deviation of a single run is 0."""
+    metrics = {
+        n: {name: _mean_and_deviation([run["metrics"][n][name] for run in runs]) for name in row}
+        for n, row in runs[0]["metrics"].items()
     }
-    training = {name: _spread([run["training"][name] for run in runs]) for name in runs[0]["training"]}
-    return {"runs": len(runs), "steps": steps, "training": training}
+    training = {name: _mean_and_deviation([run["training"][name] for run in runs]) for name in runs[0]["training"]}
+    return {"runs": len(runs), "metrics": metrics, "training": training}
 
 
-def _spread(values: Sequence[float]) -> list[float]:
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a run, its hyperparameters among them, that its label does not always show."""
+    apart = ("objective", "preset", "seed", "hyperparameters")
+    return {**{k: v for k, v in config["fit"].items() if k not in apart}, **config["fit"]["hyperparameters"]}
+
+
+def _mean_and_deviation(values: Sequence[float]) -> list[float]:
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
 
 def _training(run: Path) -> dict[str, float]:
-    """What training cost."""
     result = json.loads((run / "result.json").read_text())
-    return {name: float(result[name]) for name in COST}
+    return {name: float(result[name]) for name in TRAINING}
 
 
-def _asked(captions: Sequence[str], drawn: "dict[str, list[Image]]") -> "list[Image]":
-    """A sheet of the captions that the user gave: a line for each, a column for each kind of run."""
-    if not captions:
-        return []
-    images = [images[line] for line in range(len(captions)) for images in drawn.values()]
-    words = [f"{label}: {caption}" for caption in captions for label in drawn]
-    return [draw_grid(images, words, columns=len(drawn))]
+def _caption_grid(captions: Sequence[str], images: "dict[str, list[Image]]") -> "Image":
+    """Draw a row for each caption and a column for each group."""
+    tiles = [
+        (group[row], f"{label}: {captions[row]}") for row in range(len(captions)) for label, group in images.items()
+    ]
+    return draw_grid([image for image, _ in tiles], [text for _, text in tiles], columns=len(images))
 
 
-def _check_tables(runs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> None:
+def _check_runs(runs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> None:
     if not runs:
-        raise RunError("there is no run to compare: give at least one folder that `trainer fit` has made")
+        raise RunError("there is no run to compare: pass at least one folder written by `trainer fit`")
     tables = [(config["table"]["uri"], config["table"]["version"]) for config in configs]
     for run, (uri, version) in zip(runs, tables, strict=True):
         if (uri, version) != tables[0]:
@@ -129,4 +120,4 @@ def _check_tables(runs: Sequence[Path], configs: Sequence[dict[str, Any]]) -> No
                 f"{tables[0][0]}: compare runs of one table and version"
             )
         if not (run / "result.json").is_file():
-            raise RunError(f"{run} is not trained to its end: go on with `trainer fit ... --resume`")
+            raise RunError(f"{run} has not finished training: resume it with `trainer fit ... --resume`")

@@ -1,132 +1,221 @@
-"""How far two sets of points are apart, without any downloaded weights. Rows are points.
+"""Metrics of point sets: distances between distributions, overlap of neighborhoods, memorization.
 
-Distances between all pairs are taken a block of rows at a time: memory grows with the sets, not with their product.
+A set is an array with one point per row. Pairwise distances are computed for a block of rows at a time, so memory grows
+with the sizes of the sets and not with their product.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 BLOCK = 1024
 """Rows whose distances to all others are held at once."""
+COPY_RATIO = 1 / 3
+"""A sample counts as a copy if its nearest training row is closer than this times the second nearest."""
+MMD_SUBSET, MMD_SUBSETS = 4000, 10
+"""Points of each set in one estimate of the kernel distance; of larger sets the mean over ten random subsets."""
+
+
+class Prdc(NamedTuple):
+    """Overlap of two sets, each covered by the balls that reach from its points to their k-th nearest neighbors."""
+
+    precision: float
+    """Fraction of samples inside a ball of a real point (arXiv 1904.06991)."""
+    recall: float
+    """Fraction of real points inside a ball of a sample (arXiv 1904.06991)."""
+    density: float
+    """Mean number of real points' balls that contain a sample, over k; can exceed 1 (arXiv 2002.09797)."""
+    coverage: float
+    """Fraction of real points whose ball contains a sample (arXiv 2002.09797)."""
+
+
+def frechet(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
+    """Return the Frechet distance of the Gaussians fitted to both sets: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    FID (arXiv 1706.08500), if the points are features of an Inception network.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    # A = x'x and B = y'y.
+    x, y = ((points - points.mean(0)) / np.sqrt(len(points) - 1) for points in (a, b))
+    if a.shape[1] > min(len(a), len(b)):
+        # The nonzero eigenvalues of A B are the squared singular values of x y', which is the smaller matrix.
+        trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    else:
+        # tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric A^(1/2) B A^(1/2).
+        values, vectors = np.linalg.eigh(x.T @ x)
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        trace = np.sqrt(np.linalg.eigvalsh(root @ (y.T @ y) @ root).clip(min=0)).sum()
+    variance = np.square(x).sum() + np.square(y).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + variance - 2 * trace)
+
+
+def kernel_mmd(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"], *, seed: int = 0) -> float:
+    """Return the unbiased squared maximum mean discrepancy with the kernel (u.v / L + 1)^3.
+
+    KID (arXiv 1801.01401), if the points are features of an Inception network.
+    """
+    size, rng = min(MMD_SUBSET, len(a), len(b)), np.random.default_rng(seed)
+    repeats = 1 if size == len(a) == len(b) else MMD_SUBSETS
+    subsets = ([points[rng.permutation(len(points))[:size]] for points in (a, b)] for _ in range(repeats))
+    return float(np.mean([_mmd(x.astype(np.float64), y.astype(np.float64)) for x, y in subsets]))
 
 
 def sliced_wasserstein(
     a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"], *, projections: int = 512, seed: int = 0
 ) -> float:
-    """Sliced Wasserstein-2 distance: root mean square over random directions of the exact distance in 1-D."""
+    """Return the sliced Wasserstein-2 distance: the root mean square over random directions of the distance in 1-D."""
     rng = np.random.default_rng(seed)
-    ways = rng.standard_normal((a.shape[1], projections))
-    ways /= np.linalg.norm(ways, axis=0)
-    left, right = np.sort(a.astype(np.float64) @ ways, axis=0), np.sort(b.astype(np.float64) @ ways, axis=0)
+    directions = rng.standard_normal((a.shape[1], projections))
+    directions /= np.linalg.norm(directions, axis=0)
+    left, right = (np.sort(points.astype(np.float64) @ directions, axis=0) for points in (a, b))
     count = min(len(a), len(b))
-    left, right = _levels(left, count), _levels(right, count)
-    return float(np.sqrt(np.square(left - right).mean()))
-
-
-def frechet(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
-    """Frechet distance of the Gaussians fitted to both sets: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    # A = x'x and B = y'y.
-    x, y = ((points - points.mean(0)) / np.sqrt(len(points) - 1) for points in (a, b))
-    if a.shape[1] > min(len(a), len(b)):
-        # The eigenvalues of A B that are not zero are the squared singular values of x y', which is smaller.
-        cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    else:
-        # tr (A B)^(1/2) is the sum of the roots of the eigenvalues of the symmetric A^(1/2) B A^(1/2).
-        values, vectors = np.linalg.eigh(x.T @ x)
-        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        cross = np.sqrt(np.linalg.eigvalsh(root @ (y.T @ y) @ root).clip(min=0)).sum()
-    spread = np.square(x).sum() + np.square(y).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2 * cross)
+    return float(np.sqrt(np.square(_quantiles(left, count) - _quantiles(right, count)).mean()))
 
 
 def energy_distance(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: of equal laws it is zero on average, so it may be negative."""
-    return 2 * _total(a, b) / (len(a) * len(b)) - mean_distance(a) - mean_distance(b)
+    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: zero on average for equal distributions, so maybe below."""
+    return 2 * _sum_distances(a, b) / (len(a) * len(b)) - mean_distance(a) - mean_distance(b)
 
 
 def mean_distance(a: Float[np.ndarray, "N L"]) -> float:
-    """E|X - X'| over all pairs of different points; NaN where there is but one."""
-    return _total(a, a) / (len(a) * (len(a) - 1)) if len(a) > 1 else math.nan
+    """Return E|X - X'| over all pairs of different points; NaN for a single point."""
+    return _sum_distances(a, a) / (len(a) * (len(a) - 1)) if len(a) > 1 else math.nan
 
 
-def diversity(x: Float[np.ndarray, "N L"], owner: Int[np.ndarray, "N"]) -> float:
-    """Mean distance of two points with the same owner, every owner counting alike; NaN where none has two."""
-    names, counts = np.unique(owner, return_counts=True)
-    each = [mean_distance(x[owner == name]) for name in names[counts > 1]]
-    return float(np.mean(each)) if each else math.nan
+def diversity(x: Float[np.ndarray, "N L"], group: Int[np.ndarray, "N"]) -> float:
+    """Return the mean distance of two points of a group, all groups weighted equally; NaN if no group has two."""
+    names, counts = np.unique(group, return_counts=True)
+    means = [mean_distance(x[group == name]) for name in names[counts > 1]]
+    return float(np.mean(means)) if means else math.nan
 
 
 def two_sample_accuracy(
     a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"], *, steps: int = 300, seed: int = 0
 ) -> float:
-    """How often a small network can tell unseen points of one set from the other's: 0.5 is perfect, 1 the worst.
+    """Return how often a small classifier tells points of one set from the other's: 0.5 is best, 1 is worst.
 
-    The classifier two-sample test (arXiv 1610.06545), with the first points of the larger set; each half of them is
-    judged by a network that has learned from the other half. Points at the same place of both sets, such as answers to
-    the same caption, are in the same half: else what one half has too many of the other has too few of, and equal laws
-    come out below 0.5. Points are taken to be in a random order.
+    The classifier two-sample test (arXiv 1610.06545) with two-fold cross-validation; of the larger set the first points
+    are used. Points at the same position of both sets, such as samples of the same caption, fall into the same fold;
+    otherwise a caption overrepresented in one fold is underrepresented in the other, which biases equal distributions
+    below 0.5. Points are assumed to be in random order.
     """
     count = min(len(a), len(b))
     assert count > 3, count
     x = torch.from_numpy(np.concatenate([a[:count], b[:count]]).astype(np.float32))
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
     y = torch.arange(2 * count) // count
-    first = torch.arange(count).repeat(2) % 2 == 0
-    halves = ((first, ~first), (~first, first))
-    right = sum(_told_apart(x[fit], y[fit], x[test], y[test], steps=steps, seed=seed) for fit, test in halves)
-    return right / (2 * count)
+    even = torch.arange(count).repeat(2) % 2 == 0
+    folds = ((even, ~even), (~even, even))
+    return sum(_count_correct(x, y, fit, test, steps=steps, seed=seed) for fit, test in folds) / (2 * count)
 
 
-def _levels(ordered: Float64[np.ndarray, "N P"], count: int) -> Float64[np.ndarray, "M P"]:
-    """The quantiles (i + 1/2) / count of ordered columns; the columns themselves where they have so many rows."""
-    place = ((np.arange(count) + 0.5) * len(ordered) / count - 0.5).clip(0, len(ordered) - 1)
-    lower = np.floor(place).astype(int)
-    upper, share = np.minimum(lower + 1, len(ordered) - 1), (place - lower)[:, None]
-    return np.asarray((1 - share) * ordered[lower] + share * ordered[upper])
+def prdc(real: Float[np.ndarray, "N L"], samples: Float[np.ndarray, "M L"], *, k: int = 5) -> Prdc:
+    """Return precision, recall, density and coverage; sets of k points or fewer use the farthest neighbor."""
+    real_radii, sample_radii = _radii(real, k), _radii(samples, k)
+    containing = torch.zeros(len(samples), dtype=torch.int64)
+    recalled = covered = 0
+    for block, radius in zip(pairwise_distances(real, samples), torch.split(real_radii, BLOCK), strict=True):
+        containing += (block < radius[:, None]).sum(0)
+        recalled += int((block < sample_radii).any(1).sum())
+        covered += int((block.amin(1) < radius).sum())
+    return Prdc(
+        precision=float((containing > 0).double().mean()),
+        recall=recalled / len(real),
+        density=float(containing.double().mean()) / k,
+        coverage=covered / len(real),
+    )
 
 
-def _told_apart(
-    x: Float32[Tensor, "N L"],
-    y: Int[Tensor, "N"],
-    unseen: Float32[Tensor, "M L"],
-    truth: Int[Tensor, "M"],
-    *,
-    steps: int,
-    seed: int,
-) -> int:
-    """How many unseen points a fresh classifier puts into the right set."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        width = 64
-        model = nn.Sequential(
-            nn.Linear(x.shape[1], width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
-        )
-        adam = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1)
-        for _ in range(steps):
-            rows = torch.randint(len(x), (256,))
-            loss = binary_cross_entropy_with_logits(model(x[rows])[:, 0], y[rows].float())
-            loss.backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            adam.zero_grad()
-    with torch.inference_mode():
-        return int(((model(unseen)[:, 0] > 0) == (truth == 1)).sum())
+def nearest_ratio(x: Float[np.ndarray, "N L"], blocks: Iterable[Float[np.ndarray, "_ L"]]) -> Float32[np.ndarray, "N"]:
+    """Return the distance to the nearest row of all blocks over that to the second nearest.
+
+    Near 0 for a copy, near 1 for a point between rows. Of a row that is stored twice both distances are zero, and so is
+    the ratio.
+    """
+    points = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    nearest = torch.full((len(points), 2), torch.inf)
+    for block in blocks:
+        rows = torch.from_numpy(np.ascontiguousarray(block, np.float32))
+        squares = rows.square().sum(1)
+        for start in range(0, len(points), BLOCK):
+            part = points[start : start + BLOCK]
+            # |x|^2 is the same for all rows, so the order does not need it.
+            candidates = torch.addmm(squares, part, rows.T, alpha=-2).topk(min(2, len(rows)), largest=False).indices
+            # Differences, not products: only they separate a copy's distance from rounding.
+            exact = (rows[candidates] - part[:, None]).norm(dim=2)
+            merged = torch.cat([nearest[start : start + BLOCK], exact], 1)
+            nearest[start : start + BLOCK] = merged.topk(2, largest=False).values
+    ratio = nearest[:, 0] / nearest[:, 1].clamp(min=1e-12)
+    return np.asarray(ratio.clamp(max=1))
 
 
-def distances(
+def pairwise_distances(
     a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"], *, rows: int = BLOCK
 ) -> Iterator[Float32[Tensor, "n M"]]:
-    """Distances of a block of `a` after the other to all of `b`."""
+    """Yield the distances of consecutive blocks of `a` to all of `b`."""
     left, right = (torch.from_numpy(np.ascontiguousarray(points, np.float32)) for points in (a, b))
     for part in torch.split(left, rows):
         yield torch.cdist(part, right)
 
 
-def _total(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
-    return float(sum(block.double().sum() for block in distances(a, b)))
+def _sum_distances(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
+    return float(sum(block.double().sum() for block in pairwise_distances(a, b)))
+
+
+def _radii(points: Float[np.ndarray, "N L"], k: int) -> Float32[Tensor, "N"]:
+    """Return the distance of each point to its k-th nearest neighbor, itself not counted."""
+    rank = min(k + 1, len(points))
+    return torch.cat([block.kthvalue(rank, dim=1).values for block in pairwise_distances(points, points)])
+
+
+def _mmd(x: Float64[np.ndarray, "N L"], y: Float64[np.ndarray, "N L"]) -> float:
+    """Return the estimator of arXiv 1801.01401, equation 4, for sets of equal size."""
+
+    def kernel(u: Float64[np.ndarray, "N L"], v: Float64[np.ndarray, "N L"]) -> Float64[np.ndarray, "N N"]:
+        return np.asarray((u @ v.T / u.shape[1] + 1) ** 3)
+
+    n = len(x)
+    within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
+    return float(within / (n * (n - 1)) - 2 * kernel(x, y).mean())
+
+
+def _quantiles(ordered: Float64[np.ndarray, "N P"], count: int) -> Float64[np.ndarray, "M P"]:
+    """Return the quantiles (i + 1/2) / count of sorted columns; the columns themselves if they have `count` rows."""
+    position = ((np.arange(count) + 0.5) * len(ordered) / count - 0.5).clip(0, len(ordered) - 1)
+    lower = np.floor(position).astype(int)
+    upper, weight = np.minimum(lower + 1, len(ordered) - 1), (position - lower)[:, None]
+    return np.asarray((1 - weight) * ordered[lower] + weight * ordered[upper])
+
+
+def _count_correct(
+    x: Float32[Tensor, "N L"],
+    y: Int[Tensor, "N"],
+    fit: Bool[Tensor, "N"],
+    test: Bool[Tensor, "N"],
+    *,
+    steps: int,
+    seed: int,
+) -> int:
+    """Train a small classifier on the rows that one mask selects and count its hits on those of the other."""
+    x_fit, y_fit = x[fit], y[fit].float()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        hidden = 64
+        model = nn.Sequential(
+            nn.Linear(x.shape[1], hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+        adam = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1)
+        for _ in range(steps):
+            rows = torch.randint(len(x_fit), (256,))
+            loss = binary_cross_entropy_with_logits(model(x_fit[rows])[:, 0], y_fit[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            adam.zero_grad()
+    with torch.inference_mode():
+        return int(((model(x[test])[:, 0] > 0) == (y[test] == 1)).sum())

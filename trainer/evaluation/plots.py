@@ -1,10 +1,10 @@
-"""Plots of an evaluation: a figure over steps beside its floors, and whether a confidence can be believed."""
+"""Plots of an evaluation: a metric by number of inference steps, and calibration curves."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = {
@@ -12,68 +12,68 @@ COLORS = {
     "train rows": "#2e8b57",
     "retrieved pairs": "#d08020",
     "reconstructions": "#8a5aa8",
-    "gaussian": "#b03030",
+    "noise": "#b03030",
     "held-out rows": "#777777",
 }
-LOWER, HIGHER, HALF, NEITHER = "lower is better", "higher is better", "0.5 is perfect", "best as real rows"
+LOG_RANGE = 20
+"""Ratio of the largest value to the smallest above which an axis is logarithmic."""
 
 
 class Curve(NamedTuple):
-    """One figure of one kind of run."""
+    """One metric of one run or group of runs."""
 
     color: str
     points: dict[int, tuple[float, float]]
-    """By number of steps: mean and standard deviation."""
+    """Mean and standard deviation by num_inference_steps."""
 
 
-def over_steps(name: str, good: str, curves: Sequence[Curve], levels: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """One figure over steps, floors as horizontal lines."""
+def plot_metric(
+    title: str, goal: str, curves: Sequence[Curve], references: Mapping[str, float], *, log: bool = False
+) -> "Figure":
+    """Plot a metric over num_inference_steps with references as dashed lines; `log` allows a logarithmic axis."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    known = {floor: figures[name] for floor, figures in levels.items() if name in figures}
     figure = Figure(figsize=(3.4, 2.6), layout="constrained")
     axes = figure.subplots()
-    for floor, value in known.items():
-        axes.axhline(value, color=COLORS[floor], linewidth=1, linestyle="--")
+    for name, value in references.items():
+        axes.axhline(value, color=COLORS[name], linewidth=1, linestyle="--")
     for curve in curves:
-        means, spreads = zip(*curve.points.values(), strict=True)
-        axes.errorbar(list(curve.points), means, spreads, color=curve.color, marker="o", markersize=4)
+        means, deviations = zip(*curve.points.values(), strict=True)
+        axes.errorbar(list(curve.points), means, deviations, color=curve.color, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     steps = sorted({n for curve in curves for n in curve.points})
     axes.set_xticks(steps, [str(n) for n in steps])
-    values = [mean for curve in curves for mean, _ in curve.points.values()] + list(known.values())
-    if good == LOWER and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    values = [*references.values(), *(mean for curve in curves for mean, _ in curve.points.values())]
+    if log and min(values) > 0 and max(values) > LOG_RANGE * min(values):
+        _use_log_scale(axes)
     axes.minorticks_off()
-    axes.set_title(name.replace("_", " "), fontsize=10)
-    axes.set_xlabel(f"steps ({good})", fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(f"inference steps ({goal})", fontsize=8)
     axes.tick_params(labelsize=8)
     return figure
 
 
-def diagram(name: str, content: dict[str, Any]) -> "Figure":
-    """What was said against what came of it; on the diagonal it can be believed."""
+def plot_calibration(title: str, calibration: dict[str, Any]) -> "Figure":
+    """Plot observed cosine similarity over predicted confidence; a calibrated run lies on the diagonal."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-    said, came = ([bin[side] for bin in content["bins"]] for side in ("said", "came"))
-    axes.plot(said, came, color=COLORS["run"], marker="o", markersize=4)
+    predicted, observed = ([row[name] for row in calibration["bins"]] for name in ("predicted", "observed"))
+    axes.plot(predicted, observed, color=COLORS["run"], marker="o", markersize=4)
     axes.set_aspect("equal")
-    error, rank = content["calibration_error"], content["rank_correlation"]
-    axes.set_title(f"{name.replace('_', ' ')}\ncalibration error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)
-    axes.set_xlabel("said", fontsize=8)
-    axes.set_ylabel("cosine to the searched pair", fontsize=8)
+    error, rank = calibration["calibration_error"], calibration["rank_correlation"]
+    axes.set_title(f"{title}\ncalibration error {error:.3f}, rank correlation {rank:.2f}", fontsize=9)
+    axes.set_xlabel("predicted confidence", fontsize=8)
+    axes.set_ylabel("observed cosine to the retrieved pair", fontsize=8)
     axes.tick_params(labelsize=8)
     return figure
 
 
-def svg(figure: "Figure") -> str:
-    """A figure as it stands in a page."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+def _use_log_scale(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,127 +1,243 @@
-"""An evaluation on one self-contained page: figures over steps beside their floors, whether confidence can be
-believed, and samples beside what a perfect network would have drawn."""
+"""Self-contained pages and terminal tables of an evaluation and of a comparison of runs."""
 
-import base64
 import html
 import io
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.evaluation.plots import COLORS, HALF, HIGHER, LOWER, NEITHER, Curve, diagram, over_steps, svg
+from index.report.html import image_tag, page, svg
+from trainer.evaluation.plots import COLORS, Curve, plot_calibration, plot_metric
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MEANING = {
-    "frechet": ("of Gaussians fitted to both, in coordinates", LOWER),
-    "sliced_wasserstein": ("root mean square over directions", LOWER),
-    "energy_distance": ("2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased, so it may be below 0", LOWER),
-    "two_sample_accuracy": ("of a classifier that tells samples from held-out rows", HALF),
-    "precision": ("share of samples that lie among held-out rows", HIGHER),
-    "recall": ("share of held-out rows that lie among samples", HIGHER),
-    "density": ("how densely held-out rows lie around samples; 1 of equal laws", NEITHER),
-    "coverage": ("share of held-out rows with a sample near", HIGHER),
-    "diversity": ("distance of two samples of a caption, over that of two held-out rows", NEITHER),
-    "nearest_ratio": ("median distance to the nearest training row, over that to the second", NEITHER),
-    "copied_rate": ("share with that ratio below 1/3", NEITHER),
-    "feature_frechet": ("in features of the referee, as pictures", LOWER),
-    "feature_kernel": ("squared kernel distance in the same", LOWER),
-    "class_accuracy": ("share that the referee takes for what the caption says", HIGHER),
-    "caption_rank": ("mean, of the true caption among others, by the referee", LOWER),
-    "caption_first": ("share whose true caption comes first", HIGHER),
-    "inception_frechet": ("FID", LOWER),
-    "inception_kernel": ("KID", LOWER),
-    "clip_score": ("100 times the cosine of picture and caption", HIGHER),
-    "confidence": ("mean, at the first step", ""),
-    "evaluations": ("of the network, a picture", ""),
-    "ms_per_latent": ("milliseconds to sample, captions encoded, nothing decoded", ""),
-    "ms_per_decoding": ("milliseconds to decode a latent", ""),
+LOWER, HIGHER, HALF, REAL = "lower is better", "higher is better", "0.5 is best", "best as real rows"
+
+
+class Metric(NamedTuple):
+    """What a metric means and which values are good."""
+
+    meaning: str
+    goal: str = ""
+    """Empty for metrics that are not plotted."""
+
+
+METRICS = {
+    "frechet": Metric("Frechet distance of Gaussians fitted to both sets, in coordinates", LOWER),
+    "sliced_wasserstein": Metric("root mean square over random directions", LOWER),
+    "energy_distance": Metric("2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased, so possibly below 0", LOWER),
+    "two_sample_accuracy": Metric("accuracy of a classifier of samples against held-out rows", HALF),
+    "precision": Metric("fraction of samples in the neighborhood of a held-out row", HIGHER),
+    "recall": Metric("fraction of held-out rows in the neighborhood of a sample", HIGHER),
+    "density": Metric("neighborhoods of held-out rows per sample; 1 for equal distributions", REAL),
+    "coverage": Metric("fraction of held-out rows with a sample in their neighborhood", HIGHER),
+    "diversity": Metric("distance of two samples of one caption, relative to two held-out rows", REAL),
+    "nearest_ratio": Metric("median distance to the nearest training row, relative to the second nearest", REAL),
+    "copied_rate": Metric("fraction of samples with a ratio below 1/3", REAL),
+    "feature_frechet": Metric("Frechet distance of the referee's image features", LOWER),
+    "feature_mmd": Metric("squared kernel distance of the same features", LOWER),
+    "class_accuracy": Metric("fraction of images that the referee classifies as their caption", HIGHER),
+    "caption_rank": Metric("mean rank of the true caption among candidates, by the referee", LOWER),
+    "caption_top1": Metric("fraction of images whose true caption ranks first", HIGHER),
+    "fid": Metric("Frechet distance of Inception features", LOWER),
+    "kid": Metric("squared kernel distance of Inception features", LOWER),
+    "clip_score": Metric("100 times the cosine similarity of image and caption", HIGHER),
+    "confidence": Metric("mean confidence at the first step"),
+    "network_evaluations": Metric("per sample"),
+    "ms_per_latent": Metric("milliseconds to sample a latent, without text encoding and decoding"),
+    "ms_per_decoding": Metric("milliseconds to decode a latent"),
 }
-"""What each figure is, and which way it is good; in the order of the page."""
-STYLE = """body{font:15px/1.5 system-ui;margin:2em auto;max-width:76em;padding:0 1em}svg{max-width:24.5%;height:auto}
-td,th{padding:.15em .6em;text-align:right}th:first-child{text-align:left}img{max-width:100%}td.meaning{text-align:left}
-table{border-collapse:collapse;font-size:13px}tr:nth-child(even){background:#f4f4f4}td.run{font-weight:600}
-.note{color:#555;font-size:13px}p b{white-space:nowrap}"""
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>{style}</style>
-<h1>{title}</h1><p>{told}</p><h2>Over steps, beside the floors</h2><p>{plots}</p>
-<h2>Can its confidence be believed?</h2><p>{reliability}</p>
-<h2>Pictures</h2><img alt="samples, retrieved pairs and held-out rows" src="data:image/png;base64,{pictures}">
-<h2>All figures</h2><table>{figures}</table>{notes}</html>
-"""
+"""All metrics, in the order of the pages."""
+MAIN = ("frechet", "feature_frechet", "two_sample_accuracy", "recall", "coverage", "class_accuracy", "caption_top1")
+"""Metrics of a comparison that are shown on the terminal."""
+GROUP_COLORS = (
+    "#1f4e8c",
+    "#c0392b",
+    "#1e8449",
+    "#8e44ad",
+    "#d68910",
+    "#117a8b",
+    "#7b4a12",
+    "#d6336c",
+    "#5f6a6a",
+    "#6c9a0f",
+)
+STYLE = """body{max-width:76em}svg{max-width:24.5%;height:auto}img{max-width:100%}table{font-size:13px}
+td,th{padding:.15em .6em;text-align:right}th:first-child,td.meaning{text-align:left}td.run{font-weight:600}
+tr:nth-child(even){background:#8882}.note{opacity:.8;font-size:13px}b{white-space:nowrap}"""
 
 
-def steps_said(n: int) -> str:
-    """A number of steps in words."""
-    return f"{n} step{'s' * (n > 1)}"
+def evaluation_page(report: dict[str, Any], grid: "Image") -> str:
+    """Return the page of an evaluation, with a grid of images."""
+    references = report["references"] | {"held-out rows": report["heldout"]}
+    curves = {name: _run_curve(report, name) for name in METRICS}
+    plots = [_plot(name, [curve], references) for name, curve in curves.items() if curve.points and METRICS[name].goal]
+    diagrams = [svg(plot_calibration(_title(name), content)) for name, content in report["calibration"].items()]
+    left_out = html.escape(report["left_out"].get("calibration", ""))
+    body = [
+        f"<p>{_sizes(report)}. {_legend(COLORS)}</p>",
+        f"<h2>Metrics by inference steps, with references</h2><p>{''.join(plots)}</p>",
+        f"<h2>Calibration of the confidence</h2><p>{''.join(diagrams) or left_out}</p>",
+        f"<h2>Images</h2>{_image(grid, 'samples, retrieved pairs and held-out rows')}",
+        f"<h2>All metrics</h2>{_metrics_table(report)}",
+        *(f'<p class="note">{html.escape(note)}</p>' for note in _notes(report)),
+    ]
+    return page(f"Evaluation of {report['run']}", "\n".join(body), style=STYLE)
 
 
-def columns_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The run at each step count, the floors, and held-out rows themselves."""
-    steps: dict[str, dict[str, float]] = {steps_said(int(n)): figures for n, figures in report["steps"].items()}
-    return {**steps, **report["floors"], "held-out rows": report["heldout"]}
+def comparison_page(report: dict[str, Any], grids: "Sequence[Image]") -> str:
+    """Return the page of a comparison, with grids of images."""
+    colors = dict(zip(report["groups"], itertools.cycle(GROUP_COLORS), strict=False))
+    names = [name for name in METRICS if _is_measured(report, name)]
+    reference_colors = {name: COLORS[name] for name in report["references"]}
+    plots = [
+        _plot(name, _group_curves(report, name, colors), report["references"]) for name in names if METRICS[name].goal
+    ]
+    body = [
+        f"<p>{_sizes(report)} of {html.escape(report['table']['uri'])}. Runs that differ only in their seed are one "
+        "group: the mean, with one standard deviation as error bar.</p>",
+        f"<p>{_legend(colors)} references: {_legend(reference_colors, '&#9476;')}</p>",
+        f"<h2>Metrics by inference steps, with references</h2><p>{''.join(plots)}</p>",
+        f"<h2>Images, {steps_label(report['shown_num_inference_steps'])} each</h2>",
+        *(f"<p>{_image(grid, 'samples')}</p>" for grid in grids),
+        f"<h2>All metrics</h2>{_training_table(report)}",
+        *(_group_table(report, name) for name in names),
+    ]
+    return page("Comparison of runs", "\n".join(body), style=STYLE)
 
 
-def lines_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The same the other way round, a line for each figure."""
-    columns = columns_of(report)
-    known = {name for figures in columns.values() for name in figures}
+def metrics_by_name(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return a row for each metric of an evaluation: the run by steps, the references, and held-out rows themselves."""
+    columns = _columns(report)
+    rows = {name: {column: row[name] for column, row in columns.items() if name in row} for name in METRICS}
+    return {name: row for name, row in rows.items() if row}
+
+
+def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the main metrics of a comparison: for each metric a row per group, with its means by steps."""
     return {
-        name: {column: figures[name] for column, figures in columns.items() if name in figures}
-        for name in MEANING
-        if name in known
+        name: {
+            label: {steps_label(int(n)): row[name][0] for n, row in group["metrics"].items() if name in row}
+            for label, group in report["groups"].items()
+        }
+        for name in MAIN
+        if _is_measured(report, name)
     }
 
 
-def evaluation_page(report: dict[str, Any], pictures: "Image") -> str:
-    """The page of a report, with a sheet of pictures."""
-    key = " ".join(f'<b style="color:{color};white-space:nowrap">&#9644; {name}</b>' for name, color in COLORS.items())
-    levels = report["floors"] | {"held-out rows": report["heldout"]}
-    drawn = [
-        over_steps(name, good, [curve], levels)
-        for name, (_, good) in MEANING.items()
-        if good and (curve := _curve(report, name)).points
+def steps_label(n: int) -> str:
+    """Return a number of inference steps in words."""
+    return f"{n} step{'s' * (n > 1)}"
+
+
+def format_value(mean: float, deviation: float) -> str:
+    """Return a mean as HTML, with its standard deviation unless that is zero."""
+    text = f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{mean:.4g}"
+    return text + (f" &plusmn; {deviation:.2g}" if deviation else "")
+
+
+def _columns(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    run = {steps_label(int(n)): row for n, row in report["metrics"].items()}
+    return {**run, **report["references"], "held-out rows": report["heldout"]}
+
+
+def _is_measured(report: dict[str, Any], name: str) -> bool:
+    return any(name in row for group in report["groups"].values() for row in group["metrics"].values())
+
+
+def _plot(name: str, curves: Sequence[Curve], references: dict[str, dict[str, float]]) -> str:
+    values = {reference: row[name] for reference, row in references.items() if name in row}
+    goal = METRICS[name].goal
+    return svg(plot_metric(_title(name), goal, curves, values, log=goal == LOWER))
+
+
+def _run_curve(report: dict[str, Any], name: str) -> Curve:
+    return Curve(COLORS["run"], {int(n): (row[name], 0.0) for n, row in report["metrics"].items() if name in row})
+
+
+def _group_curves(report: dict[str, Any], name: str, colors: dict[str, str]) -> list[Curve]:
+    return [
+        Curve(colors[label], {int(n): tuple(row[name]) for n, row in group["metrics"].items()})
+        for label, group in report["groups"].items()
+        if all(name in row for row in group["metrics"].values())
     ]
-    diagrams = [diagram(name, content) for name, content in report["reliability"].items()]
-    sheet = io.BytesIO()
-    pictures.save(sheet, "png")
-    return PAGE.format(
-        style=STYLE,
-        title=html.escape(f"Evaluation of {report['run']}"),
-        told=f"{report['samples']:,} samples for each step count, beside {report['heldout_rows']:,} held-out rows "
-        f"(pictures: {report['heldout_pictures']}). {key}",
-        plots="".join(svg(figure) for figure in drawn),
-        reliability="".join(svg(figure) for figure in diagrams) or html.escape(report["left_out"]["reliability"]),
-        pictures=base64.b64encode(sheet.getvalue()).decode(),
-        figures=_table(report),
-        notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(report)),
+
+
+def _metrics_table(report: dict[str, Any]) -> str:
+    """Return a row for each metric and a column for each number of steps and reference."""
+    columns, runs = _columns(report), len(report["metrics"])
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = []
+    for name, row in metrics_by_name(report).items():
+        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        cells = [f'<td class="run">{cell}</td>' if i < runs else f"<td>{cell}</td>" for i, cell in enumerate(cells)]
+        body.append(f'<tr><th>{_title(name)}</th>{"".join(cells)}<td class="meaning">{_meaning(name)}</td></tr>')
+    return f"<table><tr><th></th>{head}<td></td></tr>{''.join(body)}</table>"
+
+
+def _group_table(report: dict[str, Any], name: str) -> str:
+    """Return a row for each group and reference and a column for each number of steps."""
+    steps = report["num_inference_steps"]
+    rows = [
+        _table_row(label, [group["metrics"][str(n)].get(name) for n in steps])
+        for label, group in report["groups"].items()
+    ]
+    references = report["references"] | {"held-out rows": report["heldout"]}
+    rows += [_table_row(reference, [[row[name], 0.0]]) for reference, row in references.items() if name in row]
+    head = "".join(f"<th>{n}</th>" for n in steps)
+    title = f'<h3>{_title(name)}</h3><p class="note">{_meaning(name)}</p>'
+    return f"{title}<table><tr><th>inference steps</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _training_table(report: dict[str, Any]) -> str:
+    """Return what training cost: a row for each group."""
+    names = next(iter(report["groups"].values()))["training"]
+    head = "".join(f"<th>{name}</th>" for name in ("runs", *names))
+    rows = [
+        _table_row(label, [[float(group["runs"]), 0.0], *group["training"].values()])
+        for label, group in report["groups"].items()
+    ]
+    return f"<h3>training</h3><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _table_row(label: str, values: Iterable[list[float] | None]) -> str:
+    cells = "".join(f"<td>{'' if value is None else format_value(*value)}</td>" for value in values)
+    return f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _meaning(name: str) -> str:
+    return html.escape("; ".join(part for part in METRICS[name] if part))
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    return (
+        f"{report['num_samples']:,} samples for each number of steps, {report['heldout_rows']:,} held-out rows "
+        f"(images: {report['heldout_images']})"
     )
 
 
-def _curve(report: dict[str, Any], name: str) -> Curve:
-    steps = report["steps"].items()
-    return Curve(COLORS["run"], {int(n): (figures[name], 0.0) for n, figures in steps if name in figures})
+def _legend(colors: dict[str, str], marker: str = "&#9644;") -> str:
+    return " ".join(f'<b style="color:{color}">{marker} {html.escape(name)}</b>' for name, color in colors.items())
 
 
-def _table(report: dict[str, Any]) -> str:
-    columns = columns_of(report)
-    runs = len(report["steps"])
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = []
-    for name, line in lines_of(report).items():
-        cells = (f"{line[column]:.4g}" if column in line else "" for column in columns)
-        shown = "".join(f'<td class="{"run" if i < runs else ""}">{cell}</td>' for i, cell in enumerate(cells))
-        meaning = "; ".join(part for part in MEANING[name] if part)
-        body.append(f"<tr><th>{name.replace('_', ' ')}</th>{shown}<td class='meaning'>{html.escape(meaning)}</td></tr>")
-    return f"<tr><th></th>{head}<td></td></tr>{''.join(body)}"
+def _image(image: "Image", alt: str) -> str:
+    data = io.BytesIO()
+    image.save(data, "png")
+    return image_tag(data.getvalue(), alt=alt)
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
     referee = report["referee"]
+    ranking = f" It ranks the true caption among {referee['candidates']}." if referee["type"] == "matcher" else ""
     return [
-        f"The referee is a {referee['kind']}, trained on decoded latents of {referee['trained_on']:,} training rows; "
-        "all runs on this version of the table share it. "
-        + (f"It ranks {referee['among']} captions." if referee["kind"] == "matcher" else ""),
-        f"Times are on {report['device']}, {report['batch_size']} samples at once. The referee was trained in "
-        f"{referee['seconds']:.0f} s, once; the evaluation took {report['seconds']:.0f} s.",
+        f"The referee is a {referee['type']}, trained on decoded latents of {referee['train_rows']:,} training rows; "
+        f"all runs on this version of the table share it.{ranking}",
+        f"Times were measured on {report['device']} with batches of {report['batch_size']} samples. Training the "
+        f"referee took {referee['seconds']:.0f} s, once; this evaluation took {report['seconds']:.0f} s.",
         *(f"Left out: {name}, because {reason}." for name, reason in report["left_out"].items()),
     ]

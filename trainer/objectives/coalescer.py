@@ -126,6 +126,10 @@ class Coalescer:
         move = guided(told, lambda nobody: self._move(ask(network, x, text, keep=nobody, time=time), i, n), guidance)
         return Step(x + move, self.confidence(guess))
 
+    def predict(self, network: nn.Module, x: Float[Tensor, "B L"], text: Float[Tensor, "B K T"]) -> Prediction:
+        """Return what the network predicts at points x, the direction in coordinates."""
+        return ask(network, x, text)
+
     def confidence(self, guess: Prediction) -> Float[Tensor, "B"]:
         """The third head where it is trained, else |direction|."""
         return guess.confidence if self.confidence_weight else guess.direction.norm(dim=1)

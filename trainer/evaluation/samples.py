@@ -1,0 +1,165 @@
+"""Prompts of an evaluation, and what a run samples for them, with its timing.
+
+Everything is in coordinates, the standardized latents in which the network works; see `index.space.geometry`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, UInt8
+from torch import nn
+
+from index.table.schema import HELDOUT
+from index.table.table import Table
+from trainer.sampler import Coalescer
+
+BATCH = 256
+"""Prompts that are sampled at once."""
+DECODE_BATCH = 64
+"""Latents that are decoded at once."""
+DIVERSITY_SAMPLES, DIVERSITY_CAPTIONS = 256, 32
+"""Size of the diversity set: extra samples, divided among at most this many captions."""
+
+Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
+"""Flattened latents to images."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prompts:
+    """Captions of held-out rows with the noise to start from; the diversity set comes last."""
+
+    positions: Int[np.ndarray, "Q"]
+    """Table positions of the rows whose captions these are. If there are more prompts than held-out rows, rows repeat
+    with other noise."""
+    captions: list[str]
+    noise: Float32[np.ndarray, "Q L"]
+    noise_ids: list[int]
+    """What the noise depends on, together with `seed`."""
+    seed: int
+    diversity_group: Int[np.ndarray, "P"]
+    """For each of the last P prompts, the number of its caption."""
+
+    @property
+    def count(self) -> int:
+        """N, the number of prompts before the diversity set."""
+        return len(self.captions) - len(self.diversity_group)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Samples:
+    """Points to be measured, with their captions."""
+
+    x: Float32[np.ndarray, "N L"]
+    captions: list[str]
+    grouped: Float32[np.ndarray, "P L"]
+    """Points for the diversity metric, which compares those of one group."""
+    group: Int[np.ndarray, "P"]
+
+    @classmethod
+    def for_prompts(cls, prompts: Prompts, x: Float32[np.ndarray, "Q L"]) -> "Samples":
+        """Split one point per prompt into samples and diversity set."""
+        n = prompts.count
+        return cls(x[:n], prompts.captions[:n], x[n:], prompts.diversity_group)
+
+    @classmethod
+    def of_rows(cls, x: Float32[np.ndarray, "N L"], captions: list[str]) -> "Samples":
+        """Take rows of a table as samples, grouped by equal captions."""
+        return cls(x, captions, x, np.unique(captions, return_inverse=True)[1])
+
+
+class TextEmbeddings(NamedTuple):
+    """Embeddings of all prompts, every caption encoded once."""
+
+    unique: Float32[np.ndarray, "U K T"]
+    inverse: Int[np.ndarray, "Q"]
+    """For each prompt, the row of its caption."""
+
+    def batch(self, part: slice) -> Float32[np.ndarray, "B K T"]:
+        """Return the embeddings of some prompts."""
+        return np.asarray(self.unique[self.inverse[part]])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SamplerOutput:
+    """End points of a run for all prompts, and what they cost."""
+
+    x: Float32[np.ndarray, "Q L"]
+    confidence: Float32[np.ndarray, "Q"]
+    seconds: float
+    """Wall clock for all prompts, text encoding and image decoding excluded."""
+    network_evaluations: float
+    """Per sample."""
+
+
+def draw_prompts(pipeline: Coalescer, table: Table, num_samples: int, seed: int) -> Prompts:
+    """Draw captions of held-out rows in random order, with noise, and a diversity set of some of these captions."""
+    heldout = np.random.default_rng([seed, 0]).permutation(table.positions(HELDOUT))
+    positions = np.resize(heldout, num_samples)
+    captions = table.take(positions[: len(heldout)], "caption")
+    _, first = np.unique(captions, return_index=True)
+    # In order of occurrence, which is random, so that the choice of captions depends on the seed.
+    diverse = np.sort(first)[:DIVERSITY_CAPTIONS]
+    repeats = DIVERSITY_SAMPLES // len(diverse)
+    noise_ids = [*range(num_samples), *(num_samples + j for _ in diverse for j in range(repeats))]
+    batches = range(0, len(noise_ids), BATCH)
+    return Prompts(
+        positions=np.concatenate([positions, positions[diverse].repeat(repeats)]),
+        captions=[*np.resize(captions, num_samples).tolist(), *captions[diverse].repeat(repeats).tolist()],
+        noise=np.concatenate([pipeline.points(noise_ids[i : i + BATCH], seed, 0).cpu().numpy() for i in batches]),
+        noise_ids=noise_ids,
+        seed=seed,
+        diversity_group=np.arange(len(diverse)).repeat(repeats),
+    )
+
+
+def encode_captions(pipeline: Coalescer, captions: Sequence[str]) -> TextEmbeddings:
+    """Encode captions for a run's network, every distinct one once."""
+    row = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    distinct = list(row)
+    parts = [pipeline.describe(distinct[i : i + BATCH]) for i in range(0, len(distinct), BATCH)]
+    return TextEmbeddings(np.concatenate(parts), np.array([row[caption] for caption in captions]))
+
+
+def sample_prompts(
+    pipeline: Coalescer,
+    prompts: Prompts,
+    text: TextEmbeddings,
+    num_inference_steps: int,
+    advance: Callable[[int], object],
+) -> SamplerOutput:
+    """Sample all prompts in batches; one more batch before them warms up and is not timed."""
+    starts = range(0, len(prompts.captions), BATCH)
+    parts, seconds = [], 0.0
+    with _count_calls(pipeline.network) as calls:
+        for start in (0, *starts):
+            batch = slice(start, start + BATCH)
+            embeddings, began = text.batch(batch), time.perf_counter()
+            part = pipeline.coordinates(
+                embeddings, prompts.noise_ids[batch], steps=num_inference_steps, seed=prompts.seed
+            )
+            elapsed = time.perf_counter() - began
+            parts.append(part)
+            if len(parts) > 1:
+                seconds += elapsed
+                advance(len(embeddings))
+    x, confidence = (np.concatenate(column) for column in zip(*parts[1:], strict=True))
+    return SamplerOutput(x, confidence, seconds, calls[0] / len(parts))
+
+
+@contextmanager
+def _count_calls(network: nn.Module) -> Iterator[list[int]]:
+    """Count the forward passes of a network."""
+    calls = [0]
+
+    def count(*_: object) -> None:
+        calls[0] += 1
+
+    hook = network.register_forward_hook(count)
+    try:
+        yield calls
+    finally:
+        hook.remove()
