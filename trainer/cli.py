@@ -95,7 +95,7 @@ def fit_autoencoder(
     shared |= {"size": size, "val_fraction": val_fraction, "seed": seed}
     if kind == "image":
         config = ImageAutoencoderConfig(
-            image_size=image_size, grid=latent_size, latent_channels=latent_channels, **shared
+            image_size=image_size, latent_size=latent_size, latent_channels=latent_channels, **shared
         )
         report = fit_image_autoencoder(source, config, out)
     else:
@@ -199,7 +199,7 @@ def fit(
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
     )
-    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, machine=runtime)
+    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)
 

@@ -14,10 +14,9 @@ from index.errors import OptionError, RunError, one_line
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
-from trainer.folder import encoder_of
 from trainer.models.base import Network
 from trainer.objectives.base import Objective, make_objective
-from trainer.run_folder import load_network, read_config
+from trainer.run_folder import encoder_source, load_network, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,8 +78,8 @@ class Coalescer:
             network,
             objective,
             meta,
-            DiffusersAutoencoder(encoder_of(folder, meta, "image_encoder"), device),
-            TransformersTextEncoder(encoder_of(folder, meta, "text_encoder"), device),
+            DiffusersAutoencoder(encoder_source(folder, meta, "image_encoder"), device),
+            TransformersTextEncoder(encoder_source(folder, meta, "text_encoder"), device),
             device,
         )
 

@@ -32,7 +32,7 @@ from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.protocol import EvaluationConfig
 from trainer.objectives.base import make_objective
-from trainer.stream import NeighborStream
+from trainer.stream import NeighborStream, StreamConfig
 
 
 class Variant(NamedTuple):
@@ -95,7 +95,7 @@ def measure_rates(
     table: Table, variants: dict[str, Variant], size: str, rounds: int, seconds: float
 ) -> dict[str, float]:
     """Return the training steps per second of each objective, with pairs in memory, measured in turns."""
-    stream = NeighborStream(table, open_search(table), batch_size=BATCH, seed=0)
+    stream = NeighborStream(table, open_search(table), StreamConfig(batch_size=BATCH))
     batches = [batch for _, batch in itertools.islice(stream, 8)]
     objectives = {
         name: make_objective(variant.objective, variant.preset, **variant.hyperparameters)
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs and the report")
-    parser.add_argument("--set", default="rivals", choices=SETS)
+    parser.add_argument("--group", default="rivals", choices=SETS)
     parser.add_argument("--only", help="comma-separated names of some of its runs")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--images", type=int, default=400_000, help="training images of the default coalescer")
@@ -159,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as `trainer fit` does
     table = open_table(args.table, indexed=True)
-    variants = {name: SETS[args.set][name] for name in (args.only or ",".join(SETS[args.set])).split(",")}
+    variants = {name: SETS[args.group][name] for name in (args.only or ",".join(SETS[args.group])).split(",")}
     ready = {DEFAULT: Variant("coalescer")}
     ready |= {name: variant for name, variant in variants.items() if name != "rectified_flow"}
     rates = measure_rates(table, ready, args.size, args.rounds, args.seconds)
