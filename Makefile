@@ -2,25 +2,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check setup clean
+.PHONY: help demo test test-fast check setup clean
 
-demo: setup  ## the main job, end to end on drawn shapes
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup  ## draw shapes, train on them, and generate images of captions that training has not seen
 	$(BIN)/python -m trainer.demo
 
 test: setup  ## all tests
 	$(BIN)/pytest
+
+test-fast: setup  ## all tests but the slow ones
+	$(BIN)/pytest -m "not slow"
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-setup: .venv/.done
+setup: .venv/.done  ## install everything into .venv
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
+clean:  ## delete .venv and the demo
 	rm -rf .venv demo

@@ -1,36 +1,79 @@
-"""What a command shows while it works: a progress bar for people, one JSON line per tick for machines.
+"""Everything that a command prints: progress bars, tables, JSON and errors. The only file of `index` that prints.
 
-`run` is the skin of both command lines: a user's mistake becomes one line and exit code 2. `Progress` draws a bar
-with rate and time left on a terminal, prints its last line elsewhere, and appends a tick to a log at most every
-`TICK_SECONDS`, so that a long run can be watched from outside by reading a file.
+`run` wraps both command lines: an error that the user can fix becomes one line and exit code 2. `Progress` draws a bar
+with rate and time left on a terminal, prints one summary line elsewhere, and appends a JSON line to a log file at most
+every `TICK_SECONDS`, so that a long step can be followed by reading a file. Results go to standard output, everything
+else to standard error.
 """
 
 import contextlib
 import json
 import logging
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from index.errors import CoalescerError
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.text import Text
 
 TICK_SECONDS = 1.0
+BAR_WIDTH = 12
+"""Characters."""
+PIPE_WIDTH = 140
+"""Characters of a line where standard output is not a terminal and COLUMNS is not set."""
+MIN_COLUMN_WIDTH = 9
+"""Narrower columns are not readable: the table is printed as a list instead."""
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of a shell for commands that SIGINT or SIGPIPE ended."""
 
 
-def run(app: Callable[[], Any]) -> None:
-    """Run a command line; a CoalescerError is printed as one line and ends it with exit code 2."""
+def run(app: Callable[..., Any]) -> NoReturn:
+    """Run a typer app on the command line's arguments and exit; without arguments, show its help.
+
+    The exit code is 0 for success, 2 after a line `error: ...` for what the user can fix, and 130 after Ctrl-C. Any
+    other exception keeps its traceback and ends the process with exit code 1.
+    """
+    from typer import TyperException
+
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except CoalescerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _fail(str(error))
+    except TyperException as error:
+        code = _fail(_usage(error))
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    sys.exit(code or 0)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with the command line, and which help to read."""
+    message, context = error.format_message().replace("Value error, ", "").rstrip("."), getattr(error, "ctx", None)
+    return f"{message} (see `{context.command_path} --help`)" if context else message
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def print_status(text: str) -> None:
+    """Say on standard error what a command is about to do; of several processes only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -46,60 +89,58 @@ class Progress:
         done: int = 0,
         silent: bool = False,
     ) -> None:
-        """Name the step; `log` receives the JSON lines, `done` is what an earlier run has already done.
+        """Describe the step.
 
-        A silent one counts and draws nothing, for all but one of several processes.
+        Args:
+            title: its name, in the bar and in the log.
+            total: units of work, None if unknown.
+            unit: plural noun of what is counted.
+            log: file to append a JSON line to at every tick.
+            done: units that an earlier run has done.
+            silent: count but draw nothing, for all but one of several processes.
         """
         self.title, self.total, self.unit, self.log, self._silent = title, total, unit, log, silent
         self.done = self._done_before = done
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
 
     def __enter__(self) -> "Progress":
         """Start the clock and draw the bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.live import Live
 
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._started = self._ticked = time.monotonic()
         self._console = Console(stderr=True)
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.fields[of]} {task.fields[unit]} {task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=self._silent or not self._console.is_terminal,
-        )
-        of = f"{self.total:,}" if self.total is not None else "?"
-        self._task: TaskID = self._bar.add_task(self.title, total=self.total, of=of, unit=self.unit, figures="")
-        self._begun = self._ticked = time.monotonic()
-        self._bar.start()
+        self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal and not self._silent
+        self._live = Live(get_renderable=self._line, console=self._console)
+        if self._drawn:
+            self._live.start()
         return self
 
     @property
     def seconds(self) -> float:
-        """Seconds since the step began."""
-        return time.monotonic() - self._begun
+        """Seconds since the step started."""
+        return time.monotonic() - self._started
 
     @property
     def rate(self) -> float:
-        """Units per second since the step began."""
+        """Units per second since the step started."""
         return (self.done - self._done_before) / max(self.seconds, 1e-9)
 
-    def expect(self, total: int) -> None:
-        """Set or correct how much there is to do, where that is only learnt on the way."""
-        self.total = total
-        self._bar.update(self._task, total=total, of=f"{total:,}")
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of the seconds left; None if the total or the rate is unknown."""
+        return None if self.total is None or self.rate == 0 else max(0.0, self.total - self.done) / self.rate
 
-    def advance(self, count: int = 1, **figures: Any) -> bool:
-        """Count `count` units done, note figures of the step so far; true where this was logged as a tick."""
+    def expect(self, total: int) -> None:
+        """Set or correct the total."""
+        self.total = total
+
+    def advance(self, count: int = 1, **metrics: Any) -> bool:
+        """Count `count` more units as done and update the step's metrics; return whether a tick was logged."""
         self.done += count
-        self.figures.update(figures)
-        shown = " ".join(f"{k} {_short(v)}" for k, v in {"rate": f"{self.rate:.3g}/s", **self.figures}.items())
-        self._bar.update(self._task, completed=self.done, figures=shown)
+        self.metrics = {**self.metrics, **metrics}  # never changed in place: the bar's thread reads it
         due = time.monotonic() - self._ticked >= TICK_SECONDS
         if due:
             self._tick()
@@ -109,7 +150,7 @@ class Progress:
         self._ticked = time.monotonic()
         if self.log is None:
             return
-        left = None if self.total is None or self.rate == 0 else (self.total - self.done) / self.rate
+        left = self.seconds_left
         line = {
             "time": round(time.time(), 3),
             "step": self.title,
@@ -119,28 +160,84 @@ class Progress:
             "seconds": round(self.seconds, 3),
             "rate": round(self.rate, 3),
             "eta": None if left is None else round(left, 1),
-            **self.figures,
+            **self.metrics,
         }
-        # A full disk ends the step with its own words, not here.
+        # If the disk is full, the step itself fails with a better message.
         with contextlib.suppress(OSError), self.log.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _line(self) -> "Text":
+        """Return the bar as one line: title, rate and time left always, the rest as far as it fits."""
+        from rich.text import Text
+
+        width, left = self._console.width - 1, self.seconds_left
+        clock = f"{_clock(self.seconds)} elapsed" if left is None else f"{_clock(left)} left"
+        required = f"{_rate(self.rate)} {clock}"
+        title = _cropped(self.title, width - len(required) - 1)
+        before = [title, f"{self.done:,}/{self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"]
+        after = [f"{name} {_short(value)}" for name, value in self.metrics.items()]
+        if self.total:
+            before.insert(1, _bar(self.done / self.total, ascii_only=self._console.options.ascii_only))
+        used = len(title) + 1 + len(required)
+        kept = {title}
+        for part in (before[-1], *before[1:-1], *after):
+            if used + 1 + len(part) > width:
+                break
+            used += 1 + len(part)
+            kept.add(part)
+        line = [*(part for part in before if part in kept), required, *(part for part in after if part in kept)]
+        return Text(" ".join(line), no_wrap=True, overflow="crop")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Log the last tick and, where no bar was drawn, print the step's last line."""
+        """Log the last tick and, if no bar was drawn, print one line about the step."""
         self._tick()
-        self._bar.stop()
-        if not (self._silent or self._console.is_terminal) and kind is None:
-            figures = "  ".join(f"{k} {_short(v)}" for k, v in self.figures.items())
-            print(
-                f"{self.title:<22}{self.done:>10,} {self.unit}  {self.seconds:7.1f} s  {self.rate:10,.1f}/s  {figures}",
-                file=sys.stderr,
-            )
+        self._live.stop()
+        if not (self._silent or self._drawn) and kind is None:
+            metrics = "  ".join(f"{name} {_short(value)}" for name, value in self.metrics.items())
+            done, rate = f"{self.done:>10,} {self.unit}", f"{self.rate:10,.1f}/s"
+            print(f"{self.title:<22}{done}  {self.seconds:7.1f} s  {rate}  {metrics}".rstrip(), file=sys.stderr)
+
+
+def _bar(fraction: float, *, ascii_only: bool) -> str:
+    done = min(BAR_WIDTH, int(fraction * BAR_WIDTH))
+    full, empty = ("#", "-") if ascii_only else ("█", "░")
+    return full * done + empty * (BAR_WIDTH - done)
+
+
+def _cropped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(0, width)]
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(each)}" for name, each in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on standard output; numbers that are not finite become null, which every JSON parser reads."""
+    print(json.dumps(_finite(content), indent=2, default=str))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(name): _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
@@ -149,15 +246,37 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
 
 
 def print_columns(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print one line per name, with a column for every figure that any of them has."""
+    """Print one line per name with a column for every key of its values; as a list if the terminal is too narrow."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(figures))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if wide else PIPE_WIDTH, highlight=False)
+    names_width = max(map(len, rows), default=0)
+    if console.width < names_width + (1 + MIN_COLUMN_WIDTH) * len(columns):
+        return _print_list(title, rows)
+    # Text objects are printed as they are; strings with [brackets] would be read as markup.
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     table.add_column("", style="bold", no_wrap=True)
-    for figure in figures:
-        table.add_column(figure.replace("_", " "), justify="right" if figure else "left", overflow="fold")
+    for column in columns:
+        header = Text(column.replace("_", " "))
+        table.add_column(header, justify="right" if column else "left", overflow="fold")
     for name, row in rows.items():
-        table.add_row(name, *(_short(row[figure]) if figure in row else "" for figure in figures))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+        table.add_row(Text(name), *(Text(_short(row[column]) if column in row else "") for column in columns))
+    with console.capture() as lines:
+        console.print(table)
+    print("\n".join((title, *(line.rstrip() for line in lines.get().splitlines()))))
+    return None
+
+
+def _print_list(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    print(title)
+    for name, row in rows.items():
+        if set(row) == {""}:
+            print(f"{name}: {_short(row[''])}")
+            continue
+        print(name)
+        for column, value in row.items():
+            print(f"  {column.replace('_', ' ')}: {_short(value)}")

@@ -1,26 +1,41 @@
-"""`pipeline`: from image-caption shards to an indexed Lance table. A skin: parse, build a config, call one function."""
+"""`pipeline`: from image-caption data to an indexed Lance table.
 
+Each command parses its options, builds a config and calls one function. Heavy imports stand inside the commands, after
+their status line, so that `--help` answers at once.
+"""
+
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from index.terminal import print_columns, print_table, run
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help=__doc__.split(". A")[0] + ".",
+from index.options import (
+    Command,
+    DeviceOption,
+    ImageSizeOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    SourceArgument,
+    StorageOption,
+    TableArgument,
+    ValFractionOption,
+    make_app,
 )
+from index.terminal import print_columns, print_json, print_status, print_table, run
 
-TableArgument = Annotated[str, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)]
-StorageOption = Annotated[
-    list[str] | None,
-    typer.Option(help="For object stores, name=value, as LanceDB names them: aws_endpoint, aws_region ..."),
+Geometry = Literal["sphere", "standard", "raw"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dedup = Literal["image", "pair"]
+IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
+
+SmallDescScaleOption = Annotated[
+    bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+WorkersOption = Annotated[int, typer.Option(metavar="N", help="Local worker processes.")]
+
+app = make_app("From image-caption data to an indexed Lance table.")
 
 
 def main() -> None:
@@ -28,185 +43,259 @@ def main() -> None:
     run(app)
 
 
-@app.command("demo-data")
+def _parse_desc_scale(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number: type one above 1, for instance 4, or auto") from None
+
+
+@app.command("demo-data", cls=Command)
 def demo_data(
-    out: Annotated[Path, typer.Argument(help="Folder for the shards.", show_default=False)],
-    samples: Annotated[int, typer.Option(help="Training pictures to draw.")] = 20_000,
-    size: Annotated[int, typer.Option(help="Side of a picture, in pixels.")] = 32,
-    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    num_samples: Annotated[int, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
+    image_size: ImageSizeOption = 32,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Draw captioned shapes to img2dataset-style tar shards.
+    """Draw captioned shapes into shards as img2dataset writes them.
 
-    pipeline demo-data data/shapes
-
-    pipeline demo-data data/shapes --samples 1000 --size 64
+    Examples:
+      pipeline demo-data data/shapes
+      pipeline demo-data data/shapes --num-samples 1000 --image-size 64
     """
+    print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
-    print_table(str(out), write_demo_data(out, num_samples=samples, image_size=size, seed=seed))
+    _print_report(str(out), write_demo_data(out, num_samples=num_samples, image_size=image_size, seed=seed), as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def encode(
-    source: Annotated[
-        list[str],
-        typer.Argument(
-            help="Tar or parquet shards, image folders, saved datasets, hf:NAME; globs, braces, any fsspec URI. "
-            "After `--`: Beam options as --name=value.",
-            show_default=False,
+    source: SourceArgument,
+    table: Annotated[str, typer.Option(metavar="TABLE", help="Table to write, DB/NAME.lance or s3://...")],
+    image_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a diffusers autoencoder.")],
+    text_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a transformers text model.")],
+    image_size: ImageSizeOption = 256,
+    image_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Column or tar extension of the image; `png;jpg` tries png first.",
+            show_default="the usual names",
         ),
-    ],
-    table: Annotated[str, typer.Option(help="The table to write, DB/NAME.lance or s3://...", show_default=False)],
-    image_encoder: Annotated[
-        str, typer.Option(help="Folder or hub id of a diffusers autoencoder.", show_default=False)
-    ],
-    text_encoder: Annotated[
-        str, typer.Option(help="Folder or hub id of a transformers text model.", show_default=False)
-    ],
-    image_size: Annotated[int, typer.Option(help="Side of the square that is encoded, in pixels.")] = 256,
-    image_key: Annotated[str | None, typer.Option(help="Column or tar ending of the picture, `a;b`: in order.")] = None,
-    caption_key: Annotated[str | None, typer.Option(help="Column, tar ending or JSON key of the caption.")] = None,
-    min_image_size: Annotated[int | None, typer.Option(help="Filter: shorter side in pixels, at least.")] = None,
-    max_aspect_ratio: Annotated[float | None, typer.Option(help="Filter: longer over shorter side, at most.")] = None,
-    min_caption_length: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at least.")] = None,
-    max_caption_length: Annotated[int | None, typer.Option(help="Filter: characters of the caption, at most.")] = None,
+    ] = None,
+    caption_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Column, tar extension or JSON key of the caption.", show_default="the usual names"
+        ),
+    ] = None,
+    min_image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
+    ] = None,
+    max_aspect_ratio: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
+    ] = None,
+    min_caption_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
+    ] = None,
+    max_caption_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
+    ] = None,
     filter: Annotated[
-        str | None, typer.Option(help="Filter: over the JSON sidecar, as in 'aesthetic > 5 and pwatermark < 0.8'.")
+        str | None,
+        typer.Option(metavar="EXPR", help="Filter: expression over the JSON metadata, such as 'aesthetic > 5'."),
     ] = None,
     dedup: Annotated[
-        str | None, typer.Option(help="Filter: keep the first of equal `image`s, or of equal image-caption `pair`s.")
+        Dedup | None, typer.Option(help="Filter: keep the first of equal images, or of equal image-caption pairs.")
     ] = None,
     desc_scale: Annotated[
-        float | None, typer.Option(help="Weight of the description in the search, above 1; 4 unless given.")
+        float | None,
+        typer.Option(metavar="FLOAT", help="Weight of the text embedding in the search, above 1.", show_default="4"),
     ] = None,
-    geometry: Annotated[str | None, typer.Option(help="sphere (unless given), standard or raw.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of rows kept from training.")] = 0.05,
-    keep_images: Annotated[bool, typer.Option(help="Store the original bytes with each row.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
-    max_reject_rate: Annotated[float, typer.Option(help="Stop before publishing if more is rejected.")] = 0.5,
-    append: Annotated[bool, typer.Option(help="Add the shards that the table does not have.")] = False,
-    num_workers: Annotated[int, typer.Option(help="Local processes, one torch thread each.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on cuda), float32, bfloat16 or float16.")] = "auto",
+    geometry: Annotated[
+        Geometry | None,
+        typer.Option(help="How latents are normalized before they are compared.", show_default="sphere"),
+    ] = None,
+    val_fraction: ValFractionOption = 0.05,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", help="Store the original image bytes with each row.")
+    ] = False,
+    limit: LimitOption = None,
+    max_reject_rate: Annotated[
+        float, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
+    ] = 0.5,
+    append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
+    num_workers: WorkersOption = 1,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Data type that the encoders compute in; auto: bfloat16 on CUDA, else float32.")
+    ] = "auto",
     storage_option: StorageOption = None,
-    runner: Annotated[str, typer.Option(help="Beam runner.")] = "FnApiRunner",
-    allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything on a few samples, print the plan, stop.")] = False,
+    runner: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Beam runner, such as FlinkRunner; its options follow `--` as --name=value."),
+    ] = "FnApiRunner",
+    allow_small_desc_scale: SmallDescScaleOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything on a few samples, print the plan and stop.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Encode image-caption pairs into a Lance table, on Apache Beam.
+    r"""Encode image-caption pairs into a Lance table.
 
-    pipeline encode data/shapes --table db/shapes.lance --image-encoder models/image --text-encoder models/text
-    --image-size 32 --num-workers 2
+    Runs on Apache Beam. Rerun the same command to resume.
 
-    pipeline encode 's3://laion/{00000..00099}.tar' --table s3://mine/db/laion.lance --image-encoder
-    stabilityai/sd-vae-ft-mse --text-encoder openai/clip-vit-large-patch14 --filter 'aesthetic > 5' --min-image-size 256
+    Examples:
+      pipeline encode data/shapes --table db/shapes.lance --image-size 32 \
+        --image-encoder models/image --text-encoder models/text
+
+      pipeline encode 's3://laion/{00000..00099}.tar' --table s3://my/laion.lance \
+        --image-encoder stabilityai/sd-vae-ft-mse \
+        --text-encoder openai/clip-vit-large-patch14 --filter 'aesthetic > 5'
     """
+    print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
-    from pipeline.config import RuntimeConfig
-    from pipeline.encode.plan import plan_encode
+    from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
     from pipeline.encoders import resolve_device
+    from pipeline.filters import Filters
+    from pipeline.sources.listing import list_shards
 
     device = resolve_device(device)
-    # What follows `--` reaches us among the sources.
+    # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
-    how = RuntimeConfig(
+    runtime = RuntimeConfig(
         num_workers=num_workers,
         batch_size=batch_size,
         device=device,
         storage=Storage.of(storage_option or ()),
         beam_options=(f"--runner={runner}", *beam_options),
     )
-    options: dict[str, Any] = {
-        "image_encoder": image_encoder,
-        "text_encoder": text_encoder,
-        "image_size": image_size,
-        "image_key": image_key,
-        "caption_key": caption_key,
-        "min_image_size": min_image_size,
-        "max_aspect_ratio": max_aspect_ratio,
-        "min_caption_length": min_caption_length,
-        "max_caption_length": max_caption_length,
-        "filter": filter,
-        "dedup": dedup,
-        "dtype": ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype,
-        "desc_scale": desc_scale,
-        "allow_small_desc_scale": allow_small_desc_scale,
-        "geometry": geometry,
-        "val_fraction": val_fraction,
-        "keep_images": keep_images,
-        "limit": limit,
-        "max_reject_rate": max_reject_rate,
-        "append": append,
-    }
-    config = plan_encode([part for part in source if part not in beam_options], options, how)
-    encoded = encode_dataset(config, how, table, dry_run=dry_run)
+    config = EncodeConfig(
+        shards=(),
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        image_size=image_size,
+        image_key=image_key,
+        caption_key=caption_key,
+        filters=Filters(
+            min_image_size=min_image_size,
+            max_aspect_ratio=max_aspect_ratio,
+            min_caption_length=min_caption_length,
+            max_caption_length=max_caption_length,
+            filter=filter,
+            dedup=dedup,
+        ),
+        dtype=_encoder_dtype(dtype, device),
+        desc_scale=desc_scale,
+        allow_small_desc_scale=allow_small_desc_scale,
+        geometry=geometry,
+        val_fraction=val_fraction,
+        keep_images=keep_images,
+        limit=limit,
+        max_reject_rate=max_reject_rate,
+        append=append,
+    )
+    sources = [part for part in source if part not in beam_options]
+    config = replace(config, shards=tuple(list_shards(sources, runtime.read_options(config))))
+    encoded = encode_dataset(config, runtime, table, dry_run=dry_run)
+    if as_json:
+        return print_json(encoded.report)
     if encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
     hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
+    return None
 
 
-@app.command("build-index")
+@app.command("build-index", cls=Command)
 def build_index(
     table: TableArgument,
     beam_options: Annotated[
-        list[str] | None, typer.Argument(help="After `--`: Beam options as --name=value.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="-- BEAM_OPTION...", help="Options of Apache Beam as --name=value."),
     ] = None,
     desc_scale: Annotated[
-        str | None,
-        typer.Option(help="A number above 1, or `auto`; the table's own unless given."),
+        Any,
+        typer.Option(
+            metavar="FLOAT|auto",
+            parser=_parse_desc_scale,
+            help="Weight of the text embedding in the search, above 1; auto reaches --target-perplexity.",
+            show_default="as the table",
+        ),
     ] = None,
-    geometry: Annotated[str | None, typer.Option(help="sphere, standard or raw.")] = None,
+    geometry: Annotated[
+        Geometry | None,
+        typer.Option(help="How latents are normalized before they are compared.", show_default="as the table"),
+    ] = None,
     center: Annotated[
         bool | None,
-        typer.Option("--center/--no-center", help="Compare what descriptions do not tell of a latent."),
+        typer.Option(
+            "--center/--no-center",
+            help="Regress latents on text embeddings and search the residuals.",
+            show_default="as the table",
+        ),
     ] = None,
     balance: Annotated[
         bool | None,
-        typer.Option("--balance/--no-balance", help="Fit dual potentials: every row drawn equally often."),
+        typer.Option(
+            "--balance/--no-balance",
+            help="Fit dual potentials so that every row is retrieved equally often.",
+            show_default="as the table",
+        ),
     ] = None,
-    balance_time_limit: Annotated[float, typer.Option(help="Time for --balance; call again to go on.")] = 300.0,
+    balance_time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
+    ] = 300.0,
     max_memory_gb: Annotated[
-        float, typer.Option(help="GiB of vectors held at a time, and that an index may take.")
+        float, typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index.")
     ] = 4.0,
     index_type: Annotated[
-        str, typer.Option(help="auto, ivf_rq, ivf_pq, ivf_sq, ivf_flat, ivf_hnsw_sq or none (exact search).")
+        IndexType, typer.Option(help="LanceDB index; none is exact search, auto reaches --target-recall.")
     ] = "auto",
-    target_recall: Annotated[float, typer.Option(help="recall@1 wanted on the real query law.")] = 0.95,
+    target_recall: Annotated[
+        float, typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents.")
+    ] = 0.95,
     target_perplexity: Annotated[
-        float, typer.Option(help="For auto: targets that a description chooses among.")
+        float, typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
     ] = 100.0,
-    allow_small_desc_scale: Annotated[bool, typer.Option(help="Allow a --desc-scale of 1 or less.")] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same index.")] = 0,
-    num_workers: Annotated[int, typer.Option(help="Local processes that build parts of the index.")] = 1,
-    runner: Annotated[str | None, typer.Option(help="Beam runner that builds them.", show_default=False)] = None,
+    allow_small_desc_scale: SmallDescScaleOption = False,
+    seed: SeedOption = 0,
+    num_workers: WorkersOption = 1,
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Beam runner that builds the index, such as DataflowRunner.",
+            show_default="this process",
+        ),
+    ] = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Settle the geometry, build the LanceDB index, and report recall, shares and linear_probe_r2.
+    r"""Build a table's vector index and measure it.
 
-    pipeline build-index db/shapes.lance
+    Lays out the search vectors, builds the LanceDB index, and reports recall, hubness and linear-probe R2.
 
-    pipeline build-index db/shapes.lance --desc-scale auto --balance --target-recall 0.98
-
-    pipeline build-index s3://mine/db/laion.lance --runner DataflowRunner -- --project=P --region=R
+    Examples:
+      pipeline build-index db/shapes.lance
+      pipeline build-index db/shapes.lance --desc-scale auto --balance
+      pipeline build-index s3://my/laion.lance --runner DataflowRunner -- \
+        --project=my-project --region=europe-west1
     """
-    from dataclasses import asdict
-
+    print_status(f"pipeline build-index: opening {table}")
     from index.build.build_index import BuildConfig
     from index.build.build_index import build_index as run_build
-    from index.build.select import Builder
-    from index.errors import OptionError
     from index.report.page import index_page, keeps_images
-    from index.search.lance_index import build_whole
     from index.table.storage import Storage
     from index.table.table import open_table
     from pipeline.encoders import open_decoder
 
     config = BuildConfig(
-        desc_scale=_scale(desc_scale),
+        desc_scale=desc_scale,
         geometry=geometry,
         center=center,
         balance=balance,
@@ -219,63 +308,67 @@ def build_index(
         seed=seed,
     )
     storage = Storage.of(storage_option or ())
-    build: Builder = build_whole
-    if num_workers > 1 or runner is not None:
-        from pipeline.beam.index_segments import beam_builder
-        from pipeline.config import RuntimeConfig
-
-        options = (*([f"--runner={runner}"] if runner else []), *(beam_options or ()))
-        build = beam_builder(RuntimeConfig(num_workers=num_workers, storage=storage, beam_options=options), index_type)
-    elif beam_options:
-        raise OptionError(f"{beam_options[0]!r} is for Beam: add --runner NAME or --num-workers N")
-    built = run_build(open_table(table, storage=storage), config, build)
+    builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
+    built = run_build(open_table(table, storage=storage), config, builder)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
     page = built.table.write_page("index", index_page(built.table, built.report, decode=decode))
-    _show(table, asdict(built.report), as_json)
-    if not as_json:
-        print(f"\n{page}")
+    _print_report(table, asdict(built.report), as_json, page=page)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(table: TableArgument, storage_option: StorageOption = None, as_json: JsonOption = False) -> None:
-    """Say what a table holds, and what its last index report found.
+    """Show what a table holds and its last index report.
 
-    pipeline inspect db/shapes.lance
-
-    pipeline inspect db/shapes.lance --json
+    Examples:
+      pipeline inspect db/shapes.lance
+      pipeline inspect db/shapes.lance --json
     """
+    print_status(f"pipeline inspect: opening {table}")
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
 
-    _show(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
+    _print_report(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
 
 
-def _scale(given: str | None) -> Any:
+def _encoder_dtype(dtype: Dtype, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _index_builder(index_type: str, num_workers: int, runner: str | None, beam_options: list[str], storage: Any) -> Any:
+    """Return what builds the index: this process, or Beam if a runner or several workers are wanted."""
     from index.errors import OptionError
+    from index.search.lance_index import build_whole
 
-    if given is None or given == "auto":
-        return given
-    try:
-        return float(given)
-    except ValueError:
-        raise OptionError(f"--desc-scale {given!r} is no number: give one above 1, for instance 4, or `auto`") from None
+    if num_workers > 1 or runner is not None:
+        from pipeline.beam.index_segments import beam_builder
+        from pipeline.config import RuntimeConfig
+
+        options = (*([f"--runner={runner}"] if runner else []), *beam_options)
+        return beam_builder(RuntimeConfig(num_workers=num_workers, storage=storage, beam_options=options), index_type)
+    if beam_options:
+        raise OptionError(f"{beam_options[0]!r} is an option of Beam: add --runner NAME or --num-workers N")
+    return build_whole
 
 
-def _show(title: str, report: dict[str, Any], as_json: bool) -> None:
-    import json
-
+def _print_report(title: str, report: dict[str, Any], as_json: bool, *, page: str | None = None) -> None:
+    """Print a report as JSON or as tables: its scalars, nested reports, lists of records, warnings, and its page."""
     if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    plain = {name: value for name, value in report.items() if name not in ("warnings", "hit_counts")}
-    lists = {name: lines for name, lines in plain.items() if isinstance(lines, list) and lines}
-    tables = {name: lines for name, lines in lists.items() if isinstance(lines[0], dict)}
-    nested = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    print_table(title, {name: value for name, value in plain.items() if name not in tables | nested})
+        return print_json(report | ({"page": page} if page else {}))
+    shown = {name: value for name, value in report.items() if name not in ("warnings", "hit_counts")}
+    nested = {name: value for name, value in shown.items() if isinstance(value, dict)}
+    tables = {
+        name: rows for name, rows in shown.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+    }
+    print_table(title, {name: value for name, value in shown.items() if name not in tables | nested})
     for name, value in nested.items():
-        _show(f"\n{name}", value, as_json=False)
-    for name, lines in tables.items():
-        print_columns(f"\n{name}", {str(number): line for number, line in enumerate(lines, 1)})
+        _print_report(f"\n{name}", value, as_json=False)
+    for name, rows in tables.items():
+        print_columns(f"\n{name}", {str(number): row for number, row in enumerate(rows, 1)})
     for warning in report.get("warnings", ()):
         print(f"\nwarning: {warning}")
+    if page:
+        print(f"\npage: {page}")
+    return None

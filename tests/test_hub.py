@@ -71,7 +71,7 @@ def test_images_are_sampled_by_the_hub_id_of_a_run(hub, indexed, tmp_path):
     put("org/run", tmp_path / "run")
     script = Path(sys.executable).parent / "trainer"
     process = subprocess.run(
-        [script, "sample", "org/run", "a small red circle", "--out", "a.png", "--num", "2"],
+        [script, "sample", "org/run", "a small red circle", "--out", "a.png", "--num-images-per-prompt", "2"],
         capture_output=True,
         text=True,
         env=environment,

@@ -1,37 +1,57 @@
-"""`trainer`: from a table to weights to images. A skin: parse, build a config, call one function."""
+"""`trainer`: from an indexed table to weights to images.
+
+Each command parses its options, builds a config and calls one function. Heavy imports stand inside the commands, after
+their status line, so that `--help` answers at once.
+"""
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from index.terminal import print_columns, print_table, run
-
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help=__doc__.split(". A")[0] + ".",
+from index.options import (
+    Command,
+    DeviceOption,
+    ImageSizeOption,
+    JsonOption,
+    LimitOption,
+    SeedOption,
+    SourceArgument,
+    TableArgument,
+    ValFractionOption,
+    make_app,
+    parse_integers,
 )
+from index.terminal import print_columns, print_json, print_status, print_table, run
 
-SourceArgument = Annotated[
-    list[str],
-    typer.Argument(help="Shards: files, folders, globs or brace patterns of .tar or .parquet.", show_default=False),
+Size = Literal["tiny", "small", "base", "large"]
+Autoencoder = Literal["image", "text"]
+Objective = Literal[
+    "coalescer", "endpoint", "flow_matching", "rectified_flow", "mean_flow", "shortcut", "consistency", "imle"
 ]
-SeedOption = Annotated[int, typer.Option(help="Same seed, same result.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder, or for sampling a hub id.", show_default=False)]
-StepsOption = Annotated[str, typer.Option(help="Step counts to measure, with commas.")]
+Preset = Literal["default", "paper"]
+Coupling = Literal["nearest", "independent"]
+Network = Literal["auto", "mlp", "transformer"]
+Search = Literal["ann", "exact"]
+Condition = Literal["retrieved", "query"]
+Dtype = Literal["float32", "bfloat16"]
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote.")]
+StepsOption = Annotated[
+    Any, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
+]
 SamplesOption = Annotated[
-    int | None, typer.Option(help="Pictures for each step count.", show_default="2000, at most 4 for a held-out row")
+    int | None,
+    typer.Option(metavar="N", help="Images for each number of steps.", show_default="2000, at most 4 per held-out row"),
 ]
-ClipOption = Annotated[Path | None, typer.Option(help="Folder of a CLIPModel: adds its score.", show_default=False)]
+ClipOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of a CLIPModel: adds the CLIP score.")]
 InceptionOption = Annotated[
     Path | None,
-    typer.Option(help="TorchScript file of an Inception network that you trust: adds FID and KID.", show_default=False),
+    typer.Option(metavar="FILE", help="TorchScript Inception network from a source you trust: adds FID and KID."),
 ]
+
+app = make_app("From an indexed table to weights to images.")
 
 
 def main() -> None:
@@ -39,101 +59,115 @@ def main() -> None:
     run(app)
 
 
-@app.command("fit-autoencoder")
+@app.command("fit-autoencoder", cls=Command)
 def fit_autoencoder(
-    kind: Annotated[str, typer.Argument(help="image or text.", show_default=False)],
+    kind: Annotated[Autoencoder, typer.Argument(metavar="image|text", help="Which autoencoder to train.")],
     source: SourceArgument,
-    out: Annotated[Path, typer.Option(help="Folder for the autoencoder.", show_default=False)],
-    size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="1200 image, 1400 text")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="16 image, 64 text")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the square pictures, in pixels (image).")] = 32,
-    latent_size: Annotated[int, typer.Option(help="Side of the latent grid (image).")] = 4,
-    latent_channels: Annotated[int, typer.Option(help="Channels of the latent (image).")] = 2,
-    val_fraction: Annotated[float, typer.Option(help="Share kept from training, for measuring.")] = 0.05,
-    limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the autoencoder.")],
+    size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Training steps.", show_default="1200 for image, 1400 for text")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
+    ] = None,
+    image_size: ImageSizeOption = 32,
+    latent_size: Annotated[int, typer.Option(help="Image: side of the latent grid.")] = 4,
+    latent_channels: Annotated[int, typer.Option(help="Image: channels of the latent.")] = 2,
+    val_fraction: ValFractionOption = 0.05,
+    limit: LimitOption = None,
     seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train an image or a text autoencoder on a source's own pictures or captions.
+    """Train an image or a text autoencoder on a source.
 
-    trainer fit-autoencoder image data/shapes --out models/image --image-size 32
-
-    trainer fit-autoencoder text data/shapes --out models/text
+    Examples:
+      trainer fit-autoencoder image data/shapes --out models/image --image-size 32
+      trainer fit-autoencoder text data/shapes --out models/text
     """
-    from index.errors import OptionError
+    print_status(f"trainer fit-autoencoder: opening {', '.join(source)}")
     from index.table.storage import write_json
     from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder
     from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder
 
-    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "limit": limit}
-    hyperparameters = {name: value for name, value in given.items() if value is not None}
-    hyperparameters |= {"size": size, "val_fraction": val_fraction, "seed": seed}
+    optional = {"steps": steps, "batch_size": batch_size, "limit": limit}
+    shared: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed}
     if kind == "image":
-        shape: dict[str, Any] = {
-            "image_size": image_size,
-            "latent_size": latent_size,
-            "latent_channels": latent_channels,
-        }
-        report = fit_image_autoencoder(source, ImageAutoencoderConfig(**hyperparameters, **shape), out)
-    elif kind == "text":
-        report = fit_text_autoencoder(source, TextAutoencoderConfig(**hyperparameters), out)
+        config = ImageAutoencoderConfig(
+            image_size=image_size, latent_size=latent_size, latent_channels=latent_channels, **shared
+        )
+        report = fit_image_autoencoder(source, config, out)
     else:
-        raise OptionError(f"there is no {kind!r} autoencoder: choose image or text")
+        report = fit_text_autoencoder(source, TextAutoencoderConfig(**shared), out)
     write_json(out / "report.json", report)
-    print_table(str(out), report)
+    _print_result(str(out), report, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def fit(
-    table: Annotated[str, typer.Argument(help="The table, DB/NAME.lance.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The run folder.", show_default=False)],
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="coalescer, endpoint, flow_matching, rectified_flow, mean_flow, shortcut, consistency or imle."
-        ),
-    ] = "coalescer",
-    preset: Annotated[str, typer.Option(help="coalescer: default or paper.")] = "default",
-    coupling: Annotated[str, typer.Option(help="nearest or independent pairs.")] = "nearest",
-    network: Annotated[str, typer.Option(help="mlp, transformer (of patches), or auto.")] = "auto",
-    size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "small",
-    num_tokens: Annotated[
-        int | None, typer.Option(help="Token states that a transformer reads.", show_default="77")
-    ] = None,
-    images: Annotated[int, typer.Option(help="Targets to draw in all.")] = 1_000_000,
-    batch_size: Annotated[int, typer.Option(help="Targets per step.")] = 256,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="by size")] = None,
-    seed: SeedOption = 0,
-    search: Annotated[str, typer.Option(help="ann (LanceDB) or exact (on the device).")] = "ann",
-    dial: Annotated[
+    table: TableArgument,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to write.")],
+    objective: Annotated[Objective, typer.Option(help="Training objective.")] = "coalescer",
+    preset: Annotated[
+        Preset, typer.Option(help="Hyperparameters of the objective; paper is for coalescer alone.")
+    ] = "default",
+    set_: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE for the objective, such as p=0.5; repeat it.", show_default=False),
+        typer.Option("--set", metavar="NAME=VALUE", help="Hyperparameter of the objective. May be repeated."),
     ] = None,
+    coupling: Annotated[Coupling, typer.Option(help="How noise is paired with images.")] = "nearest",
+    network: Annotated[
+        Network, typer.Option(help="Architecture; auto is a transformer for latents of 16 rows or more.")
+    ] = "auto",
+    size: Annotated[Size, typer.Option(help="Model size.")] = "small",
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Token embeddings that a transformer attends to.", show_default="77"),
+    ] = None,
+    images: Annotated[int, typer.Option(metavar="N", help="Training length in images (targets), over all steps.")] = (
+        1_000_000
+    ),
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per training step.")] = 256,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="by network and size")
+    ] = None,
+    seed: SeedOption = 0,
+    search: Annotated[Search, typer.Option(help="LanceDB index, or exact search on the device.")] = "ann",
     condition: Annotated[
-        str, typer.Option(help="Tell the network the close pair's description or the query.")
+        Condition, typer.Option(help="Condition on the caption of the retrieved pair or of the query.")
     ] = "retrieved",
-    jitter: Annotated[float, typer.Option(help="Noise on what is asked for, as a share of its length.")] = 0.0,
+    jitter: Annotated[float, typer.Option(help="Noise on query embeddings, relative to their norm.")] = 0.0,
     reuse: Annotated[
-        int | None, typer.Option(help="Steps that each drawn target serves.", show_default="as needed not to wait")
+        int | None,
+        typer.Option(
+            metavar="N", help="Steps that use each retrieved pair.", show_default="as many as hide the search time"
+        ),
     ] = None,
-    num_neighbors: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Of that draw, in squared distance.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    num_neighbors: Annotated[int, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
+    ] = 1.0,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
+    ] = "float32",
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Parts that a batch is computed in, to save memory.")
+        int, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(help="Time between checkpoints.")] = 120.0,
-    keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints.")] = 120.0,
+    keep_checkpoints: Annotated[int, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Train a network on nearest-neighbor targets drawn from a table.
+    """Train a network on targets retrieved from a table.
 
-    trainer fit db/shapes.lance --out runs/shapes
-
-    trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
+    Examples:
+      trainer fit db/shapes.lance --out runs/shapes
+      trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
+    print_status(f"trainer fit: opening {table}")
     from index.table.table import open_table
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
@@ -141,6 +175,7 @@ def fit(
     config = FitConfig(
         objective=objective,
         preset=preset,
+        hyperparameters=_hyperparameters(set_ or []),
         coupling=coupling,
         network=network,
         size=size,
@@ -150,13 +185,12 @@ def fit(
         learning_rate=learning_rate,
         seed=seed,
         search=search,
+        condition=condition,
+        jitter=jitter,
         reuse=reuse,
         num_neighbors=num_neighbors,
         temperature=temperature,
         dtype=dtype,
-        condition=condition,
-        jitter=jitter,
-        hyperparameters=_dials(dial or []),
     )
     runtime = RuntimeConfig(
         device=device,
@@ -167,124 +201,173 @@ def fit(
     )
     result = run_fit(open_table(table, indexed=True), config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
-        print_table(str(out), result)
+        _print_result(str(out), result, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def sample(
-    run: RunArgument,
-    caption: Annotated[list[str], typer.Argument(help="One or more captions.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The PNG to write.", show_default=False)],
-    steps: Annotated[int, typer.Option(help="Network evaluations per picture.")] = 2,
-    num: Annotated[int, typer.Option(help="Pictures per caption.")] = 4,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or hub id.")],
+    caption: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="One or more captions.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Image grid to write.")],
+    num_inference_steps: Annotated[int, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
+    num_images_per_prompt: Annotated[int, typer.Option(metavar="N", help="Images per caption.")] = 4,
+    guidance_scale: Annotated[
+        float, typer.Option(help="1 follows the caption as trained; larger values follow it more strongly.")
+    ] = 1.0,
+    redraws: Annotated[
+        int, typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept.")
+    ] = 0,
     seed: SeedOption = 0,
-    guidance: Annotated[float, typer.Option(help="1 follows the caption as trained, more exaggerates it.")] = 1.0,
-    redraws: Annotated[int, typer.Option(help="Further points to try; the surest is kept.")] = 0,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Turn captions into pictures.
+    r"""Generate images from captions.
 
-    trainer sample runs/shapes "a small red circle left of a large blue square" --out circle.png
+    Examples:
+      trainer sample runs/shapes "a small red circle left of a large blue square" \
+        --out circle.png
 
-    trainer sample runs/shapes "a large black triangle above a small green square" --out triangle.png --steps 4 --num 8
+      trainer sample runs/shapes "a large black triangle above a small green square" \
+        --out triangle.png --num-inference-steps 4 --num-images-per-prompt 8
     """
+    print_status(f"trainer sample: opening {run}")
     from index.errors import OptionError
     from index.table.storage import write_json
     from trainer.grid import draw_grid
     from trainer.sampler import Coalescer
 
     if out.suffix != ".png":
-        raise OptionError(f"--out {out} is no PNG: give a name that ends in .png")
-    coalescer = Coalescer.from_pretrained(run, device=device)
-    samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
+        raise OptionError(f"--out {out} is not a PNG file: use a name that ends in .png")
+    samples = Coalescer.from_pretrained(run, device=device)(
+        caption,
+        steps=num_inference_steps,
+        num=num_images_per_prompt,
+        seed=seed,
+        guidance=guidance_scale,
+        redraws=redraws,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(samples.images, samples.captions, columns=num if num > 1 and len(caption) > 1 else 8).save(out)
-    sure = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
-    made = [{"caption": c, "confidence": s} for c, s in zip(samples.captions, sure, strict=True)]
-    write_json(out.with_suffix(".json"), {"run": str(run), "seed": seed, "steps": steps, "images": made})
-    print(f"{out}: {len(samples.images)} pictures in {steps} steps, confidences in {out.with_suffix('.json')}")
+    columns = num_images_per_prompt if num_images_per_prompt > 1 and len(caption) > 1 else 8
+    draw_grid(samples.images, samples.captions, columns=columns).save(out)
+    confidence = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
+    images = [{"caption": c, "confidence": p} for c, p in zip(samples.captions, confidence, strict=True)]
+    report = {"run": str(run), "seed": seed, "num_inference_steps": num_inference_steps, "images": images}
+    write_json(out.with_suffix(".json"), report)
+    if as_json:
+        return print_json({"out": str(out), **report})
+    print(f"{out}: {len(images)} images in {num_inference_steps} steps; confidence in {out.with_suffix('.json')}")
+    return None
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     run: RunArgument,
-    steps: StepsOption = "1,2,4,8",
-    out: Annotated[Path | None, typer.Option(help="Folder for the report.", show_default="RUN/report")] = None,
-    samples: SamplesOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the report.", show_default="RUN/report")
+    ] = None,
+    num_inference_steps: StepsOption = "1,2,4,8",
+    num_samples: SamplesOption = None,
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure a run against held-out rows, beside its floors; nothing is downloaded.
+    r"""Measure a run against held-out rows.
 
-    trainer evaluate runs/shapes
+    Each metric is reported next to its references: train rows, retrieved pairs, reconstructions, noise.
+    Nothing is downloaded.
 
-    trainer evaluate runs/shapes --steps 2 --samples 5000 --out reports/shapes
+    Examples:
+      trainer evaluate runs/shapes
+      trainer evaluate runs/shapes --num-inference-steps 2 --num-samples 5000 \
+        --out reports/shapes
     """
-    from trainer.evaluation.protocol import EvaluationConfig
+    print_status(f"trainer evaluate: opening {run}")
     from trainer.evaluation.protocol import evaluate as run_evaluate
     from trainer.evaluation.report import metrics_by_name
 
-    place = out or run / "report"
-    config = EvaluationConfig(
-        num_inference_steps=_numbers(steps),
-        num_samples=samples,
-        seed=seed,
-        clip=clip,
-        inception=inception,
-        device=device,
-    )
-    report = run_evaluate(run, config, place)
+    out = out or run / "report"
+    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    report, page = run_evaluate(run, config, out), out / "index.html"
+    if as_json:
+        return print_json(report | {"page": str(page)})
     print_columns(str(run), metrics_by_name(report))
-    print(f"page: {place / 'index.html'}")
+    print(f"\npage: {page}")
+    return None
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the page.", show_default=False)],
-    steps: StepsOption = "1,2,4,8,32",
-    caption: Annotated[list[str] | None, typer.Option(help="A caption to show from every run; repeat it.")] = None,
-    samples: SamplesOption = None,
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report.")],
+    caption: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CAPTION", help="Caption to show images of, from every run. May be repeated."),
+    ] = None,
+    num_inference_steps: StepsOption = "1,2,4,8,32",
+    num_samples: SamplesOption = None,
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Put several runs on one table into one table and one page; runs that differ by their seed are one line.
+    r"""Compare runs that were trained on the same table.
 
-    trainer compare runs/coalescer runs/flow --out reports/both --caption "a small red circle above a large blue square"
+    Runs that differ in their seed alone are averaged.
 
-    trainer compare runs/a-seed0 runs/a-seed1 runs/b-seed0 runs/b-seed1 --out reports/ab --steps 1,2
+    Examples:
+      trainer compare runs/coalescer runs/flow --out reports/both \
+        --caption "a small red circle above a large blue square"
+
+      trainer compare runs/a-seed0 runs/a-seed1 runs/b-seed0 runs/b-seed1 \
+        --out reports/ab --num-inference-steps 1,2
     """
+    print_status(f"trainer compare: opening {len(run)} runs")
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.protocol import EvaluationConfig
     from trainer.evaluation.report import main_metrics
 
-    config = EvaluationConfig(
-        num_inference_steps=_numbers(steps),
-        num_samples=samples,
-        seed=seed,
+    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    report, page = run_compare(run, config, out, captions=caption or []), out / "index.html"
+    if as_json:
+        return print_json(report | {"page": str(page)})
+    for name, rows in main_metrics(report).items():
+        print_columns(name, rows)
+    print(f"\npage: {page}")
+    return None
+
+
+def _evaluation(
+    num_inference_steps: list[int],
+    num_samples: int | None,
+    clip: Path | None,
+    inception: Path | None,
+    seed: int,
+    device: str,
+) -> Any:
+    """Return the config that `evaluate` and `compare` share."""
+    from trainer.evaluation.protocol import EvaluationConfig
+
+    return EvaluationConfig(
+        num_inference_steps=num_inference_steps,
+        num_samples=num_samples,
         clip=clip,
         inception=inception,
+        seed=seed,
         device=device,
     )
-    report = run_compare(runs, config, out, captions=caption or [])
-    for name, lines in main_metrics(report).items():
-        print_columns(name, lines)
-    print(f"page: {out / 'index.html'}")
 
 
-def _dials(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as the objective takes them: numbers where they are numbers."""
+def _hyperparameters(settings: list[str]) -> dict[str, Any]:
+    """Parse NAME=VALUE settings; values that read as numbers become numbers."""
     from index.errors import OptionError
 
     hyperparameters: dict[str, Any] = {}
-    for part in given:
-        name, is_pair, value = part.partition("=")
-        if not is_pair:
-            raise OptionError(f"--set {part!r} is no NAME=VALUE: give for instance p=0.5")
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not (name and equals):
+            raise OptionError(f"--set {setting!r} is not NAME=VALUE: type for instance --set p=0.5")
         try:
             hyperparameters[name] = float(value)
         except ValueError:
@@ -292,10 +375,8 @@ def _dials(given: list[str]) -> dict[str, Any]:
     return hyperparameters
 
 
-def _numbers(given: str) -> list[int]:
-    from index.errors import OptionError
-
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError:
-        raise OptionError(f"--steps {given!r} is no list of numbers: give for instance 1,2,4,8") from None
+def _print_result(title: str, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        print_table(title, result)

@@ -1,11 +1,12 @@
-"""The main job, end to end on drawn shapes: what `make demo` runs, each stage by its own command.
+"""The demo that `make demo` runs: from drawn shapes to images of captions that training has never seen.
 
-Shards -> autoencoders -> Beam encode -> Lance table -> LanceDB index -> streaming trainer -> pictures of captions that
-were never drawn for training. A reader of colors and positions then says how many of 200 pictures follow theirs.
+Every stage is one of our commands, printed before it runs, so that it can be copied. At the end a checker reads colors
+and positions from 200 generated images and counts how many follow their caption.
 """
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,122 +19,130 @@ import numpy as np
 from index.table.storage import write_json
 from index.terminal import print_table
 from pipeline.demo.checker import check_images
-from pipeline.demo.shapes import Scene, all_scenes, is_heldout
+from pipeline.demo.shapes import Scene, all_scenes, draw_scene, is_heldout
 
-JUDGED = 200
-SHOWN = 16
-STEPS = 2
+STAGES = {
+    "draw images": ["pipeline demo-data {out}/data"],
+    "autoencoders": [  # at the same time
+        "trainer fit-autoencoder image {out}/data --out {out}/models/image",
+        "trainer fit-autoencoder text {out}/data --out {out}/models/text",
+    ],
+    "encode": [
+        "pipeline encode {out}/data --table {out}/db/shapes.lance --image-size 32 --num-workers 2 "
+        "--image-encoder {out}/models/image --text-encoder {out}/models/text"
+    ],
+    "build index": ["pipeline build-index {out}/db/shapes.lance"],
+    "train": ["trainer fit {out}/db/shapes.lance --out {out}/run --size tiny --images 800000"],
+    "sample": ["trainer sample {out}/run {captions} --out {out}/samples.png --num-images-per-prompt 1"],
+}
+CHECKED, SHOWN = 200, 16
+"""Images that are checked, and that samples.png shows."""
+IMAGE_SIZE = 32
 
 
 def main(out: Path) -> None:
-    """Run every stage into `out`, in the place of an earlier demo; end with the pictures' name and a table."""
+    """Run every stage into `out`, replacing an earlier demo, then check the images and print a summary."""
     if out.exists() and any(out.iterdir()) and not (out / "data" / "demo-data.json").exists():
-        raise SystemExit(f"{out} is not empty and holds no earlier demo: name another folder")
+        raise SystemExit(f"error: {out} is not empty and does not hold an earlier demo: name another folder")
     shutil.rmtree(out, ignore_errors=True)
-    data, image, text = (str(out / name) for name in ("data", "models/image", "models/text"))
-    table, run, picture = (str(out / name) for name in ("db/shapes.lance", "run", "samples.png"))
-    captions = heldout_captions(JUDGED)
-    seconds = {"draw": _stage([["pipeline", "demo-data", data]])}
-    seconds["autoencoders"] = _stage(
-        [
-            ["trainer", "fit-autoencoder", "image", data, "--out", image],
-            ["trainer", "fit-autoencoder", "text", data, "--out", text],
-        ]
+    captions = heldout_captions(CHECKED)
+    names = {"out": shlex.quote(str(out)), "captions": shlex.join(captions[:SHOWN])}
+    seconds = {
+        stage: run_together([shlex.split(command.format(**names)) for command in commands])
+        for stage, commands in STAGES.items()
+    }
+    started = time.monotonic()
+    checked = check_captions(out / "run", captions)
+    seconds["check"] = time.monotonic() - started
+    results = _results(out) | checked
+    write_json(out / "summary.json", results | {"seconds": {stage: round(s, 1) for stage, s in seconds.items()}})
+    print_table(
+        "\nseconds by stage", {stage: f"{s:.1f}" for stage, s in (seconds | {"all": sum(seconds.values())}).items()}
     )
-    encoders = ["--image-encoder", image, "--text-encoder", text, "--image-size", "32"]
-    seconds["encode"] = _stage([["pipeline", "encode", data, "--table", table, *encoders, "--num-workers", "2"]])
-    seconds["build index"] = _stage([["pipeline", "build-index", table]])
-    seconds["train"] = _stage([["trainer", "fit", table, "--out", run, "--size", "tiny", "--images", "800000"]])
-    began = time.monotonic()
-    _stage([["trainer", "sample", run, *captions[:SHOWN], "--out", picture, "--steps", str(STEPS), "--num", "1"]])
-    followed = follow_captions(run, captions)
-    seconds["sample and judge"] = time.monotonic() - began
-    summary = _summary(out, seconds) | followed
-    write_json(out / "summary.json", summary)
-    print_table("\nThe main job, end to end", summary)
-    print(f"\npictures of captions never seen in training: {picture}")
+    print_table("\nresults", results)
+    print(f"\nimages of captions that were held out from training: {out / 'samples.png'}")
+
+
+def run_together(commands: list[list[str]]) -> float:
+    """Print and run commands at the same time, on one thread each if there are several; return the seconds taken.
+
+    Only the first one draws its bars while it runs, since two on one terminal would overwrite each other.
+    """
+    started = time.monotonic()
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})
+    running = []
+    for number, command in enumerate(commands):
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if number else {}
+        script = str(Path(sys.executable).parent / command[0])
+        running.append(subprocess.Popen([script, *command[1:]], env=environment, text=True, **output))
+    print("".join(process.communicate()[0] or "" for process in running), end="", flush=True)
+    for process, command in zip(running, commands, strict=True):
+        if process.returncode:
+            raise SystemExit(f"error: `{shlex.join(command[:3])}` failed with exit code {process.returncode}")
+    return time.monotonic() - started
 
 
 def heldout_captions(count: int) -> list[str]:
-    """Captions of which no training picture was drawn, in a fixed random order."""
+    """Return captions without a training image, in a fixed random order."""
     scenes = [scene.caption for scene in all_scenes() if is_heldout(scene)]
     return [scenes[i] for i in np.random.default_rng(0).permutation(len(scenes))[:count]]
 
 
-def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
-    """Share of pictures in which the reader finds the caption's colors, and also its relation.
+def check_captions(run: Path, captions: list[str]) -> dict[str, Any]:
+    """Return how often the checker finds a caption's colors, and also its relation, in the image generated from it.
 
-    Beside them the ceiling (the autoencoder's reconstructions of true pictures) and chance (the same pictures read
-    with each other's captions).
+    References: the autoencoder's reconstructions of drawn images (upper bound), and the generated images paired with
+    other captions (chance).
     """
-    from pipeline.demo.shapes import draw_scene
     from trainer.sampler import Coalescer
 
     coalescer = Coalescer.from_pretrained(run)
-    drawn = [np.asarray(image) for image in coalescer(captions, steps=STEPS).images]
-    true = [draw_scene(Scene.parse(caption), 32, np.random.default_rng([1, i])) for i, caption in enumerate(captions)]
+    generated = np.stack([np.asarray(image) for image in coalescer(captions).images])
+    drawn = [
+        draw_scene(Scene.parse(caption), IMAGE_SIZE, np.random.default_rng([1, i]))
+        for i, caption in enumerate(captions)
+    ]
     encoder = coalescer.image_encoder
-    again = encoder.decode(encoder.encode(np.stack([np.asarray(image) for image in true])))
+    reconstructed = encoder.decode(encoder.encode(np.stack([np.asarray(image) for image in drawn])))
     return {
-        "judged": len(captions),
-        **_shares("", np.stack(drawn), captions),
-        **_shares("ceiling: ", again, captions),
-        **_shares("chance: ", np.stack(drawn), captions[1:] + captions[:1]),
+        "images checked": len(captions),
+        **_rates("", generated, captions),
+        **_rates("reconstructions: ", reconstructed, captions),
+        **_rates("chance: ", generated, captions[1:] + captions[:1]),
     }
 
 
-def _shares(prefix: str, pixels: Any, captions: list[str]) -> dict[str, float]:
+def _rates(prefix: str, pixels: Any, captions: list[str]) -> dict[str, float]:
     verdicts = check_images(pixels, captions)
     return {
-        f"{prefix}colors confirmed": float(np.mean([verdict.colors for verdict in verdicts])),
+        f"{prefix}colors": float(np.mean([verdict.colors for verdict in verdicts])),
         f"{prefix}colors and relation": float(np.mean([verdict.relation for verdict in verdicts])),
     }
 
 
-def _stage(commands: list[list[str]]) -> float:
-    """Run commands side by side, one thread each where there are several; returns the seconds they took."""
-    began = time.monotonic()
-    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})
-    scripts = Path(sys.executable).parent
-    running = []
-    for number, command in enumerate(commands):
-        print("\n$ " + " ".join(f'"{part}"' if " " in part else part for part in command), flush=True)
-        # Two bars on one terminal would overwrite each other: the first command shows its own.
-        where = {} if number == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        argv = [str(scripts / command[0]), *command[1:]]
-        running.append(subprocess.Popen(argv, env=environment, text=True, **where))  # type: ignore[call-overload]
-    outputs = [process.communicate()[0] for process in running]
-    print("".join(output for output in outputs if output), end="", flush=True)
-    for process, command in zip(running, commands, strict=True):
-        if process.returncode:
-            raise SystemExit(f"`{' '.join(command[:3])}` failed with exit code {process.returncode}")
-    return time.monotonic() - began
+def _results(out: Path) -> dict[str, Any]:
+    """Return the main metrics that the stages reported."""
 
-
-def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     def read(name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((out / name).read_text())
         return content
 
-    image, text = read("models/image/report.json"), read("models/text/report.json")
-    encoded, index, trained = (
-        read("db/shapes.reports/encode.json"),
-        read("db/shapes.reports/index.json"),
-        read("run/result.json"),
-    )
+    encoded, index = read("db/shapes.reports/encode.json"), read("db/shapes.reports/index.json")
+    trained = read("run/result.json")
     return {
         "rows": encoded["rows"],
-        "rejects": encoded["rejected"],
-        "held-out PSNR, dB": image["psnr_db"],
-        "held-out token accuracy": text["token_accuracy"],
-        "index": f"{index['index_type']}, nprobes {index['nprobes']}",
+        "rejects": encoded["rejects"],
+        "held-out PSNR, dB": read("models/image/report.json")["psnr_db"],
+        "held-out token accuracy": read("models/text/report.json")["token_accuracy"],
         "recall@1": index["recall_at_1"],
         "training steps": trained["steps"],
-        "waiting share": trained["waiting_fraction"],
-        **{f"seconds: {name}": round(value, 1) for name, value in seconds.items()},
-        "seconds in all": round(sum(seconds.values()), 1),
+        "waiting fraction": trained["waiting_fraction"],
     }
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    try:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    except KeyboardInterrupt:
+        sys.exit(130)
