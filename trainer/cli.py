@@ -131,6 +131,7 @@ def fit(
     from index.table.table import open_table
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
+    from trainer.objectives.hyperparameters import parse_hyperparameters
 
     config = FitConfig(
         objective=objective,
@@ -150,7 +151,7 @@ def fit(
         precision=precision,
         condition=condition,
         jitter=jitter,
-        hyperparameters=_dials(dial or []),
+        hyperparameters=parse_hyperparameters(dial or []),
     )
     machine = RuntimeConfig(
         device=device, accumulate=accumulate, compile=compile, checkpoint_seconds=checkpoint_seconds, keep=keep
@@ -181,16 +182,23 @@ def sample(
     from index.errors import OptionError
     from index.table.storage import write_json
     from trainer.grid import draw_grid
-    from trainer.sampler import Coalescer
+    from trainer.sampler import CoalescerPipeline
 
     if out.suffix != ".png":
         raise OptionError(f"--out {out} is no PNG: give a name that ends in .png")
-    coalescer = Coalescer.from_pretrained(run, device=device)
-    samples = coalescer(caption, steps=steps, num=num, seed=seed, guidance=guidance, redraws=redraws)
+    pipeline = CoalescerPipeline.from_pretrained(run, device=device)
+    samples = pipeline(
+        caption,
+        num_inference_steps=steps,
+        num_images_per_prompt=num,
+        seed=seed,
+        guidance_scale=guidance,
+        redraws=redraws,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(samples.images, samples.captions, columns=num if num > 1 and len(caption) > 1 else 8).save(out)
+    draw_grid(samples.images, samples.prompts, columns=num if num > 1 and len(caption) > 1 else 8).save(out)
     sure = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
-    made = [{"caption": c, "confidence": s} for c, s in zip(samples.captions, sure, strict=True)]
+    made = [{"caption": c, "confidence": s} for c, s in zip(samples.prompts, sure, strict=True)]
     write_json(out.with_suffix(".json"), {"run": str(run), "seed": seed, "steps": steps, "images": made})
     print(f"{out}: {len(samples.images)} pictures in {steps} steps, confidences in {out.with_suffix('.json')}")
 
@@ -254,22 +262,6 @@ def compare(
     for name, lines in columns_of(report).items():
         print_columns(name, lines)
     print(f"page: {out / 'index.html'}")
-
-
-def _dials(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as the objective takes them: numbers where they are numbers."""
-    from index.errors import OptionError
-
-    hyperparameters: dict[str, Any] = {}
-    for part in given:
-        name, is_pair, value = part.partition("=")
-        if not is_pair:
-            raise OptionError(f"--set {part!r} is no NAME=VALUE: give for instance p=0.5")
-        try:
-            hyperparameters[name] = float(value)
-        except ValueError:
-            hyperparameters[name] = value
-    return hyperparameters
 
 
 def _numbers(given: str) -> list[int]:

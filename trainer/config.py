@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from index.errors import OptionError
-from trainer.models.base import KINDS, SIZES
-from trainer.objectives.base import RestsOnRun, make_objective
+from trainer.models.base import SIZE_NAMES
+from trainer.models.registry import NETWORK_NAMES
+from trainer.objectives.registry import make_objective
 from trainer.stream import CONDITIONS, COUPLINGS
 
 PRECISIONS = ("no", "bf16")
@@ -50,12 +51,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained before anything is read."""
-        objective = make_objective(self.objective, self.preset, **self.hyperparameters)
-        if isinstance(objective, RestsOnRun):
-            objective.check()
+        make_objective(self.objective, self.preset, **self.hyperparameters).check()
         allowed = {
-            "network": KINDS,
-            "size": SIZES,
+            "network": NETWORK_NAMES,
+            "size": SIZE_NAMES,
             "search": SEARCHES,
             "condition": CONDITIONS,
             "coupling": COUPLINGS,

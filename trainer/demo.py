@@ -67,10 +67,10 @@ def follow_captions(run: str, captions: list[str]) -> dict[str, Any]:
     with each other's captions).
     """
     from pipeline.demo.shapes import draw
-    from trainer.sampler import Coalescer
+    from trainer.sampler import CoalescerPipeline
 
-    coalescer = Coalescer.from_pretrained(run)
-    drawn = [np.asarray(image) for image in coalescer(captions, steps=STEPS).images]
+    coalescer = CoalescerPipeline.from_pretrained(run)
+    drawn = [np.asarray(image) for image in coalescer(captions, num_inference_steps=STEPS).images]
     true = [draw(Scene.parse(caption), 32, np.random.default_rng([1, i])) for i, caption in enumerate(captions)]
     encoder = coalescer.image_encoder
     again = encoder.decode(encoder.encode(np.stack([np.asarray(image) for image in true])))

@@ -1,7 +1,8 @@
 """Train a network on a table's nearest-neighbor targets. Progress is counted in images, so a batch may change size.
 
 The run folder stands on its own: config.json says which table version, geometry, network and objective; encoders
-that are folders are copied beside the weights, so `trainer sample` and `Coalescer.from_pretrained` need nothing else.
+that are folders are copied beside the weights, so `trainer sample` and `CoalescerPipeline.from_pretrained` need nothing
+else.
 """
 
 import os
@@ -21,11 +22,13 @@ from index.table.table import Table, open_table
 from pipeline.encoders import TransformersTextEncoder, pick_device
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.folder import begin_folder, check_encoder, check_settings, encoder_of
-from trainer.models.base import Network, NetworkConfig, count_flops, make_network
-from trainer.objectives.base import Loss, Objective, RestsOnRun, Training, make_objective
+from trainer.models.base import Network, count_flops
+from trainer.models.registry import make_network
+from trainer.objectives.base import Loss, Objective, Training
+from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.reuse import measure_reuse, plan_reuse
-from trainer.run_folder import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_model
+from trainer.run_folder import FORMAT, checkpoints, load_checkpoint, read_config, save_checkpoint, save_network
 from trainer.stream import Batch, Describe, NeighborStream
 from trainer.summary import Preview, write_summary
 from trainer.tracking import Watch
@@ -59,10 +62,9 @@ def fit(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     objective = make_objective(config.objective, config.preset, **config.hyperparameters)
     torch.manual_seed(config.seed)
-    shape = NetworkConfig.of(meta, size=config.size, kind=config.network, tokens=config.tokens)
-    if isinstance(objective, RestsOnRun):
-        objective.check(meta, shape.tokens)
-    network = make_network(shape).to(accelerator.device)
+    network = make_network(meta, size=config.size, network=config.network, num_tokens=config.tokens)
+    objective.check(meta, network.num_tokens)
+    network = network.to(accelerator.device)
     open_stream = partial(
         NeighborStream,
         table,
@@ -76,7 +78,7 @@ def fit(
         temperature=config.temperature,
         condition=config.condition,
         jitter=config.jitter,
-        describe=_describe(out, meta, shape.tokens, str(accelerator.device)),
+        describe=_describe(out, meta, network.num_tokens, str(accelerator.device)),
     )
     reuse = config.reuse
     if reuse is None and resume:
@@ -88,13 +90,12 @@ def fit(
     elif reuse is None:
         reuse = _measured_reuse(open_stream(), network, objective, accelerator)
     config = replace(config, reuse=reuse)
-    rate = network.learning_rate if config.learning_rate is None else config.learning_rate
+    rate = network.default_learning_rate if config.learning_rate is None else config.learning_rate
     optimizer = Optimizer(network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
     settings = {
         "format": FORMAT,
         "fit": asdict(config),
-        "network": asdict(shape),
-        "objective": asdict(objective),  # type: ignore[call-overload]
+        "objective": asdict(objective),
         "table": {"uri": table.uri, "version": table.version, "meta": meta.to_json()},
     }
     if resume:
@@ -110,7 +111,7 @@ def fit(
     result = _train(network, optimizer, objective, stream, config, machine, preview, start, accelerator)
     optimizer.use_average()
     if accelerator.is_main_process:
-        save_model(out, network)
+        save_network(out, network)
         write_json(out / "result.json", result)
         write_summary(preview, result)
     accelerator.wait_for_everyone()

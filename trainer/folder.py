@@ -41,7 +41,7 @@ def check_encoder(wanted: EncoderRef, given: EncoderRef) -> None:
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on with a run in another way than it began."""
     before = read_config(out)
-    for part in ("network", "objective", "table", "fit"):
+    for part in ("objective", "table", "fit"):
         for name, value in settings[part].items():
             if before[part].get(name) != value and name != "meta":
                 raise RunError(

@@ -1,4 +1,4 @@
-"""A training run on disk: RUN/config.json and model.safetensors to sample from, RUN/checkpoints to resume from.
+"""A training run on disk: RUN/config.json and RUN/network to sample from, RUN/checkpoints to resume from.
 
 Safetensors and JSON only. Files are written aside and renamed, a checkpoint as a whole folder, so a run that is killed
 resumes from the last one.
@@ -16,27 +16,21 @@ from torch import Tensor, nn
 
 from index.errors import RunError, one_line
 from index.table.storage import write_json
-from trainer.models.base import Network, NetworkConfig, make_network
+from trainer.models.base import Network
 from trainer.optimizer import Optimizer
 
-FORMAT = "coalescer-run-2"
+FORMAT = "coalescer-run-3"
+NETWORK = "network"
+"""The folder in RUN that holds the network to sample with."""
 
 
-def save_model(folder: Path, network: nn.Module) -> None:
-    """Write the weights to sample with: model.safetensors."""
-    _save(folder / "model.safetensors", dict(network.state_dict()))
-
-
-def load_network(folder: Path) -> Network:
-    """The network of a run with the weights to sample with; RunError where they are missing or do not fit."""
-    network = make_network(NetworkConfig(**read_config(folder)["network"]))
-    load_model(folder, network)
-    return network
-
-
-def load_model(folder: Path, network: nn.Module) -> None:
-    """Read model.safetensors into a network of the same shape; RunError where it is missing or does not fit."""
-    network.load_state_dict(_checked(_load(folder / "model.safetensors"), network, folder))
+def save_network(folder: Path, network: Network) -> None:
+    """Write the network to sample with to RUN/network, as diffusers saves models."""
+    aside = folder / f"{NETWORK}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    network.save_pretrained(aside)
+    shutil.rmtree(folder / NETWORK, ignore_errors=True)
+    aside.rename(folder / NETWORK)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -131,13 +125,6 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     aside = path.with_name(path.name + ".tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside)
     aside.replace(path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({error}): train again with `trainer fit`") from error
 
 
 def _checked(weights: dict[str, Tensor], network: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from index.table.table import Table
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,13 +38,13 @@ class Preview:
         self.folder = folder
         self.split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
         self._captions = table.take(table.positions(self.split)[:SHOWN], "caption").tolist()
-        self._open = partial(Coalescer.around, network, objective, table.meta, folder, device)
-        self._coalescer: Coalescer | None = None
+        self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device)
+        self._coalescer: CoalescerPipeline | None = None
 
     def grid(self) -> "Image":
         """A sheet of them as the network draws them now."""
         self._coalescer = self._coalescer or self._open()
-        return draw_grid(self._coalescer(self._captions, steps=STEPS).images, self._captions)
+        return draw_grid(self._coalescer(self._captions, num_inference_steps=STEPS).images, self._captions)
 
 
 def write_summary(preview: Preview, result: dict[str, Any]) -> None:

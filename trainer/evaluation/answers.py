@@ -12,7 +12,7 @@ from torch import nn
 from index.search.ann import ExactSearch
 from index.table.schema import HELDOUT
 from index.table.table import Table
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 BATCH = 256
 """Captions that are answered at once."""
@@ -64,7 +64,7 @@ class Answers:
         return cls(x, captions, x, np.unique(captions, return_inverse=True)[1])
 
 
-def make_questions(coalescer: Coalescer, table: Table, samples: int, seed: int) -> Questions:
+def make_questions(coalescer: CoalescerPipeline, table: Table, samples: int, seed: int) -> Questions:
     """As many as samples are wanted, of held-out rows in a random order."""
     heldout = np.random.default_rng([seed, 0]).permutation(table.positions(HELDOUT))
     rows = np.resize(heldout, samples)
@@ -74,7 +74,7 @@ def make_questions(coalescer: Coalescer, table: Table, samples: int, seed: int) 
     fans = np.sort(first)[:FANS]
     each = FAN // len(fans)
     numbers = [*range(samples), *(samples + j for _ in fans for j in range(each))]
-    r = [coalescer.points(numbers[i : i + BATCH], seed, 0).cpu().numpy() for i in range(0, len(numbers), BATCH)]
+    r = [coalescer.noise(numbers[i : i + BATCH], seed, 0).cpu().numpy() for i in range(0, len(numbers), BATCH)]
     return Questions(
         rows=np.concatenate([rows, rows[fans].repeat(each)]),
         captions=[*np.resize(captions, samples).tolist(), *captions[fans].repeat(each).tolist()],
@@ -88,10 +88,10 @@ def make_questions(coalescer: Coalescer, table: Table, samples: int, seed: int) 
 class Told:
     """Captions as a network is told them, every one encoded once."""
 
-    def __init__(self, coalescer: Coalescer, captions: Sequence[str]) -> None:
+    def __init__(self, coalescer: CoalescerPipeline, captions: Sequence[str]) -> None:
         """Encode them."""
         each = list(dict.fromkeys(captions))
-        parts = [coalescer.describe(each[i : i + BATCH]) for i in range(0, len(each), BATCH)]
+        parts = [coalescer.encode_prompt(each[i : i + BATCH]) for i in range(0, len(each), BATCH)]
         self._text, self._place = np.concatenate(parts), {caption: i for i, caption in enumerate(each)}
 
     def __call__(self, captions: Sequence[str]) -> Float32[np.ndarray, "B K T"]:
@@ -112,7 +112,7 @@ class Sampled:
 
 
 def sample(
-    coalescer: Coalescer, questions: Questions, told: Told, steps: int, advance: Callable[[int], object]
+    coalescer: CoalescerPipeline, questions: Questions, told: Told, steps: int, advance: Callable[[int], object]
 ) -> Sampled:
     """Let a run answer, a batch at a time; a first batch that is not counted warms it up."""
     parts, seconds = [], 0.0
@@ -122,7 +122,9 @@ def sample(
             batch = slice(start, start + BATCH)
             text = told(questions.captions[batch])
             began = time.perf_counter()
-            part = coalescer.coordinates(text, questions.numbers[batch], steps=steps, seed=questions.seed)
+            part = coalescer.sample_latents(
+                text, questions.numbers[batch], num_inference_steps=steps, seed=questions.seed
+            )
             seconds += time.perf_counter() - began
             parts.append(part)
             if len(parts) == 1:

@@ -17,7 +17,7 @@ from trainer.evaluation.comparison_page import comparison_page
 from trainer.evaluation.exam import ExamConfig, set_exam
 from trainer.grid import draw_grid
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,20 +34,20 @@ def compare(runs: list[Path], config: ExamConfig, out: Path, *, captions: Sequen
     configs = [read_config(run) for run in runs]
     _check_tables(runs, configs)
     began = time.perf_counter()
-    opened = Coalescer.from_pretrained(runs[0], device=config.device)
+    opened = CoalescerPipeline.from_pretrained(runs[0], device=config.device)
     exam = set_exam(runs[0], opened, config, out)
     labels = name_runs(configs)
     shown = min(config.steps, key=lambda n: abs(n - SHOWN_STEPS))
     each: list[dict[str, Any]] = []
     answers, drawn = {}, {}
     for run, label in zip(runs, labels, strict=True):
-        coalescer = Coalescer.from_pretrained(run, device=config.device)
+        coalescer = CoalescerPipeline.from_pretrained(run, device=config.device)
         result = exam.take(coalescer, config.steps, out / "log.jsonl")
         each.append({"run": str(run), "label": label, "steps": result.figures, "training": _training(run)})
         if label not in answers:
             answers[label] = result.found[shown].x
             if captions:
-                drawn[label] = coalescer(captions, steps=shown, seed=config.seed).images
+                drawn[label] = coalescer(captions, num_inference_steps=shown, seed=config.seed).images
     report = {
         **exam.report(),
         "steps": config.steps,

@@ -11,14 +11,14 @@ from index.table.storage import write_json, write_text
 from trainer.evaluation.exam import ExamConfig, set_exam
 from trainer.evaluation.report import evaluation_page, steps_said
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 
 def evaluate(run: Path, config: ExamConfig, out: Path) -> dict[str, Any]:
     """Measure a run at several step counts; writes OUT/report.json and OUT/index.html, and returns the report."""
     objective = read_config(run)["fit"]["objective"]
     began = time.perf_counter()
-    coalescer = Coalescer.from_pretrained(run, device=config.device)
+    coalescer = CoalescerPipeline.from_pretrained(run, device=config.device)
     exam = set_exam(run, coalescer, config, out)
     result = exam.take(coalescer, config.steps, out / "log.jsonl")
     report: dict[str, Any] = {"run": str(run), "objective": objective, **exam.report()}

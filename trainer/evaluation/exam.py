@@ -25,7 +25,7 @@ from trainer.evaluation.referee import Decode, open_referee
 from trainer.evaluation.reliability import measure_confidence
 from trainer.grid import draw_grid
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,7 @@ class Exam:
     """What is known of it."""
     device: str
 
-    def take(self, coalescer: Coalescer, steps: list[int], log: Path) -> Result:
+    def take(self, coalescer: CoalescerPipeline, steps: list[int], log: Path) -> Result:
         """Let a run answer."""
         questions, told = self.questions, Told(coalescer, self.questions.captions)
         figures, found = {}, {}
@@ -148,7 +148,7 @@ class Exam:
         }
 
 
-def set_exam(run: Path, coalescer: Coalescer, config: ExamConfig, out: Path) -> Exam:
+def set_exam(run: Path, coalescer: CoalescerPipeline, config: ExamConfig, out: Path) -> Exam:
     """The exam of a run's table; its referee is trained now if there is none yet."""
     others = open_pretrained(config.clip, config.inception, coalescer.device)
     table = _table_of(run)
@@ -182,6 +182,6 @@ def _table_of(run: Path) -> Table:
     return table
 
 
-def _decode(coalescer: Coalescer) -> Decode:
+def _decode(coalescer: CoalescerPipeline) -> Decode:
     shape = coalescer.meta.latent_shape
     return lambda latents: coalescer.image_encoder.decode(latents.reshape(-1, *shape))

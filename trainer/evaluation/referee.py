@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 
 from index.errors import RunError
 from index.table.schema import TRAIN
@@ -26,7 +28,6 @@ from index.table.table import Table, column_array, reports_of
 from index.terminal import Progress
 from trainer.evaluation.adherence import Classifier, Describe, Matcher, referee_network, shrunk
 from trainer.evaluation.viewers import feature_distances
-from trainer.run_folder import load_model, save_model
 
 MOST_LABELS = 100
 """Captions that are taken for classes, where a class has ten rows on average."""
@@ -86,8 +87,8 @@ def open_referee(
     try:
         content: dict[str, Any] = json.loads((place / "referee.json").read_text())
         network = referee_network(content)
-        load_model(place, network)
-    except (OSError, ValueError, KeyError, RunError) as error:
+        load_model(network, place / "model.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{place} holds no referee ({error}): remove it, and it is trained again") from error
     return Referee(network, describe, among, device), {"folder": str(place), "among": among, **content}
 
@@ -149,7 +150,7 @@ def _keep(place: Path, network: Classifier | Matcher, content: dict[str, Any]) -
     aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_model(aside, network)
+    save_model(network, str(aside / "model.safetensors"))
     write_json(aside / "referee.json", content)
     try:
         aside.rename(place)

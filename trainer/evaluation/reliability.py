@@ -12,19 +12,18 @@ from jaxtyping import Float, Float32
 from torch.nn.functional import cosine_similarity
 
 from trainer.evaluation.answers import BATCH, Questions, Told
-from trainer.objectives.coalescer import Coalescer as CoalescerObjective
-from trainer.objectives.coalescer import ask
-from trainer.sampler import Coalescer
+from trainer.objectives.coalescer import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 BINS = 10
 
 
 def measure_confidence(
-    coalescer: Coalescer, questions: Questions, told: Told, pairs: Float32[np.ndarray, "Q L"]
+    coalescer: CoalescerPipeline, questions: Questions, told: Told, pairs: Float32[np.ndarray, "Q L"]
 ) -> dict[str, Any]:
     """The reliability of each confidence that the run's objective teaches; none of another objective."""
     objective = coalescer.objective
-    if not isinstance(objective, CoalescerObjective):
+    if not isinstance(objective, Coalescer):
         return {}
     came: list[Float32[np.ndarray, B]] = []
     said: dict[str, list[Float32[np.ndarray, B]]] = {"confidence": [], "direction_length": []}
@@ -33,7 +32,7 @@ def measure_confidence(
             batch = slice(start, min(start + BATCH, questions.count))
             given = (questions.r[batch], pairs[batch], told(questions.captions[batch]))
             r, y, text = (torch.from_numpy(part).to(coalescer.device) for part in given)
-            guess = ask(coalescer.network, r, text)
+            guess = objective.predict(coalescer.network, r, text)
             came.append(cosine_similarity(guess.direction, y - r).cpu().numpy())
             said["confidence"].append(guess.confidence.cpu().numpy())
             said["direction_length"].append(guess.direction.norm(dim=1).cpu().numpy())
