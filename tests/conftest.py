@@ -69,7 +69,7 @@ def tokenizer():
     from trainer.autoencoders.text import TextAutoencoderConfig, train_tokenizer
 
     captions = [scene.caption for _, scene in zip(range(2000), all_scenes(), strict=False)]
-    return train_tokenizer(captions, TextAutoencoderConfig(vocabulary=200))
+    return train_tokenizer(captions, TextAutoencoderConfig(vocab_size=200))
 
 
 @pytest.fixture(scope="session")

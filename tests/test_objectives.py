@@ -15,8 +15,8 @@ B, L, T = 64, 12, 5
 def some_batch(seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     r, y = torch.randn(B, L, generator=g), torch.randn(B, L, generator=g)
-    text, query = torch.randn(B, 1, T, generator=g), torch.randn(B, T, generator=g)
-    return Batch(r=r, query=query, text=text, y=y, uniforms=torch.rand(B, 8, generator=g))
+    text = torch.randn(B, 1, T, generator=g)
+    return Batch(r=r, text=text, y=y, uniforms=torch.rand(B, 8, generator=g))
 
 
 ALONE = Training(0.0, lambda *_: None)
@@ -135,7 +135,7 @@ def test_the_learned_confidence_is_calibrated_where_the_direction_is_not():
     u = normalize(torch.randn(1, L, generator=g), dim=1)
     sign = torch.where(torch.rand(4096, 1, generator=g) < 0.8, 1.0, -1.0)
     batch = Batch(
-        r=torch.zeros(4096, L), query=torch.zeros(4096, T), text=torch.zeros(4096, 1, T), y=sign * u,
+        r=torch.zeros(4096, L), text=torch.zeros(4096, 1, T), y=sign * u,
         uniforms=torch.rand(4096, 8, generator=g),
     )  # fmt: skip
     way, sure = torch.nn.Parameter(torch.randn(L, generator=g)), torch.nn.Parameter(torch.zeros(()))

@@ -16,7 +16,7 @@ from trainer.models.base import Network, NetworkConfig, Prediction, make_network
 from trainer.objectives import rectified_flow
 from trainer.objectives.base import Training, make_objective
 from trainer.optimizer import Optimizer
-from trainer.run_folder import FORMAT, save_model
+from trainer.run_folder import FORMAT, save_network
 from trainer.stream import Batch
 
 T = 3
@@ -31,7 +31,7 @@ def pairs(count, seed=0, y=None, size=2):
     r, z = torch.randn(count, size, generator=g), torch.randn(count, size, generator=g)
     words, uniforms = torch.randn(count, 1, T, generator=g), torch.rand(count, 8, generator=g)
     y = CENTRE + SPREAD * z if y is None else y(r)
-    return Batch(r=r, query=words[:, 0], text=words, y=y, uniforms=uniforms)
+    return Batch(r=r, text=words, y=y, uniforms=uniforms)
 
 
 class Known(Network):
@@ -66,11 +66,10 @@ def fitted(objective, steps, batches, seed=0):
     torch.manual_seed(seed)
     network = Small()
     optimizer = Optimizer(network, steps=steps, learning_rate=5e-3, ema_decay=0.99)
-    teacher = optimizer.teacher(network)
+    teacher = optimizer.teacher
     for step in range(steps):
         optimizer.step(objective.loss(network, batches(step), Training(step / steps, teacher)).total)
-    optimizer.use_average()
-    return network
+    return optimizer.averaged_model
 
 
 def sampled(objective, network, n, count=2000, guidance=1.0):
@@ -498,7 +497,7 @@ def run_of(folder, objective="flow_matching", kind="mlp", **network):
         folder / "config.json",
         {"format": FORMAT, "fit": {"objective": objective, "preset": "default"}, "network": config, "objective": {}},
     )
-    save_model(folder, flow)
+    save_network(folder, flow)
     return folder
 
 

@@ -1,1 +1,1 @@
-"""From the table to weights to images."""
+"""Train networks on the pairs of a table, sample images from them, and evaluate them."""

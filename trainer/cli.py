@@ -48,7 +48,7 @@ def fit_autoencoder(
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="1200 image, 1400 text")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="16 image, 64 text")] = None,
     image_size: Annotated[int, typer.Option(help="Side of the square pictures, in pixels (image).")] = 32,
-    grid: Annotated[int, typer.Option(help="Side of the latent grid (image).")] = 4,
+    latent_size: Annotated[int, typer.Option(help="Side of the latent grid (image).")] = 4,
     latent_channels: Annotated[int, typer.Option(help="Channels of the latent (image).")] = 2,
     val_fraction: Annotated[float, typer.Option(help="Share kept from training, for measuring.")] = 0.05,
     limit: Annotated[int | None, typer.Option(help="Read only the first N samples.")] = None,
@@ -69,7 +69,11 @@ def fit_autoencoder(
     hyperparameters = {name: value for name, value in given.items() if value is not None}
     hyperparameters |= {"size": size, "val_fraction": val_fraction, "seed": seed}
     if kind == "image":
-        shape: dict[str, Any] = {"image_size": image_size, "grid": grid, "latent_channels": latent_channels}
+        shape: dict[str, Any] = {
+            "image_size": image_size,
+            "latent_size": latent_size,
+            "latent_channels": latent_channels,
+        }
         report = fit_image_autoencoder(source, ImageAutoencoderConfig(**hyperparameters, **shape), out)
     elif kind == "text":
         report = fit_text_autoencoder(source, TextAutoencoderConfig(**hyperparameters), out)
@@ -93,7 +97,7 @@ def fit(
     coupling: Annotated[str, typer.Option(help="nearest or independent pairs.")] = "nearest",
     network: Annotated[str, typer.Option(help="mlp, transformer (of patches), or auto.")] = "auto",
     size: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "small",
-    tokens: Annotated[
+    num_tokens: Annotated[
         int | None, typer.Option(help="Token states that a transformer reads.", show_default="77")
     ] = None,
     images: Annotated[int, typer.Option(help="Targets to draw in all.")] = 1_000_000,
@@ -107,18 +111,20 @@ def fit(
     ] = None,
     condition: Annotated[
         str, typer.Option(help="Tell the network the close pair's description or the query.")
-    ] = "close",
+    ] = "retrieved",
     jitter: Annotated[float, typer.Option(help="Noise on what is asked for, as a share of its length.")] = 0.0,
     reuse: Annotated[
         int | None, typer.Option(help="Steps that each drawn target serves.", show_default="as needed not to wait")
     ] = None,
-    neighbors: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
+    num_neighbors: Annotated[int, typer.Option(help="Draw each pair from so many of the nearest.")] = 1,
     temperature: Annotated[float, typer.Option(help="Of that draw, in squared distance.")] = 1.0,
-    precision: Annotated[str, typer.Option(help="no (float32) or bf16.")] = "no",
-    accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, to save memory.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Parts that a batch is computed in, to save memory.")
+    ] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(help="Time between checkpoints.")] = 120.0,
-    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
+    keep_checkpoints: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -139,24 +145,28 @@ def fit(
         coupling=coupling,
         network=network,
         size=size,
-        tokens=tokens,
+        num_tokens=num_tokens,
         images=images,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
         search=search,
         reuse=reuse,
-        neighbors=neighbors,
+        num_neighbors=num_neighbors,
         temperature=temperature,
-        precision=precision,
+        dtype=dtype,
         condition=condition,
         jitter=jitter,
         hyperparameters=parse_hyperparameters(dial or []),
     )
-    machine = RuntimeConfig(
-        device=device, accumulate=accumulate, compile=compile, checkpoint_seconds=checkpoint_seconds, keep=keep
+    runtime = RuntimeConfig(
+        device=device,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        compile=compile,
+        checkpoint_seconds=checkpoint_seconds,
+        keep_checkpoints=keep_checkpoints,
     )
-    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, machine=machine)
+    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         print_table(str(out), result)
 

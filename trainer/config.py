@@ -1,4 +1,4 @@
-"""What a training run is asked for: FitConfig decides its result, RuntimeConfig only how it is computed."""
+"""The configuration of a training run: FitConfig decides its result, RuntimeConfig only how it is computed."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,93 +7,103 @@ from index.errors import OptionError
 from trainer.models.base import SIZE_NAMES
 from trainer.models.registry import NETWORK_NAMES
 from trainer.objectives.registry import make_objective
-from trainer.stream import CONDITIONS, COUPLINGS
+from trainer.stream import StreamConfig
 
-PRECISIONS = ("no", "bf16")
 SEARCHES = ("ann", "exact")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
-    """What a run depends on, beside its table."""
+    """Everything but the table that the result of a training run depends on; saved in RUN/config.json."""
 
     objective: str = "coalescer"
     preset: str = "default"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    """Single settings of the objective that are not the preset's."""
+    """Hyperparameters of the objective that differ from the preset."""
     coupling: str = "nearest"
+    """nearest: pairs are retrieved by vector search. independent: each caption with its own latent and any R."""
     network: str = "auto"
-    """mlp, transformer, or auto: a transformer where latents have 16 rows or more."""
+    """mlp, transformer, or auto: a transformer for latents of 16 rows or more."""
     size: str = "small"
-    tokens: int | None = None
-    """Token states of a description that a transformer reads beside its pooled embedding; None: at most 77."""
+    num_tokens: int | None = None
+    """Token embeddings that a transformer attends to, next to the pooled text embedding. None: 77 for a transformer."""
     images: int = 1_000_000
-    """Targets drawn in all, over all steps."""
+    """Training targets in all: the batch size times the number of training steps."""
     batch_size: int = 256
+    """Targets per training step, over all processes."""
     learning_rate: float | None = None
-    """Highest learning rate; None is one by kind and size of network."""
+    """Peak learning rate. None: the default of the network's architecture and size."""
     ema_decay: float = 0.998
+    """Decay of the averaged weights per training step, after its warmup."""
     seed: int = 0
     search: str = "ann"
-    """ann: the table's LanceDB index. exact: vectors held on the device."""
+    """ann: the table's LanceDB index. exact: brute force over vectors that are held on the device."""
     reuse: int | None = None
-    """Steps that each draw serves. None: as many as keep training from waiting for searches."""
-    neighbors: int = 1
-    """Draw each pair from so many of the nearest."""
+    """Training steps that each retrieved pair serves. None: as many as keep training from waiting for searches."""
+    num_neighbors: int = 1
+    """k: each pair is sampled from the k nearest neighbors of its query."""
     temperature: float = 1.0
-    """Of that draw, in squared distance."""
-    condition: str = "close"
-    """Which description the network is told: the close pair's, or the one that was asked for."""
+    """Softmax temperature over the squared distances of those k neighbors."""
+    condition: str = "retrieved"
+    """Condition the network on the retrieved pair's text embedding (retrieved) or on the query's own (query)."""
     jitter: float = 0.0
-    """Noise on what is asked for, as a share of its length."""
-    precision: str = "no"
-    """bf16: the network computes in bfloat16, its weights stay float32."""
+    """Length of the Gaussian noise on query embeddings, as a fraction of their norm."""
+    dtype: str = "float32"
+    """bfloat16: forward and backward passes run under autocast; weights stay float32."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained before anything is read."""
+        """Raise OptionError or RunError if this cannot be trained, before any data are read."""
         make_objective(self.objective, self.preset, **self.hyperparameters).check()
-        allowed = {
-            "network": NETWORK_NAMES,
-            "size": SIZE_NAMES,
-            "search": SEARCHES,
-            "condition": CONDITIONS,
-            "coupling": COUPLINGS,
-            "precision": PRECISIONS,
-        }
+        allowed = {"network": NETWORK_NAMES, "size": SIZE_NAMES, "search": SEARCHES, "dtype": DTYPES}
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.neighbors < 1 or self.temperature <= 0:
-            raise OptionError(
-                f"--neighbors {self.neighbors} --temperature {self.temperature:g}: give at least 1, and above 0"
-            )
-        if self.jitter < 0:
-            raise OptionError(f"--jitter {self.jitter:g} is not allowed: give 0 or a share such as 0.1")
         if self.reuse is not None and self.reuse < 1:
-            raise OptionError(f"--reuse {self.reuse} is not allowed: give at least 1, or leave it out")
+            raise OptionError(f"--reuse {self.reuse} is out of range: use 1 or more, or leave it out")
         if self.batch_size < 1 or self.images < self.batch_size:
-            raise OptionError(f"--images {self.images} is less than one batch of {self.batch_size}")
+            raise OptionError(
+                f"--images {self.images} is less than one batch of --batch-size {self.batch_size}: use at least one "
+                "batch of 1 or more images"
+            )
+        self.stream()
 
     @property
     def steps(self) -> int:
-        """Training steps in all."""
+        """Return the number of training steps."""
         return self.images // self.batch_size
+
+    def stream(self) -> StreamConfig:
+        """Return the part of this configuration that decides the batches."""
+        return StreamConfig(
+            batch_size=self.batch_size,
+            seed=self.seed,
+            coupling=self.coupling,
+            num_neighbors=self.num_neighbors,
+            temperature=self.temperature,
+            condition=self.condition,
+            jitter=self.jitter,
+            reuse=self.reuse or 1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
-    """What a run does not depend on, but for the last bits of its figures."""
+    """How a training run is computed; its result is the same up to floating-point rounding."""
 
     device: str = "auto"
-    accumulate: int = 1
-    """Parts that each step's batch is computed in, where it does not fit into memory."""
+    gradient_accumulation_steps: int = 1
+    """Parts that each batch is split into to save memory; their gradients are accumulated."""
     compile: bool = False
-    """Let torch.compile translate the network."""
+    """Compile the network with torch.compile."""
     checkpoint_seconds: float = 120.0
-    keep: int = 2
-    """Checkpoints, the last ones."""
+    """Seconds between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Number of latest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        if self.accumulate < 1 or self.keep < 1:
-            raise OptionError(f"--accumulate {self.accumulate} --keep {self.keep}: give at least 1")
+        """Raise OptionError if a count is below 1."""
+        for name in ("gradient_accumulation_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} {getattr(self, name)} is out of range: use 1 or more")

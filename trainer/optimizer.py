@@ -1,66 +1,89 @@
-"""One way to take a training step: AdamW, a one-cycle learning rate, clipped gradients, averaged weights."""
+"""The update of a training step: AdamW with clipped gradients, a one-cycle learning rate, averaged weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+EMA_WARMUP = 10.0
+"""gamma of the warmup of the averaged weights, in training steps."""
 
 
 class Optimizer:
-    """Everything beside the weights that a training step changes."""
+    """All state, besides the weights, that a training step updates."""
 
     def __init__(self, model: nn.Module, *, steps: int, learning_rate: float, ema_decay: float) -> None:
-        """For `steps` steps in all; the rate rises over the first twentieth and falls as a cosine."""
+        """Prepare `steps` training steps; the learning rate rises over the first 5% of them and falls as a cosine."""
         self.parameters = list(model.parameters())
+        self._model, self._ema_decay = model, ema_decay
         self.adam = torch.optim.AdamW(
             self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.adam, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
         )
-        self.average = EMAModel(
-            self.parameters, decay=ema_decay, use_ema_warmup=True, inv_gamma=10.0, power=1.0, foreach=True
-        )
+        self._average = AveragedModel(model, multi_avg_fn=self._update_average)
+        self._average.requires_grad_(False)
+
+    @property
+    def averaged_model(self) -> Any:
+        """Return the averaged model: a module like the one in training, to preview, to save and to sample with."""
+        return self._average.module
+
+    def teacher(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged model without a gradient, for objectives that learn from their own average."""
+        with torch.no_grad():
+            return self.averaged_model(*args, **kwargs)
 
     def step(self, loss: Tensor) -> None:
-        """Descend along the gradient of a loss."""
+        """Backpropagate a loss and update the weights."""
         loss.backward()  # type: ignore[no-untyped-call]
-        self.descend()
+        self.apply_gradients()
 
-    def descend(self) -> Float[Tensor, ""]:
-        """Descend along the gradients that have gathered, let the average follow, and return their norm."""
+    def apply_gradients(self) -> Float[Tensor, ""]:
+        """Update the weights and their average from the accumulated gradients; return the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adam.step()
         self.adam.zero_grad()
         self.schedule.step()
-        self.average.step(self.parameters)
+        self._average.update_parameters(self._model)
         return norm
 
-    def teacher(self, model: nn.Module) -> Callable[..., Any]:
-        """The model with the averaged weights, as they are whenever it is called; nothing is learned through it."""
-        names = [name for name, _ in model.named_parameters()]
+    def _update_average(self, averaged: Any, current: Any, _count: Tensor | int) -> None:
+        # Read the count on the CPU: reading the argument, a copy on the device, would wait for the device.
+        decay = ema_decay(int(self._average.n_averaged), self._ema_decay)
+        get_ema_multi_avg_fn(decay)(averaged, current, _count)  # type: ignore[no-untyped-call]
 
-        def ask(*given: Any, **named: Any) -> Any:
-            with torch.no_grad():
-                weights = dict(zip(names, self.average.shadow_params, strict=True))
-                return torch.func.functional_call(model, weights, given, named)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state as named tensors and as JSON values, for a checkpoint."""
+        tensors = {f"average.{name}": value for name, value in self.averaged_model.state_dict().items()}
+        for index, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, int | float | list)}
+        return tensors, {"schedule": schedule, "num_averaged": int(self._average.n_averaged)}
 
-        return ask
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restore what `state` has returned; raise KeyError or RuntimeError if it belongs to another model."""
+        adam = self.adam.state_dict()
+        for key, tensor in tensors.items():
+            if key.startswith("adam."):
+                _, index, name = key.split(".")
+                adam["state"].setdefault(int(index), {})[name] = tensor
+        # The schedule has set the learning rate of each group, which is part of the schedule's own state.
+        self.schedule.load_state_dict(values["schedule"])
+        for group, rate in zip(adam["param_groups"], values["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        self.adam.load_state_dict(adam)
+        average = {key.removeprefix("average."): each for key, each in tensors.items() if key.startswith("average.")}
+        self.averaged_model.load_state_dict(average)
+        self._average.n_averaged.fill_(values["num_averaged"])
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model has the averaged weights."""
-        self.average.store(self.parameters)
-        self.use_average()
-        try:
-            yield
-        finally:
-            self.average.restore(self.parameters)
 
-    def use_average(self) -> None:
-        """Copy the averaged weights into the model."""
-        self.average.copy_to(self.parameters)
+def ema_decay(updates: int, decay: float) -> float:
+    """Return the decay of the averaged weights after a number of updates: min(decay, 1 - 1 / (1 + updates / gamma)).
+
+    The warmup of Katherine Crowson's k-diffusion, as in the EMAModel of diffusers with inv_gamma=10 and power=1.
+    """
+    return min(decay, 1 - 1 / (1 + updates / EMA_WARMUP))

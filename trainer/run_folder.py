@@ -1,7 +1,12 @@
-"""A training run on disk: RUN/config.json and RUN/network to sample from, RUN/checkpoints to resume from.
+"""A training run on disk: all files of RUN/ that later commands read.
 
-Safetensors and JSON only. Files are written aside and renamed, a checkpoint as a whole folder, so a run that is killed
-resumes from the last one.
+    RUN/config.json                         settings: fit, objective, table
+    RUN/network                             the network with averaged weights, to sample with
+    RUN/image_encoder, RUN/text_encoder     copies of encoders that are folders; others are opened by their hub id
+    RUN/checkpoints/step-N                  everything that a training step updates, to resume from
+
+Safetensors and JSON only. Each file is written under a temporary name and renamed, a checkpoint as a whole folder, so a
+run that is killed resumes from its last checkpoint.
 """
 
 import json
@@ -9,36 +14,66 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from index.errors import RunError, one_line
+from index.errors import EncoderError, RunError, one_line
+from index.table.schema import EncoderRef, TableMeta
 from index.table.storage import write_json
+from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 from trainer.models.base import Network
 from trainer.optimizer import Optimizer
 
 FORMAT = "coalescer-run-3"
 NETWORK = "network"
-"""The folder in RUN that holds the network to sample with."""
+"""The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
 
 
-def save_network(folder: Path, network: Network) -> None:
-    """Write the network to sample with to RUN/network, as diffusers saves models."""
-    aside = folder / f"{NETWORK}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    network.save_pretrained(aside)
-    shutil.rmtree(folder / NETWORK, ignore_errors=True)
-    aside.rename(folder / NETWORK)
+def create_run_folder(folder: Path, meta: TableMeta, settings: dict[str, Any]) -> None:
+    """Write the encoders of a new run, then the config.json that makes the folder a run.
+
+    Raises:
+        RunError: the folder is a run already.
+        EncoderError: an encoder is not the one that the table was encoded with.
+    """
+    if (folder / "config.json").exists():
+        raise RunError(f"{folder} is a training run already: add --resume to resume it, or use another --out")
+    encoders: dict[str, DiffusersAutoencoder | TransformersTextEncoder] = {
+        "image_encoder": DiffusersAutoencoder(meta.image_encoder.name),
+        "text_encoder": TransformersTextEncoder(meta.text_encoder.name),
+    }
+    for name, encoder in encoders.items():
+        check_encoder(getattr(meta, name), encoder.ref)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, encoder in encoders.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
+            encoder.save(folder / name)
+    write_json(folder / "config.json", settings)
+
+
+def check_encoder(expected: EncoderRef, actual: EncoderRef) -> None:
+    """Raise EncoderError if an encoder is not the one that a table was encoded with."""
+    if actual.digest != expected.digest:
+        raise EncoderError(
+            f"the weights of {expected.name} are not those that the table was encoded with ({actual.digest[:12]} "
+            f"instead of {expected.digest[:12]}): restore the original encoder, or encode the table again"
+        )
+
+
+def encoder_source(folder: Path, meta: TableMeta, name: str) -> str:
+    """Return where to open a run's `image_encoder` or `text_encoder`: its copy in the folder, or else its hub id."""
+    copy = folder / name
+    return str(copy) if copy.is_dir() else str(getattr(meta, name).name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """RUN/config.json; RunError where the folder is no run."""
+    """Return the settings in RUN/config.json; raise RunError if the folder is not a training run of this version."""
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(
-            f"{folder} is no training run: it has no config.json; make one with `trainer fit TABLE --out {folder}`"
+            f"{folder} is not a training run: it has no config.json; create one with `trainer fit TABLE --out {folder}`"
         )
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -46,93 +81,91 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} is not JSON ({error}): train again with `trainer fit TABLE --out {folder}`") from error
     if config.get("format") != FORMAT:
         raise RunError(
-            f"{path} was written by other software or an earlier version: give a folder that `trainer fit` has made"
+            f"{path} has format {config.get('format')!r} instead of {FORMAT!r}, from other software or another "
+            "version: use a folder that `trainer fit` of this version has written"
         )
     return config
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise RunError if a run cannot be resumed with these settings because it began with others."""
+    saved = read_config(folder)
+    for part in ("objective", "table", "fit"):
+        for name, value in settings[part].items():
+            if saved[part].get(name) != value and name != "meta":
+                raise RunError(
+                    f"{folder} was trained with {name} {saved[part].get(name)} instead of {value}: resume with the "
+                    "same options, or use another --out"
+                )
+
+
+def save_network(folder: Path, network: Network) -> None:
+    """Write RUN/network as diffusers saves models."""
+    temporary = folder / f"{NETWORK}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    network.save_pretrained(temporary)
+    shutil.rmtree(folder / NETWORK, ignore_errors=True)
+    temporary.rename(folder / NETWORK)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+
+
 def save_checkpoint(folder: Path, step: int, network: nn.Module, optimizer: Optimizer, *, keep: int) -> None:
-    """Write all that a training step changes, as of before step `step`, and keep the last `keep` checkpoints."""
-    adam = optimizer.adam.state_dict()
-    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
-    tensors |= {f"average.{i}": value for i, value in enumerate(optimizer.average.shadow_params)}
-    for number, state in adam["state"].items():
-        tensors |= {f"adam.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    state = {
-        "step": step,
-        "schedule": {k: v for k, v in optimizer.schedule.state_dict().items() if isinstance(v, int | float | list)},
-        "average_step": optimizer.average.optimization_step,
-    }
-    place = folder / "checkpoints" / f"step-{step:09d}"
-    aside = place.with_suffix(".tmp")
-    for old in (aside, place):
+    """Write the state before step `step`, and delete all but the last `keep` checkpoints."""
+    tensors, state = optimizer.state()
+    tensors |= {f"network.{name}": value for name, value in network.state_dict().items()}
+    final = folder / "checkpoints" / f"step-{step:09d}"
+    temporary = final.with_suffix(".tmp")
+    for old in (temporary, final):
         shutil.rmtree(old, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _save(aside / "state.safetensors", tensors)
-    write_json(aside / "state.json", state)
-    aside.rename(place)
+    temporary.mkdir(parents=True)
+    _save(temporary / "state.safetensors", tensors)
+    write_json(temporary / "state.json", {"step": step, **state})
+    temporary.rename(final)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, the last one last."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".tmp")
-
-
 def load_checkpoint(folder: Path, network: nn.Module, optimizer: Optimizer) -> int:
-    """Restore the last checkpoint, if there is one, and return the step to go on with.
+    """Restore the last checkpoint and return the step to resume from; 0 if there is no checkpoint.
 
     Raises:
-        RunError: it cannot be read, or is not of this network; the one before may still be good.
+        RunError: it cannot be read, or is of another network. The message names the checkpoint before it.
     """
-    whole = checkpoints(folder)
-    if not whole:
+    complete = checkpoints(folder)
+    if not complete:
         return 0
+    last = complete[-1]
     try:
-        state = json.loads((whole[-1] / "state.json").read_text())
-        tensors = load_file(whole[-1] / "state.safetensors")
-        return _restore(state, tensors, network, optimizer, folder)
+        state = json.loads((last / "state.json").read_text())
+        tensors = load_file(last / "state.safetensors")
+        weights = {key.removeprefix("network."): each for key, each in tensors.items() if key.startswith("network.")}
+        network.load_state_dict(_checked(weights, network, folder))
+        optimizer.load_state(tensors, state)
     except (SafetensorError, OSError, ValueError, KeyError, RunError) as error:
-        rest = f"step {int(whole[-2].name[5:])}" if len(whole) > 1 else "the beginning"
+        previous = f"step {int(complete[-2].name[5:])}" if len(complete) > 1 else "the beginning"
         raise RunError(
-            f"{whole[-1]} is no checkpoint of this run ({one_line(error)}): remove it to resume from {rest}"
+            f"{last} is not a checkpoint of this run ({one_line(error)}): delete it to resume from {previous}"
         ) from error
-
-
-def _restore(
-    state: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module, optimizer: Optimizer, folder: Path
-) -> int:
-    weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
-    network.load_state_dict(_checked(weights, network, folder))
-    adam = optimizer.adam.state_dict()
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, number, field = name.split(".")
-            adam["state"].setdefault(int(number), {})[field] = value
-    # The schedule has set the rate of each group; it comes back with the schedule's own state.
-    optimizer.schedule.load_state_dict(state["schedule"])
-    for group, rate in zip(adam["param_groups"], state["schedule"]["_last_lr"], strict=True):
-        group["lr"] = rate
-    optimizer.adam.load_state_dict(adam)
-    for place, shadow in enumerate(optimizer.average.shadow_params):
-        shadow.copy_(tensors[f"average.{place}"])
-    optimizer.average.optimization_step = state["average_step"]
     return int(state["step"])
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside)
-    aside.replace(path)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    temporary.replace(path)
 
 
-def _checked(weights: dict[str, Tensor], network: nn.Module, folder: Path) -> dict[str, Tensor]:
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    if wanted != given:
-        odd = sorted({name for name in wanted | given if wanted.get(name) != given.get(name)})[0]
+def _checked(weights: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    actual = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != actual:
+        name = min(name for name in expected | actual if expected.get(name) != actual.get(name))
         raise RunError(
-            f"the weights in {folder} do not fit the network: {odd} is {given.get(odd)} instead of {wanted.get(odd)}"
+            f"the weights in {folder} do not fit the network: {name} has shape {actual.get(name)} instead of "
+            f"{expected.get(name)}"
         )
     return weights

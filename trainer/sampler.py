@@ -14,12 +14,11 @@ from index.errors import OptionError, RunError, one_line
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, pick_device
-from trainer.folder import encoder_of
 from trainer.models.base import Network
 from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, read_config
+from trainer.run_folder import NETWORK, encoder_source, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,8 +83,8 @@ class CoalescerPipeline:
             network,
             objective,
             meta,
-            DiffusersAutoencoder(encoder_of(folder, meta, "image_encoder"), device),
-            TransformersTextEncoder(encoder_of(folder, meta, "text_encoder"), device),
+            DiffusersAutoencoder(encoder_source(folder, meta, "image_encoder"), device),
+            TransformersTextEncoder(encoder_source(folder, meta, "text_encoder"), device),
             device,
         )
 

@@ -1,19 +1,21 @@
-"""NeighborStream: minibatches of nearest-neighbor targets, straight from the table.
+"""NeighborStream: batches of training targets, retrieved from the table by vector search.
 
-Step s of a stream depends on (seed, s) alone: which descriptions are asked, with which random points, is drawn from
-counters, so resuming needs two integers, and any number of processes shares out the slots of the same stream. A bounded
-number of searches runs ahead in background threads; the time that training waits for them is measured.
+The batch of step s depends on (seed, s) alone: its queries are drawn from counters. So resuming needs two integers, and
+any number of processes can divide the slots of the same batches. A bounded number of searches runs ahead in background
+threads, and the time that training waits for them is measured.
 
-Where searching costs more than training each draw (R with its pair) can serve several steps, with other uniforms each time.
+Where a search costs more than a training step, each retrieved pair can serve several steps (reuse), each time with
+other uniforms. On a CPU the reuse is planned from counts alone, so the same seed gives the same result on every machine;
+on an accelerator, whose speed is unknown, it is measured when training starts and stored with the run.
 """
 
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,175 +29,260 @@ from index.table.schema import TRAIN
 from index.table.table import Table
 
 COUPLINGS = ("nearest", "independent")
-CONDITIONS = ("close", "query")
-DICE = 8
+CONDITIONS = ("retrieved", "query")
+NUM_UNIFORMS = 8
 QUERIES_PER_SEARCH = 1024
-"""One search answers several steps: asking 1,024 at once costs about half of asking four times 256."""
+"""One search serves several steps: 1,024 queries at once cost about half as much as four times 256."""
 SEARCHES_AHEAD = 2
-GROUP = 16
-"""Draws between two uses of the same one."""
+REUSE_GROUP = 16
+"""Pairs are reused in groups of this many steps: 0 to 15, then 0 to 15 again."""
+MAX_REUSE = 16
+# The cost of a search, as the number of floating-point operations of training that take as long on the same core;
+# fitted to tests/bench/search_speed.py on tables of 10,000 to a million rows, and doubled, because both compete for
+# caches.
+FLOPS_PER_QUERY, FLOPS_PER_SCANNED_ENTRY = 13e6, 14
 
-Describe = Callable[[Sequence[str]], Float32[np.ndarray, "B K T"]]
-"""Captions to pooled embeddings and token states."""
+EncodeTokens = Callable[[Sequence[str]], Float32[np.ndarray, "B K T"]]
+"""Captions to pooled text embeddings followed by token embeddings."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """What one training step is given; latents are in coordinates."""
+    """The input of one training step; latents are in coordinates."""
 
     r: Float[Tensor, "B L"]
-    """Random points R."""
-    query: Float[Tensor, "B T"]
-    """The descriptions DE that were asked for."""
+    """Noise R."""
     text: Float[Tensor, "B K T"]
-    """The descriptions that the network is told: pooled embedding, then token states where it reads them."""
+    """Conditioning: the pooled text embedding, then token embeddings if the network attends to any."""
     y: Float[Tensor, "B L"]
-    """The close pairs' latents."""
+    """Latents of the retrieved pairs."""
     uniforms: Float[Tensor, "B 8"]
-    """Numbers uniform in [0, 1) for whatever else an objective decides by chance; the last is the stream's own."""
+    """Numbers uniform in [0, 1) for the random choices of an objective; the last is reserved for the stream."""
 
     def normal(self, column: int) -> Float[Tensor, "B"]:
-        """One column of the uniforms as standard normal numbers, by the inverse of their distribution function."""
+        """Return one column of the uniforms as standard normal numbers, by the inverse of the normal CDF."""
         normal: Tensor = torch.special.ndtri(self.uniforms[:, column].clamp(2**-25, 1 - 2**-24))
         return normal
 
     def to(self, device: str | torch.device) -> "Batch":
-        """The same batch on a device."""
+        """Return the batch on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in self.__slots__})
 
     def split(self, parts: int) -> "list[Batch]":
-        """The batch in equal parts."""
-        cut = [getattr(self, name).chunk(parts) for name in self.__slots__]
-        return [Batch(*arrays) for arrays in zip(*cut, strict=True)]
+        """Split the batch into `parts` parts of equal size."""
+        chunks = [getattr(self, name).chunk(parts) for name in self.__slots__]
+        return [Batch(*tensors) for tensors in zip(*chunks, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """What the batches of a stream depend on, next to the table; see FitConfig for the fields."""
+
+    batch_size: int
+    seed: int = 0
+    coupling: str = "nearest"
+    num_neighbors: int = 1
+    temperature: float = 1.0
+    condition: str = "retrieved"
+    jitter: float = 0.0
+    reuse: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise OptionError if a value is unknown or out of range."""
+        for name, choices in {"coupling": COUPLINGS, "condition": CONDITIONS}.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+        if self.num_neighbors < 1:
+            raise OptionError(f"--num-neighbors {self.num_neighbors} is out of range: use 1 or more")
+        if self.temperature <= 0:
+            raise OptionError(f"--temperature {self.temperature:g} is out of range: use a number above 0")
+        if self.jitter < 0:
+            raise OptionError(f"--jitter {self.jitter:g} is out of range: use 0 or a fraction such as 0.1")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Queries:
+    """A sample of the query distribution, one query per slot."""
+
+    position: Int[np.ndarray, "B"]
+    """Positions in the table of the rows whose captions are queried."""
+    text: Float32[np.ndarray, "B T"]
+    """Text embeddings DE, with jitter if there is any."""
+    r: Float32[np.ndarray, "B L"]
+    """Noise R."""
+    uniforms: Float32[np.ndarray, "B 8"]
+
+
+class Pairs(NamedTuple):
+    """The pair of each query: text embedding, latent, and row id (None: the query's own row)."""
+
+    text: Float32[np.ndarray, "B T"]
+    latent: Float16[np.ndarray, "B L"]
+    row_id: Int[np.ndarray, "B"] | None
 
 
 class NeighborStream:
-    """Iterate (step, batch) from `start` on, without end."""
+    """Iterate over (step, batch) from a given step on, without end."""
 
     def __init__(
         self,
         table: Table,
-        neighbors: NeighborSearch,
+        search: NeighborSearch,
+        config: StreamConfig,
         *,
-        batch_size: int,
-        seed: int,
         start: int = 0,
-        coupling: str = "nearest",
-        process: int = 0,
-        processes: int = 1,
-        reuse: int = 1,
-        k: int = 1,
-        temperature: float = 1.0,
-        condition: str = "close",
-        jitter: float = 0.0,
-        describe: Describe | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+        encode_tokens: EncodeTokens | None = None,
     ) -> None:
-        """Draw descriptions from the training rows of `table`, from step `start` on.
+        """Draw queries from the training rows of `table`, and retrieve their pairs by `search`.
 
-        Of the `batch_size` slots of a step each of several processes gets an equal run; each draw serves `reuse` steps.
-        With `k` above 1 the pair is drawn from the k nearest, by exp(-squared distance / temperature). What is asked
-        for is moved by a random vector, `jitter` times as long as it; the network is told it, or the close pair's
-        description, by `describe` with its token states.
+        Each of several processes gets an equal range of the slots of a batch. `encode_tokens` adds token embeddings to
+        the conditioning. Raises OptionError if the batch size is not a multiple of the number of processes.
         """
-        if coupling not in COUPLINGS:
-            raise OptionError(f"--coupling {coupling!r} is unknown: choose one of {', '.join(COUPLINGS)}")
-        self._table, self._neighbors, self._coupling = table, neighbors, coupling
-        if condition not in CONDITIONS:
-            raise OptionError(f"--condition {condition!r} is unknown: choose one of {', '.join(CONDITIONS)}")
-        if batch_size % processes:
-            raise OptionError(f"--batch-size {batch_size} cannot be shared by {processes} processes: give a multiple")
-        self._offsets = table.positions(TRAIN)
-        self._batch_size, self._seed, self._start = batch_size, seed, start
-        self._share, self._reuse = batch_size // processes, reuse
-        self._k, self._temperature = k, temperature
-        self._condition, self._jitter, self._describe = condition, jitter, describe
-        self._slots = slice(process * self._share, (process + 1) * self._share)
-        self.waited = 0.0
-        """Seconds that the consumer has waited for a batch, so far."""
+        if config.batch_size % num_processes:
+            raise OptionError(
+                f"--batch-size {config.batch_size} cannot be divided among {num_processes} processes: use a multiple "
+                f"of {num_processes}"
+            )
+        self._table, self._search, self._config, self._start = table, search, config, start
+        self._positions = table.positions(TRAIN)
+        self._count = config.batch_size // num_processes
+        self._slots = slice(process_index * self._count, (process_index + 1) * self._count)
+        self._encode_tokens = encode_tokens
+        self.waiting_seconds = 0.0
+        """Seconds that the consumer has waited for batches so far."""
+
+    def queries(self, first: int, count: int) -> Queries:
+        """Return the queries of this process's slots in the steps `first` to `first + count - 1`."""
+        steps = range(first, first + count)
+        rows, r = (np.concatenate(parts) for parts in zip(*map(self._draw, steps), strict=True))
+        position = self._positions[rows]
+        text = self._table.take(position, "text").astype(np.float32)
+        text = text + np.concatenate([*map(self._jitter, steps)]) * np.linalg.norm(text, axis=1, keepdims=True)
+        return Queries(position, text, r, np.concatenate([*map(self._uniforms, steps)]))
 
     def batches(self, first: int, count: int) -> list[Batch]:
-        """`count` draws from `first` on, found by one search; each is what it would be alone."""
-        drawn = [self._draw(step) for step in range(first, first + count)]
-        rows, r, noise, uniforms = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        asked = self._offsets[rows]
-        query = self._table.take(asked, "text").astype(np.float32)
-        query = query + noise * np.linalg.norm(query, axis=1, keepdims=True)
-        if self._coupling == "nearest":
-            row, text, latent = self._nearest(query, r, uniforms[:, -1])
+        """Return the batches of `count` steps from one search; each equals the batch of a search of its own."""
+        queries = self.queries(first, count)
+        pairs = self._pairs(queries)
+        y = self._table.meta.geometry.to_coordinates(pairs.latent)
+        arrays = (queries.r, self._conditioning(queries, pairs, count), y, queries.uniforms)
+        parts = [torch.split(torch.from_numpy(array), self._count) for array in arrays]
+        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def _draw(self, step: int) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B L"]]:
+        size, seed = self._config.batch_size, self._config.seed
+        rows = draw_rows(len(self._positions), size, seed=seed, step=step)
+        r = draw_points(self._table.meta.geometry, size, seed=seed, step=step)
+        return rows[self._slots], r[self._slots]
+
+    def _jitter(self, step: int) -> Float32[np.ndarray, "B _"]:
+        config = self._config
+        if not config.jitter:
+            return np.zeros((self._count, 1), np.float32)
+        noise = draw_jitter(config.batch_size, self._table.meta.geometry.text_dim, seed=config.seed, step=step)
+        return np.float32(config.jitter) * noise[self._slots]
+
+    def _uniforms(self, step: int) -> Float32[np.ndarray, "B 8"]:
+        return draw_uniforms(self._config.batch_size, NUM_UNIFORMS, seed=self._config.seed, step=step)[self._slots]
+
+    def _pairs(self, queries: Queries) -> Pairs:
+        if self._config.coupling == "independent":
+            return Pairs(queries.text, self._table.take(queries.position, "latent"), None)
+        vectors = self._table.meta.geometry.queries(queries.text, queries.r)
+        nearest = self._search.nearest(vectors, self._config.num_neighbors)
+        neighbor = sample_neighbor(nearest.distance / self._config.temperature, queries.uniforms[:, -1])
+        chosen = np.arange(len(neighbor)), neighbor
+        return Pairs(nearest.text[chosen].astype(np.float32), nearest.latent[chosen], nearest.row[chosen])
+
+    def _conditioning(self, queries: Queries, pairs: Pairs, count: int) -> Float32[np.ndarray, "B K T"]:
+        if self._config.condition == "query":
+            pairs = pairs._replace(text=queries.text, row_id=None)
+        if self._encode_tokens is None:
+            return pairs.text[:, None]
+        if pairs.row_id is None:
+            captions = self._table.take(queries.position, "caption")
         else:
-            row, text, latent = None, query, self._table.take(asked, "latent")
-        if self._condition == "query":
-            row, text = None, query
-        if self._describe is None:
-            told = text[:, None]
-        else:
-            take = self._table.take if row is None else self._table.take_row_ids
-            captions = take(asked if row is None else row, "caption")
-            # One step at a time, because the last bits of an embedding depend on what else is in its batch.
-            told = np.concatenate([self._describe(part.tolist()) for part in np.split(captions, count)])
-        whole = (r, query, told, self._table.meta.geometry.to_coordinates(latent), uniforms)
-        parts = [torch.split(torch.from_numpy(array), self._share) for array in whole]
-        return [Batch(*arrays) for arrays in zip(*parts, strict=True)]
-
-    def _draw(self, step: int) -> tuple[Any, ...]:
-        """Row numbers, points, noise of descriptions and uniforms of our slots of one step."""
-        geometry, count, at = self._table.meta.geometry, self._batch_size, {"seed": self._seed, "step": step}
-        noise: Float32[np.ndarray, "B _"] = np.zeros((count, 1), np.float32)
-        if self._jitter:
-            noise = np.float32(self._jitter) * draw_jitter(count, geometry.text_dim, **at)
-        whole = draw_rows(len(self._offsets), count, **at), draw_points(geometry, count, **at), noise
-        return *(array[self._slots] for array in whole), self._dice(step)
-
-    def _nearest(
-        self,
-        query: Float32[np.ndarray, "B T"],
-        r: Float32[np.ndarray, "B L"],
-        die: Float32[np.ndarray, "B"],
-    ) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B T"], Float16[np.ndarray, "B L"]]:
-        """Row ids, descriptions and latents of the close pairs."""
-        pairs = self._neighbors.nearest(self._table.meta.geometry.queries(query, r), self._k)
-        chosen = np.arange(len(r)), draw_one(pairs.distance / self._temperature, die)
-        return pairs.row[chosen], pairs.text[chosen].astype(np.float32), pairs.latent[chosen]
-
-    def _dice(self, step: int) -> Float32[np.ndarray, "B D"]:
-        return draw_uniforms(self._batch_size, DICE, seed=self._seed, step=step)[self._slots]
+            captions = self._table.take_row_ids(pairs.row_id, "caption")
+        # One step at a time, because the last bits of an embedding depend on what else is in its batch.
+        return np.concatenate([self._encode_tokens(part.tolist()) for part in np.split(captions, count)])
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """Yield steps in order: every draw of a group once, then all of them again."""
-        if self._reuse == 1:
-            yield from enumerate(self._found(self._start), self._start)
+        """Yield steps in order; with reuse, the pairs of a group once, then all of them again."""
+        if self._config.reuse == 1:
+            yield from enumerate(self._retrieved(self._start), self._start)
             return
-        group = self._start // (GROUP * self._reuse)
-        found = self._found(group * GROUP)
-        for first in itertools.count(group * GROUP * self._reuse, GROUP * self._reuse):
-            held = list(itertools.islice(found, GROUP))
-            for step in range(max(first, self._start), first + GROUP * self._reuse):
-                uniforms = torch.from_numpy(self._dice(step))
-                yield step, replace(held[(step - first) % GROUP], uniforms=uniforms)
+        steps_per_group = REUSE_GROUP * self._config.reuse
+        group = self._start // steps_per_group
+        retrieved = self._retrieved(group * REUSE_GROUP)
+        for first in itertools.count(group * steps_per_group, steps_per_group):
+            held = list(itertools.islice(retrieved, REUSE_GROUP))
+            for step in range(max(first, self._start), first + steps_per_group):
+                uniforms = torch.from_numpy(self._uniforms(step))
+                yield step, replace(held[(step - first) % REUSE_GROUP], uniforms=uniforms)
 
-    def _found(self, first: int) -> Iterator[Batch]:
-        """Draws from `first` on, searched ahead in the background."""
-        together = max(1, QUERIES_PER_SEARCH // self._share)
-        # While a group is used again the next one is searched, whole.
-        ahead = SEARCHES_AHEAD if self._reuse == 1 else max(SEARCHES_AHEAD, -(-GROUP // together))
+    def _retrieved(self, first: int) -> Iterator[Batch]:
+        """Yield the batches from `first` on, each retrieved once, by searches ahead in the background."""
+        steps_per_search = max(1, QUERIES_PER_SEARCH // self._count)
+        # While a group is reused the whole next one is searched.
+        depth = SEARCHES_AHEAD if self._config.reuse == 1 else max(SEARCHES_AHEAD, -(-REUSE_GROUP // steps_per_search))
         pending: deque[Future[list[Batch]]] = deque()
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
             try:
-                for asked in itertools.count(first, together):
-                    pending.append(pool.submit(self.batches, asked, together))
-                    if len(pending) <= ahead:
+                for step in itertools.count(first, steps_per_search):
+                    pending.append(pool.submit(self.batches, step, steps_per_search))
+                    if len(pending) <= depth:
                         continue
                     began = time.perf_counter()
-                    found = pending.popleft().result()
-                    self.waited += time.perf_counter() - began
-                    yield from found
+                    batches = pending.popleft().result()
+                    self.waiting_seconds += time.perf_counter() - began
+                    yield from batches
             finally:
                 for future in pending:
                     future.cancel()
 
 
-def draw_one(energy: Float[np.ndarray, "B K"], die: Float32[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-    """For each row one of K by exp(-energy), decided by a number uniform in [0, 1)."""
+def sample_neighbor(energy: Float[np.ndarray, "B K"], uniform: Float32[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+    """Sample one of K neighbors per row, with probability proportional to exp(-energy), from uniform numbers."""
     weight = np.exp(energy.min(1, keepdims=True) - energy.astype(np.float64))
-    reached = weight.cumsum(1) > die[:, None] * weight.sum(1, keepdims=True)
+    reached = weight.cumsum(1) > uniform[:, None] * weight.sum(1, keepdims=True)
     return np.asarray(reached.argmax(1))
+
+
+def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:
+    """Return the reuse on a CPU for a network whose forward pass takes `flops` operations per image."""
+    index, rows, dim = table.meta.index, len(table.positions(TRAIN)), table.meta.geometry.vector_dim
+    training = 3 * flops
+    if exact or index is None or index.num_partitions is None:
+        searching = 2.0 * rows * dim
+    else:
+        scanned = rows * (index.nprobes or 1) / index.num_partitions
+        searching = FLOPS_PER_QUERY + FLOPS_PER_SCANNED_ENTRY * scanned * dim
+    return _clip_reuse(searching / training)
+
+
+def measure_reuse(
+    stream: Iterable[tuple[int, Batch]],
+    train: Callable[[Batch], None],
+    *,
+    steps: int = 16,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Return the reuse with which `stream` keeps up with `train`, from the seconds that steps of each take alone."""
+    batches = iter(stream)
+    _, batch = next(batches)
+    began = clock()
+    for _ in range(steps):
+        next(batches)
+    searching = clock() - began
+    train(batch)
+    began = clock()
+    for _ in range(steps):
+        train(batch)
+    training = clock() - began
+    return _clip_reuse(1.1 * searching / training)
+
+
+def _clip_reuse(ratio: float) -> int:
+    return int(np.clip(np.ceil(ratio), 1, MAX_REUSE))

@@ -33,7 +33,7 @@ from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.exam import ExamConfig
 from trainer.objectives.base import make_objective
-from trainer.stream import NeighborStream
+from trainer.stream import NeighborStream, StreamConfig
 
 
 class Kind(NamedTuple):
@@ -85,7 +85,7 @@ ADHERENCE = ("class_accuracy", "caption_first")
 
 def rates(table: Table, kinds: dict[str, Kind], size: str, rounds: int, seconds: float) -> dict[str, float]:
     """Steps per second of each objective alone, targets in memory, taking turns."""
-    stream = NeighborStream(table, open_search(table), batch_size=BATCH, seed=0)
+    stream = NeighborStream(table, open_search(table), StreamConfig(batch_size=BATCH))
     found = [batch for _, batch in itertools.islice(stream, 8)]
     objectives = {
         name: make_objective(kind.objective, kind.preset, **kind.hyperparameters) for name, kind in kinds.items()

@@ -1,7 +1,7 @@
-"""What the toy benches share: a bank of pairs, a small network trained on it by an objective, and where n steps lead.
+"""Small training runs for the toy benchmarks: a bank of pairs, a small network trained on it, and its samples.
 
-The objectives, the optimizer and the network's layers are the project's; only the network is narrower than its `tiny`,
-because a toy is trained a hundred times on one core. Descriptions are never dropped, since no guidance is asked for.
+The objectives, the optimizer and the network's layers are the project's. Only the network is narrower than `tiny`,
+because a benchmark trains a hundred of them on one core. No condition is dropped out, since no guidance is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from trainer.models.base import Network, NetworkConfig
 from trainer.models.mlp import MLP, Block
 from trainer.objectives.base import Objective, Training, make_objective
 from trainer.optimizer import Optimizer
-from trainer.stream import DICE, Batch
+from trainer.stream import NUM_UNIFORMS, Batch
 
 BATCH = 256
 DEPTH = 3
@@ -27,22 +27,22 @@ LEARNING_RATE, EMA_DECAY = 5e-3, 0.998
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Bank:
-    """RetrievedPairs drawn beforehand, in a random order, in the coordinates that the network lives in."""
+    """Pairs drawn ahead, in a random order and in coordinates."""
 
     r: Float32[np.ndarray, "B L"]
     text: Float32[np.ndarray, "B T"]
     y: Float32[np.ndarray, "B L"]
 
     def batch(self, step: int, seed: int) -> Batch:
-        """The step's pairs, each used again after all others, with uniforms of its own."""
+        """Return the pairs of a training step with uniforms of its own; the bank is cycled through."""
         rows = (step * BATCH + np.arange(BATCH)) % len(self.r)
         r, text, y = (torch.from_numpy(part[rows]) for part in (self.r, self.text, self.y))
-        uniforms = torch.from_numpy(draw_uniforms(BATCH, DICE, seed=seed, step=step))
-        return Batch(r=r, query=text, text=text[:, None], y=y, uniforms=uniforms)
+        uniforms = torch.from_numpy(draw_uniforms(BATCH, NUM_UNIFORMS, seed=seed, step=step))
+        return Batch(r=r, text=text[:, None], y=y, uniforms=uniforms)
 
 
 class SmallMLP(MLP):
-    """The project's MLP in a shape of ours."""
+    """The project's MLP with another width and depth."""
 
     def __init__(self, latent_dim: int, text_dim: int, width: int) -> None:
         shape = {"channels": latent_dim, "height": 1, "width": 1, "text_dim": text_dim}
@@ -54,22 +54,22 @@ class SmallMLP(MLP):
 
 
 def objective_of(name: str, preset: str = "default") -> Objective:
-    """An objective that drops no descriptions; `clock` is the default one that is told the time."""
+    """Make an objective without condition dropout; `clock` is the default preset with time conditioning."""
     if preset == "clock":
         return make_objective(name, "default", dropout=0.0, clock=True)
     return make_objective(name, preset, dropout=0.0)
 
 
 def train(objective: Objective, bank: Bank, *, steps: int, width: int, seed: int) -> Network:
-    """A fresh network after so many steps, with its averaged weights."""
+    """Train a new network and return it with its averaged weights."""
     torch.manual_seed(seed)
     network = SmallMLP(bank.y.shape[1], bank.text.shape[1], width)
     optimizer = Optimizer(network, steps=steps, learning_rate=LEARNING_RATE, ema_decay=EMA_DECAY)
-    teacher = optimizer.teacher(network)
     for step in range(steps):
-        optimizer.step(objective.loss(network, bank.batch(step, seed), Training(step / steps, teacher)).total)
-    optimizer.use_average()
-    return network.eval().requires_grad_(False)
+        training = Training(step / steps, optimizer.teacher)
+        optimizer.step(objective.loss(network, bank.batch(step, seed), training).total)
+    averaged: Network = optimizer.averaged_model.eval()
+    return averaged
 
 
 @torch.inference_mode()
@@ -81,13 +81,13 @@ def lead(
     steps: int,
     noise: Callable[[], Float32[np.ndarray, "B L"]],
 ) -> Float32[np.ndarray, "B L"]:
-    """Where so many steps lead from R; `noise` draws fresh points of the same law."""
-    x, told = torch.from_numpy(r), torch.from_numpy(text)[:, None]
+    """Return the samples of so many steps from R; `noise` draws fresh noise of the same distribution."""
+    x, condition = torch.from_numpy(r), torch.from_numpy(text)[:, None]
     for i in range(steps):
-        x = objective.step(network, x, told, i, steps, 1.0, lambda: torch.from_numpy(noise())).x
+        x = objective.step(network, x, condition, i, steps, 1.0, lambda: torch.from_numpy(noise())).x
     return x.numpy()
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation of a figure over the seeds."""
+    """Return the mean and standard deviation of a metric over the seeds."""
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}

@@ -1,1 +1,1 @@
-"""Train image and text autoencoders on a source's own images and captions."""
+"""Train small image and text autoencoders on a source's own samples."""

@@ -1,8 +1,8 @@
-"""Pictures and captions of a source in memory, split as `pipeline encode` splits them, for training autoencoders."""
+"""Images and captions of a source in memory, split as `pipeline encode` splits them, for training autoencoders."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,63 +14,72 @@ from pipeline.images import Rejected, decode_caption, decode_image, quiet_pillow
 from pipeline.sources.read import Sample, list_shards, read_samples
 
 MAX_BYTES = 4 * 2**30
+"""Memory for decoded images."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Split:
-    """Training and held-out pictures; of a small source none may be held out."""
+class Images(NamedTuple):
+    """Training and held-out images; a small source may have no held-out ones."""
 
     train: UInt8[np.ndarray, "N H W 3"]
     heldout: UInt8[np.ndarray, "M H W 3"]
 
 
-def load_pictures(
-    sources: Sequence[str], size: int, *, val_fraction: float, limit: int, log: Path | None = None
-) -> Split:
-    """The first `limit` pictures that can be decoded, or as many as fit into `MAX_BYTES`.
+class Captions(NamedTuple):
+    """Distinct training and held-out captions; a small source may have no held-out ones."""
 
-    A row held out here is held out in a table of the same share.
+    train: list[str]
+    heldout: list[str]
+
+
+def load_images(
+    sources: Sequence[str], image_size: int, *, val_fraction: float, limit: int, log: Path | None = None
+) -> Images:
+    """Decode the first `limit` valid images of the sources, or as many as fit into `MAX_BYTES`.
+
+    An image is held out if and only if a table encoded with the same `val_fraction` holds it out. Raises SourceError if
+    there are no training images.
     """
-    shards = list_shards(sources)
     quiet_pillow()
-    limit = min(limit, MAX_BYTES // (3 * size * size))
-    parts: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {TRAIN: [], HELDOUT: []}
-    with Progress("read pictures", total=None, unit="pictures", log=log) as bar:
+    limit = min(limit, MAX_BYTES // (3 * image_size * image_size))
+    splits: dict[str, list[UInt8[np.ndarray, "H W 3"]]] = {TRAIN: [], HELDOUT: []}
+    shards = list_shards(sources)
+    with Progress("read images", total=None, unit="images", log=log) as bar:
         for sample in _samples(shards):
             try:
-                pixels = decode_image(sample.image, size).pixels
+                pixels = decode_image(sample.image, image_size).pixels
             except Rejected:
                 continue
-            parts[split_of(row_id(sample.key, sample.image or b""), val_fraction)].append(pixels)
+            splits[split_of(row_id(sample.key, sample.image or b""), val_fraction)].append(pixels)
             bar.advance()
             if bar.done == limit:
                 break
-    if not parts[TRAIN]:
-        raise SourceError(f"no pictures to train on in {', '.join(sources)}")
-    nothing = np.empty((0, size, size, 3), np.uint8)
-    return Split(np.stack(parts[TRAIN]), np.stack(parts[HELDOUT]) if parts[HELDOUT] else nothing)
+    if not splits[TRAIN]:
+        raise SourceError(f"no training images in {', '.join(sources)}: use shards that hold images")
+    empty = np.empty((0, image_size, image_size, 3), np.uint8)
+    return Images(np.stack(splits[TRAIN]), np.stack(splits[HELDOUT]) if splits[HELDOUT] else empty)
 
 
-def load_captions(
-    sources: Sequence[str], *, val_fraction: float, limit: int, log: Path | None = None
-) -> tuple[list[str], list[str]]:
-    """Distinct training and held-out captions of the first `limit` samples, split by the caption itself."""
+def load_captions(sources: Sequence[str], *, val_fraction: float, limit: int, log: Path | None = None) -> Captions:
+    """Read the distinct captions of the first `limit` valid samples; equal captions are in the same split.
+
+    Raises SourceError if there are no training captions.
+    """
+    splits: dict[str, str] = {}
     shards = list_shards(sources)
-    seen: dict[str, str] = {}
     with Progress("read captions", total=None, unit="captions", log=log) as bar:
         for sample in _samples(shards):
             try:
                 caption = decode_caption(sample.caption)
             except Rejected:
                 continue
-            seen.setdefault(caption, split_of(row_id(caption, b""), val_fraction))
+            splits.setdefault(caption, split_of(row_id(caption, b""), val_fraction))
             bar.advance()
             if bar.done == limit:
                 break
-    train = [caption for caption, split in seen.items() if split != HELDOUT]
+    train = [caption for caption, split in splits.items() if split != HELDOUT]
     if not train:
-        raise SourceError(f"no captions to train on in {', '.join(sources)}")
-    return train, [caption for caption, split in seen.items() if split == HELDOUT]
+        raise SourceError(f"no training captions in {', '.join(sources)}: use shards that hold captions")
+    return Captions(train, [caption for caption, split in splits.items() if split == HELDOUT])
 
 
 def _samples(shards: Sequence[str]) -> Iterator[Sample]:
