@@ -32,7 +32,7 @@ from index.search.ann import open_search
 from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.exam import ExamConfig
-from trainer.objectives.base import make_objective
+from trainer.objectives.registry import make_objective
 from trainer.stream import NeighborStream, StreamConfig
 
 
@@ -47,7 +47,14 @@ class Kind(NamedTuple):
 
 
 DEFAULT, FLOW = "coalescer", "flow_matching-independent"
-OVERSHOOTING = {"rule": "even", "consistency": 1, "ramp": 0, "gap": 1, "segment": 0.7}
+OVERSHOOTING = {
+    "step_rule": "even",
+    "consistency": 1,
+    "consistency_ramp": 0,
+    "consistency_gap": 1,
+    "segment": 0.7,
+}
+SOFTER = {"consistency": 3, "consistency_ramp": 0, "consistency_gap": 0.3, "segment": 0.7}
 SETS = {
     "rivals": {
         DEFAULT: Kind("coalescer"),
@@ -65,15 +72,17 @@ SETS = {
     "parts": {
         DEFAULT: Kind("coalescer"),
         "no-consistency": Kind("coalescer", hyperparameters={"consistency": 0}),
-        "early-consistency": Kind("coalescer", hyperparameters={"consistency": 10, "ramp": 0}),
-        "softer": Kind("coalescer", hyperparameters={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
-        "far-consistency": Kind("coalescer", hyperparameters={"consistency": 1, "ramp": 0, "gap": 1}),
+        "early-consistency": Kind("coalescer", hyperparameters={"consistency": 10, "consistency_ramp": 0}),
+        "softer": Kind("coalescer", hyperparameters=SOFTER),
+        "far-consistency": Kind(
+            "coalescer", hyperparameters={"consistency": 1, "consistency_ramp": 0, "consistency_gap": 1}
+        ),
         "no-confidence": Kind("coalescer", hyperparameters={"confidence_weight": 0}),
         "no-segment": Kind("coalescer", hyperparameters={"segment": 0, "consistency": 0}),
-        "clock": Kind("coalescer", hyperparameters={"clock": 1}),
-        "even": Kind("coalescer", hyperparameters={"rule": "even"}),
+        "time-conditioning": Kind("coalescer", hyperparameters={"time_conditioning": 1}),
+        "even": Kind("coalescer", hyperparameters={"step_rule": "even"}),
         "overshooting": Kind("coalescer", hyperparameters=OVERSHOOTING),
-        "own": Kind("coalescer", hyperparameters={"segment": 0.7, "own": 0.2}),
+        "self-segment": Kind("coalescer", hyperparameters={"segment": 0.7, "self_segment": 0.2}),
         "no-reuse": Kind("coalescer", reuse=1),
         "no-search": Kind("coalescer", "independent"),
     },
