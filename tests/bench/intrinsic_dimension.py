@@ -8,9 +8,9 @@ search. Geometry and balance are the project's: coordinates standardized, R and 
 Quality is that of 2,000 samples against as many fresh points of the same clusters, in coordinates: the Frechet distance
 over the number of dimensions, the energy distance, the sliced Wasserstein distance, precision and coverage. The Frechet
 distance forgives samples off the clusters' planes, precision and coverage samples that have shrunk toward their means,
-so read them together. References are training rows (as good as it gets) and retrieved pairs (a perfect network). The linear
-probe is the held-out R^2 of a ridge fit from R and caption to the target, next to that of the caption alone. Seeds
-change the data too.
+so read them together. References are training rows (as good as it gets) and retrieved pairs (a perfect network). The
+linear probe is the held-out R^2 of a ridge fit from R and caption to the target, next to that of the caption alone.
+Seeds change the data too.
 """
 
 import sys

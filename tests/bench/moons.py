@@ -6,10 +6,11 @@ all is scaled by three. W2 is the squared Wasserstein distance, as POT's exact s
 the moon (`label`), or the target's first coordinate (`coordinate`), whose weight leaves 5% of a batch no farther from a
 point than its own pair. Assignments are of 1,024 points.
 
-Differences: points are divided by UNIT, so that R has about variance 1 as networks expect. The network is ours, with 50,000 weights against 400,000, for a tenth of the 20,000 training steps, on 16,384 pairs. W2 is of 2,000 points
-against 10,000, hence the references, and of equally many points of each Gaussian, whose counts by chance would outweigh
-many a difference. `nearest` searches among 2,000 fixed targets with dual potentials, with the assignments' weight of
-the condition.
+Differences: points are divided by UNIT, so that R has about variance 1 as networks expect. The network is ours, with
+50,000 weights against 400,000, for a tenth of the 20,000 training steps, on 16,384 pairs. W2 is of 2,000 points against
+10,000, hence the references, and of equally many points of each Gaussian, whose counts by chance would outweigh many a
+difference. `nearest` searches among 2,000 fixed targets with dual potentials, with the assignments' weight of the
+condition.
 """
 
 import sys

@@ -16,7 +16,7 @@ def fraction(default: float) -> Any:
     return _bounded(default, lambda value: 0 <= value <= 1, "use a number from 0 to 1")
 
 
-def positive(default: float) -> Any:
+def positive(default: float | int) -> Any:
     """Declare a hyperparameter above 0."""
     return _bounded(default, lambda value: value > 0, "use a number above 0")
 
