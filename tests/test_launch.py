@@ -1,4 +1,4 @@
-"""Training as other processes do it: killed at any moment, or started by a launcher."""
+"""Training in processes of its own: killed at any moment, or started by a launcher."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from trainer.run_folder import checkpoints
 TRAINER = str(Path(sys.executable).parent / "trainer")
 OPTIONS = ["--size", "tiny", "--images", "6400", "--batch-size", "32", "--device", "cpu"]
 GENTLE = ["--learning-rate", "0.0005"]
-"""Ten times lower than usual, so that what rounding changes does not grow from step to step."""
-TIMED = ("time", "seconds", "rate", "waiting")
+"""Ten times lower than usual, so that rounding errors do not grow from step to step."""
+TIMED = ("time", "seconds", "rate", "waiting_fraction")
 
 
 def command(table, out, *more: str) -> list[str]:
@@ -73,7 +73,7 @@ def test_launched_processes_train_as_one_does(gentle, indexed, tmp_path, launche
     launched = [sys.executable, "-m", *launcher, *command(indexed, out, *GENTLE)]
     done = subprocess.run(launched, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((out / "result.json").read_text())["processes"] == processes
+    assert json.loads((out / "result.json").read_text())["num_processes"] == processes
     assert done.stdout.count("images_per_second") == 1
     # The same slots, summed in another order: the same loss to float precision all along.
     one, two = ([line["loss"] for line in curve(run)] for run in (gentle, out))
@@ -81,7 +81,7 @@ def test_launched_processes_train_as_one_does(gentle, indexed, tmp_path, launche
 
 
 def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
-    """Its derivative passes by the wrapper that sums gradients; what is learned does not."""
+    """Its derivative bypasses the wrapper that sums gradients; the gradient of its loss does not."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29512"]
     for name, before in (("one", []), ("two", [*launcher, "--no-python"])):
         options = ["--objective", "mean_flow", "--images", "640"]
@@ -93,7 +93,7 @@ def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
 
 
 def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
-    subprocess.run(command(indexed, tmp_path / "run", "--precision", "bf16"), check=True, capture_output=True)
+    subprocess.run(command(indexed, tmp_path / "run", "--dtype", "bfloat16"), check=True, capture_output=True)
     whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))
     assert half["loss"] != whole["loss"]
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)

@@ -1,7 +1,6 @@
-"""The batch of a step depends on (seed, step) alone, and resuming needs nothing else."""
+"""The batch of a step depends on (seed, step) alone, whatever the processes, the reuse and the step of resuming."""
 
 import itertools
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +14,20 @@ from index.search.ann import ExactSearch, open_search
 from index.table.schema import TRAIN
 from index.table.table import open_table
 from pipeline.encoders import TransformersTextEncoder
-from trainer import stream as stream_module
-from trainer.reuse import measure_reuse, plan_reuse
-from trainer.stream import NeighborStream, draw_one
+from trainer.stream import NeighborStream, StreamConfig, measure_reuse, plan_reuse, sample_neighbor
 
 
-def stream(table, **options) -> NeighborStream:
-    return NeighborStream(table, open_search(table), **{"batch_size": 16, "seed": 3, **options})
+def stream(table, search=None, *, start=0, process=0, processes=1, encode_tokens=None, **options) -> NeighborStream:
+    config = StreamConfig(**{"batch_size": 16, "seed": 3, **options})
+    return NeighborStream(
+        table,
+        search or open_search(table),
+        config,
+        start=start,
+        process_index=process,
+        num_processes=processes,
+        encode_tokens=encode_tokens,
+    )
 
 
 def same(a, b) -> bool:
@@ -30,14 +36,14 @@ def same(a, b) -> bool:
 
 def test_iterating_gives_the_batches_of_the_steps_in_order(indexed):
     one = stream(indexed)
-    for wanted, (step, batch) in zip(range(70), one, strict=False):
-        assert step == wanted
+    for expected, (step, batch) in zip(range(70), one, strict=False):
+        assert step == expected
         if step % 23 == 0:
             assert same(batch, one.batches(step, 1)[0])
-    assert one.waited > 0
+    assert one.waiting_seconds > 0
 
 
-def test_a_stream_that_starts_later_goes_on_the_same(indexed):
+def test_a_stream_that_starts_later_has_the_same_batches(indexed):
     whole = [batch for _, batch in itertools.islice(stream(indexed), 75)]
     later = list(itertools.islice(stream(indexed, start=70), 5))
     assert [step for step, _ in later] == [70, 71, 72, 73, 74]
@@ -51,22 +57,22 @@ def test_a_larger_batch_begins_with_the_smaller_one(indexed):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_slots_of_a_step(indexed, processes):
+def test_processes_divide_the_slots_of_a_step(indexed, processes):
     (whole,) = stream(indexed).batches(5, 1)
-    shares = [stream(indexed, process=number, processes=processes).batches(5, 1)[0] for number in range(processes)]
+    parts = [stream(indexed, process=index, processes=processes).batches(5, 1)[0] for index in range(processes)]
     for name in whole.__slots__:
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(share, name) for share in shares]))
-    with pytest.raises(OptionError, match="--batch-size 16 cannot be shared by 3 processes"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    with pytest.raises(OptionError, match="--batch-size 16 cannot be divided among 3 processes: use a multiple of 3"):
         stream(indexed, processes=3)
 
 
-def test_a_reused_draw_comes_back_with_other_dice(indexed):
+def test_a_reused_pair_comes_with_other_uniforms(indexed):
     steps = [batch for _, batch in itertools.islice(stream(indexed, reuse=3), 60)]
     once = stream(indexed).batches(0, 17)
-    for place, drawn in enumerate(once[:16]):
+    for first, retrieved in enumerate(once[:16]):
         for visit in range(3):
-            again = steps[place + 16 * visit]
-            assert same(replace(again, uniforms=drawn.uniforms), drawn)
+            again = steps[first + 16 * visit]
+            assert same(replace(again, uniforms=retrieved.uniforms), retrieved)
     assert len({steps[5 + 16 * visit].uniforms.numpy().tobytes() for visit in range(3)}) == 3
     assert same(replace(steps[48], uniforms=once[16].uniforms), once[16])
     later = list(itertools.islice(stream(indexed, reuse=3, start=37), 23))
@@ -74,12 +80,22 @@ def test_a_reused_draw_comes_back_with_other_dice(indexed):
     assert all(same(a, b) for a, (_, b) in zip(steps[37:], later, strict=True))
 
 
-def test_draws_are_reused_as_often_as_searching_takes_longer(indexed, monkeypatch):
-    assert measure_reuse(stream(indexed), lambda _: time.sleep(0.1)) == 1
-    whole = NeighborStream.batches
-    monkeypatch.setattr(stream_module, "QUERIES_PER_SEARCH", 16)
-    monkeypatch.setattr(NeighborStream, "batches", lambda *given: (time.sleep(0.1), whole(*given))[1])
-    assert 3 <= measure_reuse(stream(indexed), lambda _: time.sleep(0.01)) <= 8
+@pytest.mark.parametrize(
+    ("searching", "training", "reuse"), [(0.01, 0.1, 1), (0.1, 0.1, 2), (0.1, 0.03, 4), (10.0, 0.01, 16)]
+)
+def test_measured_reuse_is_how_much_longer_searching_takes(searching, training, reuse):
+    """With a tenth to spare, and at most 16."""
+    seconds = [0.0]
+
+    def batches():
+        for step in itertools.count():
+            seconds[0] += searching
+            yield step, None
+
+    def train(batch):
+        seconds[0] += training
+
+    assert measure_reuse(batches(), train, clock=lambda: seconds[0]) == reuse
 
 
 def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed, encoded):
@@ -90,68 +106,67 @@ def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed,
     assert plan_reuse(indexed, 10**9, exact=True) == 1
 
 
-def test_the_network_may_be_told_the_query(indexed):
-    (close,), (asked,) = (stream(indexed, condition=each, jitter=0.5).batches(4, 1) for each in ("close", "query"))
-    assert torch.equal(asked.text[:, 0], close.query)
-    assert not torch.equal(close.text[:, 0], close.query)
-    assert torch.equal(asked.y, close.y)
-    with pytest.raises(OptionError, match="--condition 'both' is unknown: choose one of close, query"):
-        stream(indexed, condition="both")
+def test_the_condition_may_be_the_query(indexed):
+    streams = {each: stream(indexed, condition=each, jitter=0.5) for each in ("retrieved", "query")}
+    text = torch.from_numpy(streams["query"].queries(4, 1).text)
+    (retrieved,), (query,) = (each.batches(4, 1) for each in streams.values())
+    assert torch.equal(query.text[:, 0], text)
+    assert not torch.equal(retrieved.text[:, 0], text)
+    assert torch.equal(query.y, retrieved.y)
 
 
-def test_jitter_moves_what_is_asked_for_and_the_search_follows(encoded):
+def test_jitter_moves_the_queries_and_the_search_follows(encoded):
     exact = ExactSearch(encoded)
-
-    def batch(jitter, **options):
-        return NeighborStream(encoded, exact, batch_size=64, seed=0, jitter=jitter, **options).batches(3, 1)[0]
-
-    still, moved = batch(0.0), batch(0.5)
-    length = still.query.norm(dim=1)
-    assert ((moved.query - still.query).norm(dim=1) / length).mean().item() == pytest.approx(0.5, rel=0.1)
+    still, moved = (stream(encoded, exact, batch_size=64, jitter=jitter) for jitter in (0.0, 0.5))
+    before, after = (each.queries(3, 1) for each in (still, moved))
+    length = np.linalg.norm(after.text - before.text, axis=1) / np.linalg.norm(before.text, axis=1)
+    assert length.mean() == pytest.approx(0.5, rel=0.1)
     geometry = encoded.meta.geometry
-    found = exact.nearest(geometry.queries(moved.query.numpy(), moved.r.numpy()))
-    assert np.array_equal(moved.y.numpy(), geometry.to_coordinates(found.latent[:, 0]))
-    assert not torch.equal(moved.y, still.y)
-    halves = [batch(0.5, process=number, processes=2) for number in range(2)]
-    assert torch.equal(moved.query, torch.cat([half.query for half in halves]))
+    nearest = exact.nearest(geometry.queries(after.text, after.r))
+    (batch,) = moved.batches(3, 1)
+    assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(nearest.latent[:, 0]))
+    assert not torch.equal(batch.y, still.batches(3, 1)[0].y)
+    halves = [stream(encoded, exact, batch_size=64, jitter=0.5, process=i, processes=2).queries(3, 1) for i in (0, 1)]
+    assert np.array_equal(after.text, np.concatenate([half.text for half in halves]))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"condition": "query"}, {"coupling": "independent"}], ids=["close", "query", "independent"]
+    "options", [{}, {"condition": "query"}, {"coupling": "independent"}], ids=["retrieved", "query", "independent"]
 )
-def test_token_states_are_those_of_the_caption_that_is_told(indexed, text_encoder, options):
+def test_token_embeddings_are_those_of_the_condition(indexed, text_encoder, options):
     encoder = TransformersTextEncoder(text_encoder)
-    words = partial(encoder.describe, tokens=6)
-    plain, told = (
-        stream(indexed, describe=each, **options).batches(2, 3) for each in (None, words)
-    )  # fmt: skip
-    for before, after in zip(plain, told, strict=True):
+    encode_tokens = partial(encoder.describe, tokens=6)
+    pooled, tokens = (stream(indexed, encode_tokens=each, **options).batches(2, 3) for each in (None, encode_tokens))
+    for before, after in zip(pooled, tokens, strict=True):
         assert after.text.shape == (16, 7, 16)
         assert torch.allclose(after.text[:, 0], before.text[:, 0], atol=2e-3)
         assert after.text[:, 1].norm(dim=1).min() > 0
         assert torch.equal(after.y, before.y)
 
 
-def test_a_pair_is_drawn_from_the_nearest_by_their_distance(encoded):
+def test_a_pair_is_sampled_from_the_nearest_by_their_distance(encoded):
     exact = ExactSearch(encoded)
-
-    def pairs(**options):
-        return NeighborStream(encoded, exact, batch_size=256, seed=0, **options).batches(0, 1)[0]
-
-    nearest, cold, warm = pairs(), pairs(k=4, temperature=1e-6), pairs(k=4, temperature=1e6)
-    assert same(nearest, cold)
-    geometry = encoded.meta.geometry
-    found = exact.nearest(geometry.queries(nearest.query.numpy(), nearest.r.numpy()), 4)
-    latents = geometry.to_coordinates(found.latent)
-    chosen = (latents == warm.y.numpy()[:, None]).all(-1)
+    nearest, cold, warm = (
+        stream(encoded, exact, batch_size=256, **options)
+        for options in (
+            {},
+            {"num_neighbors": 4, "temperature": 1e-6},
+            {"num_neighbors": 4, "temperature": 1e6},
+        )
+    )
+    assert same(nearest.batches(0, 1)[0], cold.batches(0, 1)[0])
+    queries, geometry = warm.queries(0, 1), encoded.meta.geometry
+    four = geometry.to_coordinates(exact.nearest(geometry.queries(queries.text, queries.r), 4).latent)
+    chosen = (four == warm.batches(0, 1)[0].y.numpy()[:, None]).all(-1)
     assert (chosen.sum(1) >= 1).all()
     assert np.allclose(chosen.mean(0), 0.25, atol=0.1)
 
 
-def test_one_of_several_is_drawn_by_its_energy():
-    die = np.random.default_rng(0).random(40_000, dtype=np.float32)
+def test_a_neighbor_is_sampled_by_its_energy():
+    uniform = np.random.default_rng(0).random(40_000, dtype=np.float32)
     energy = np.broadcast_to(np.array([3.0, 3.0 + np.log(2), 3.0 + np.log(4)]), (40_000, 3))
-    assert np.allclose(np.bincount(draw_one(energy, die)) / 40_000, [4 / 7, 2 / 7, 1 / 7], atol=0.01)
+    counts = np.bincount(sample_neighbor(energy, uniform))
+    assert np.allclose(counts / 40_000, [4 / 7, 2 / 7, 1 / 7], atol=0.01)
 
 
 def test_seeds_and_steps_differ(indexed):
@@ -162,47 +177,52 @@ def test_seeds_and_steps_differ(indexed):
 
 
 def test_targets_are_the_nearest_training_pairs(encoded):
-    table = encoded
-    exact = ExactSearch(table)
-    (batch,) = NeighborStream(table, exact, batch_size=64, seed=0).batches(0, 1)
-    geometry = table.meta.geometry
-    vectors = table.column("vector").astype(np.float64)
-    queries = geometry.queries(batch.query.numpy(), batch.r.numpy()).astype(np.float64)
-    best = np.square(queries[:, None] - vectors[None]).sum(-1).argmin(1)
-    assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(table.column("latent")[best]))
-    assert np.array_equal(batch.text[:, 0].numpy(), table.column("text")[best].astype(np.float32))
-    training = {row.tobytes() for row in table.column("text", TRAIN).astype(np.float32)}
-    assert all(row.tobytes() in training for row in batch.query.numpy())
+    one = stream(encoded, ExactSearch(encoded), batch_size=64)
+    queries, (batch,) = one.queries(0, 1), one.batches(0, 1)
+    geometry = encoded.meta.geometry
+    vectors = encoded.column("vector").astype(np.float64)
+    query_vectors = geometry.queries(queries.text, queries.r).astype(np.float64)
+    best = np.square(query_vectors[:, None] - vectors[None]).sum(-1).argmin(1)
+    assert np.array_equal(batch.r.numpy(), queries.r)
+    assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(encoded.column("latent")[best]))
+    assert np.array_equal(batch.text[:, 0].numpy(), encoded.column("text")[best].astype(np.float32))
+    training = {row.tobytes() for row in encoded.column("text", TRAIN).astype(np.float32)}
+    assert all(row.tobytes() in training for row in queries.text)
 
 
-def test_independent_coupling_pairs_a_description_with_its_own_latent(encoded):
-    table = encoded
-    (batch,) = NeighborStream(table, ExactSearch(table), batch_size=64, seed=0, coupling="independent").batches(0, 1)
-    assert torch.equal(batch.text[:, 0], batch.query)
-    texts = [row.tobytes() for row in table.column("text").astype(np.float32)]
-    latents = table.meta.geometry.to_coordinates(table.column("latent"))
-    pairs = {(text, latent.tobytes()) for text, latent in zip(texts, latents, strict=True)}
-    drawn = zip(batch.text[:, 0].numpy(), batch.y.numpy(), strict=True)
-    assert all((text.tobytes(), latent.tobytes()) in pairs for text, latent in drawn)
+def test_independent_coupling_pairs_a_caption_with_its_own_latent(encoded):
+    one = stream(encoded, ExactSearch(encoded), batch_size=64, coupling="independent")
+    queries, (batch,) = one.queries(0, 1), one.batches(0, 1)
+    assert np.array_equal(batch.text[:, 0].numpy(), encoded.take(queries.position, "text").astype(np.float32))
+    latents = encoded.meta.geometry.to_coordinates(encoded.take(queries.position, "latent"))
+    assert np.array_equal(batch.y.numpy(), latents)
+    assert set(queries.position) <= set(encoded.positions(TRAIN))
 
 
-def test_searches_ahead_are_bounded(indexed, monkeypatch):
-    asked = []
-    whole = NeighborStream.batches
-    monkeypatch.setattr(NeighborStream, "batches", lambda self, a, n: (asked.append(a), whole(self, a, n))[1])
-    for step, _ in stream(indexed, batch_size=512):
-        assert max(asked) <= step + 2 * stream_module.SEARCHES_AHEAD * 2
-        if step == 10:
-            break
+class Search:
+    """A search that counts its queries, and fails after some of them."""
+
+    def __init__(self, table, fail_after=np.inf):
+        self.search, self.fail_after, self.queries = open_search(table), fail_after, 0
+
+    def nearest(self, queries, k=1):
+        self.queries += len(queries)
+        if self.queries > self.fail_after:
+            raise ValueError("the disk is gone")
+        return self.search.nearest(queries, k)
 
 
-def test_an_error_in_the_background_is_raised_where_batches_are_used(indexed, monkeypatch):
-    def broken(self, first, count):
-        raise ValueError("the disk is gone")
+def test_searches_ahead_are_bounded(indexed):
+    search = Search(indexed)
+    for step, _ in itertools.islice(stream(indexed, search, batch_size=512), 11):
+        # Two steps fit into a search; one search is in use, three more have begun at most.
+        assert search.queries <= (2 * (step // 2 + 1) + 6) * 512
 
-    monkeypatch.setattr(NeighborStream, "batches", broken)
+
+def test_an_error_in_the_background_is_raised_in_the_foreground(indexed):
+    batches = iter(stream(indexed, Search(indexed, fail_after=2048)))
     with pytest.raises(ValueError, match="the disk is gone"):
-        next(iter(stream(indexed)))
+        list(itertools.islice(batches, 1000))
 
 
 def test_the_table_version_is_pinned(shapes, encode_shapes, tmp_path):
@@ -212,6 +232,16 @@ def test_the_table_version_is_pinned(shapes, encode_shapes, tmp_path):
     assert same(stream(table).batches(0, 1)[0], before)
 
 
-def test_an_unknown_coupling_is_refused(indexed):
-    with pytest.raises(OptionError, match="nearest, independent"):
-        stream(indexed, coupling="random")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coupling": "random"}, "--coupling 'random' is unknown: choose one of nearest, independent"),
+        ({"condition": "both"}, "--condition 'both' is unknown: choose one of retrieved, query"),
+        ({"num_neighbors": 0}, "--num-neighbors 0 is out of range: use 1 or more"),
+        ({"temperature": 0.0}, "--temperature 0 is out of range: use a number above 0"),
+        ({"jitter": -0.1}, "--jitter -0.1 is out of range: use 0 or a fraction such as 0.1"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(OptionError, match=message):
+        StreamConfig(batch_size=16, **options)

@@ -60,7 +60,7 @@ def fit(
     Under `accelerate launch` or `torchrun` the processes divide the slots of each batch.
 
     Raises:
-        RunError: `out` holds a run already, cannot be resumed with these settings, or the loss is not finite.
+        RunError: `out` is a training run already, cannot be resumed with these settings, or the loss is not finite.
         EncoderError: an encoder is not the one that the table was encoded with.
     """
     if resume:
@@ -77,7 +77,7 @@ class Trainer:
 
     def __init__(self, table: Table, config: FitConfig, out: Path, runtime: RuntimeConfig, *, resume: bool) -> None:
         """Initialize the network from the seed, and open the table's search."""
-        self.table, self.out, self.runtime, self.resume = table, out, runtime, resume
+        self.table, self.config, self.out, self.runtime, self.resume = table, config, out, runtime, resume
         self.accelerator = _make_accelerator(config, runtime, out)
         self.device = str(self.accelerator.device)
         self.objective = make_objective(config.objective, config.preset, **config.hyperparameters)
@@ -87,7 +87,6 @@ class Trainer:
         self.network: Network = network.to(self.accelerator.device)
         self.search = open_search(table, exact=config.search == "exact", device=self.device)
         self.encode_tokens = self._open_token_encoder()
-        self.config = config
         self.config = replace(config, reuse=self._choose_reuse())
         rate = self.network.default_learning_rate if config.learning_rate is None else config.learning_rate
         self.optimizer = Optimizer(self.network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
@@ -245,7 +244,7 @@ class Divergence:
     """The first step whose gradient was not finite; recorded on the device, so that no step waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin without any such step."""
+        """Start with no such step."""
         self._first = torch.full((3,), -1.0, device=device)  # step, loss, norm of its gradient
 
     def record(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""]) -> None:
@@ -267,7 +266,7 @@ class Divergence:
 
 
 def _make_accelerator(config: FitConfig, runtime: RuntimeConfig, out: Path) -> "Accelerator":
-    """Choose the device, and on a CPU the number of threads."""
+    """Choose the device and, on a CPU, the number of threads."""
     from accelerate import Accelerator
 
     device = pick_device(runtime.device)
@@ -277,6 +276,6 @@ def _make_accelerator(config: FitConfig, runtime: RuntimeConfig, out: Path) -> "
         mixed_precision=MIXED_PRECISION[config.dtype], cpu=device == "cpu", log_with=TRACKER, project_dir=out
     )
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # The other half of the cores searches the next targets.
+        # The other half of the cores is left to the searches ahead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     return accelerator

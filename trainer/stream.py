@@ -5,8 +5,8 @@ any number of processes can divide the slots of the same batches. A bounded numb
 threads, and the time that training waits for them is measured.
 
 Where a search costs more than a training step, each retrieved pair can serve several steps (reuse), each time with
-other uniforms. On a CPU the reuse is planned from counts alone, so the same seed gives the same result on every machine;
-on an accelerator, whose speed is unknown, it is measured when training starts and stored with the run.
+other uniforms. On a CPU the reuse is planned from counts alone, so the same seed gives the same result on every
+machine; on an accelerator, whose speed is unknown, it is measured when training starts and stored with the run.
 """
 
 import itertools

@@ -54,5 +54,5 @@ def train(
         for step in range(config.steps):
             total, parts = loss(rng)
             optimizer.step(total)
-            log.advance(1, **({} if step % LOG_STEPS else {name: value.item() for name, value in parts.items()}))
+            log.advance(1, **({} if step % LOG_STEPS else {part: value.item() for part, value in parts.items()}))
         return optimizer.averaged_model, log.seconds
