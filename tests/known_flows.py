@@ -87,8 +87,8 @@ def derivative(loss, parameter):
 def mean_velocity(x, time, step_size=None):
     """The mean velocity of the flow from N(0, I) to N(CENTER, SPREAD^2 I) over a step.
 
-    With sd(t)^2 = (1 - t)^2 + t^2 SPREAD^2 a point x at time t moves to c t' + (x - c t) sd(t') / sd(t). Written so that
-    a step size of 0 gives the velocity.
+    With sd(t)^2 = (1 - t)^2 + t^2 SPREAD^2 a point x at time t moves to c t' + (x - c t) sd(t') / sd(t). Written so
+    that a step size of 0 gives the velocity.
     """
     step_size = torch.zeros_like(time) if step_size is None else step_size
     square = 1 + SPREAD**2

@@ -27,7 +27,7 @@ from trainer.evaluation.referee import labels_of, open_referee
 from trainer.evaluation.report import columns_of, lines_of
 from trainer.fit import fit
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -165,7 +165,7 @@ def test_classes_are_told_by_a_classifier_and_reconstructions_stand_beside(color
 
 def test_training_rows_have_the_captions_that_are_asked_for(flow, colored, indexed, run):
     for folder, table, few in ((flow, colored, True), (run, indexed, False)):
-        questions = make_questions(Coalescer.from_pretrained(folder), table, 40, seed=0)
+        questions = make_questions(CoalescerPipeline.from_pretrained(folder), table, 40, seed=0)
         rows = like_captions(table, questions)
         assert len(set(rows.tolist())) == len(rows) == 40
         assert set(rows.tolist()) <= set(table.positions(TRAIN).tolist())
@@ -251,7 +251,7 @@ def test_all_runs_of_a_table_share_a_referee(report, indexed, run):
 def test_a_referee_stands_in_the_report_where_nothing_can_be_written_beside(flow, colored, tmp_path, monkeypatch):
     monkeypatch.setattr(referee_module.os, "access", lambda *_: False)
     monkeypatch.setitem(referee_module.BUDGET, "steps", 2)
-    encoder = Coalescer.from_pretrained(flow).image_encoder
+    encoder = CoalescerPipeline.from_pretrained(flow).image_encoder
 
     def opened():
         decode = lambda latents: encoder.decode(latents.reshape(-1, 2, 4, 4))  # noqa: E731
@@ -286,7 +286,7 @@ def test_captions_are_classes_where_they_are_few_and_come_often(colored, indexed
 
 
 def test_more_questions_than_held_out_rows_start_from_other_points(run, indexed):
-    coalescer, rows = Coalescer.from_pretrained(run), indexed.positions(HELDOUT)
+    coalescer, rows = CoalescerPipeline.from_pretrained(run), indexed.positions(HELDOUT)
     questions = make_questions(coalescer, indexed, 2 * len(rows), seed=3)
     asked = questions.rows[: questions.count]
     assert (np.unique(asked, return_counts=True)[1] == 2).all()
@@ -298,17 +298,17 @@ def test_more_questions_than_held_out_rows_start_from_other_points(run, indexed)
     fan = questions.r[questions.count :].reshape(questions.fan.max() + 1, -1, questions.r.shape[1])
     assert (fan == fan[:1]).all()
     # A run starts from these very points.
-    x, _ = coalescer.coordinates(Told(coalescer, questions.captions)(questions.captions[-3:]), questions.numbers[-3:],
-                                 steps=1, seed=3)  # fmt: skip
+    told = Told(coalescer, questions.captions)(questions.captions[-3:])
+    x, _ = coalescer.sample_latents(told, questions.numbers[-3:], num_inference_steps=1, seed=3)
     guess = coalescer.network(
-        torch.from_numpy(questions.r[-3:]), torch.from_numpy(coalescer.describe(questions.captions[-3:]))
+        torch.from_numpy(questions.r[-3:]), torch.from_numpy(coalescer.encode_prompt(questions.captions[-3:]))
     )
     way = (guess.distance[:, None] * guess.direction).numpy() / questions.r.shape[1] ** 0.5
     assert np.allclose(x, questions.r[-3:] + way, atol=1e-4)
 
 
 def test_retrieved_pairs_are_those_of_brute_force(run, indexed):
-    questions = make_questions(Coalescer.from_pretrained(run), indexed, 12, seed=0)
+    questions = make_questions(CoalescerPipeline.from_pretrained(run), indexed, 12, seed=0)
     geometry, vectors = indexed.meta.geometry, indexed.column("vector", TRAIN).astype(np.float32)
     queries = geometry.queries(indexed.take(questions.rows, "text").astype(np.float32), questions.r)
     squares = np.square(queries[:, None] - vectors[None]).sum(2)
@@ -320,7 +320,7 @@ def test_retrieved_pairs_are_those_of_brute_force(run, indexed):
 
 
 def test_evaluations_are_counted_and_every_picture_is_timed(run, indexed):
-    coalescer, counted = Coalescer.from_pretrained(run), []
+    coalescer, counted = CoalescerPipeline.from_pretrained(run), []
     questions = make_questions(coalescer, indexed, 300, seed=0)
     found = sample(coalescer, questions, Told(coalescer, questions.captions), 3, counted.append)
     assert found.evaluations == 3

@@ -53,8 +53,8 @@ def test_what_the_hub_does_not_give_is_one_line(hub):
     code = """
 from index.errors import CoalescerError
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from trainer.sampler import Coalescer
-for opener in (DiffusersAutoencoder, TransformersTextEncoder, Coalescer.from_pretrained):
+from trainer.sampler import CoalescerPipeline
+for opener in (DiffusersAutoencoder, TransformersTextEncoder, CoalescerPipeline.from_pretrained):
     try:
         opener("org/none")
     except CoalescerError as error:

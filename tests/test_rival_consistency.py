@@ -56,7 +56,7 @@ def test_the_loss_vanishes_for_a_function_that_knows_the_pair_and_trains_the_noi
         loss = objective.loss(network, batch, Training(0.5, NO_TEACHER.teacher))
         results.append((loss.total.item(), derivative(loss, gain)))
     assert results[0] == pytest.approx((0, 0), abs=1e-2)
-    # The difference is 0.3 (t - r) in each of two dimensions, and the weight divides by t - r; the gradient is t's alone.
+    # The difference is 0.3 (t - r) in each of two dimensions, the weight 1 / (t - r); the gradient is t's alone.
     t = batch.normal(1).exp()
     gradient = math.sqrt(2) * (t / (t - objective.lower_level(t, 0.5))).mean().item()
     assert results[1] == pytest.approx((0.3 * math.sqrt(2), gradient), rel=0.05)

@@ -1,4 +1,4 @@
-"""What all rivals of the coalescer share, endpoint regression and IMLE, and that trained rivals end where the flow does."""
+"""What all rivals of the coalescer share, endpoint regression and IMLE, and where trained rivals end."""
 
 import math
 from dataclasses import replace

@@ -33,7 +33,7 @@ def draw_grid(images: "Sequence[Image]", captions: Sequence[str], *, columns: in
     return grid
 
 
-def wrap_caption(caption: str, measure: Callable[[str], float], max_width: float) -> list[str]:
+def wrap_caption(caption: str, measure: Callable[[str], float], max_width: int) -> list[str]:
     """Break a caption into lines that `measure` finds no wider than `max_width`; a wider word has a line of its own."""
     lines = [""]
     for word in caption.split():
