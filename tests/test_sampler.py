@@ -167,7 +167,7 @@ def test_a_run_folder_is_all_that_sampling_needs(run, tmp_path):
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):
     with pytest.raises(
-        RunError, match="none is not a run: use a folder that `trainer fit --out` has made, or a Hub id"
+        RunError, match="none is not a run: use a folder that `trainer fit --out` has made, or a hub id"
     ):
         CoalescerPipeline.from_pretrained(tmp_path / "none")
     (tmp_path / "empty").mkdir()

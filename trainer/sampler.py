@@ -62,7 +62,7 @@ class CoalescerPipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "CoalescerPipeline":
-        """Open a run folder, or a Hub repository with the same files; reads safetensors and JSON only.
+        """Open a run folder, or a hub repository with the same files; reads safetensors and JSON only.
 
         Raises:
             RunError: the folder or repository is not a run, or its weights do not fit its config.
@@ -220,10 +220,10 @@ def _fetch(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise RunError(f"{name} is not a run: use a folder that `trainer fit --out` has made, or a Hub id ORG/NAME")
+        raise RunError(f"{name} is not a run: use a folder that `trainer fit --out` has made, or a hub id ORG/NAME")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError) as error:
-        raise RunError(f"{name} is not a folder, and the Hub does not have it: {one_line(error)}") from error
+        raise RunError(f"{name} is not a folder, and the hub does not have it: {one_line(error)}") from error
