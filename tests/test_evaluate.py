@@ -27,7 +27,7 @@ from trainer.evaluation.report import METRICS, metrics_by_name
 from trainer.evaluation.samples import DIVERSITY_SAMPLES, draw_prompts, encode_captions, sample_prompts
 from trainer.fit import fit
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)
 COST = {"confidence", "network_evaluations", "ms_per_latent", "ms_per_decoding"}
@@ -142,7 +142,7 @@ def test_what_is_left_out_has_a_reason(report, colored_report):
 
 
 def test_calibration_compares_confidences_with_the_cosine_to_the_retrieved_pair(run, indexed):
-    pipeline = Coalescer.from_pretrained(run)
+    pipeline = CoalescerPipeline.from_pretrained(run)
     prompts = draw_prompts(pipeline, indexed, 40, seed=0)
     pairs, text = retrieve_pairs(indexed, prompts), encode_captions(pipeline, prompts.captions)
     calibration = measure_calibration(pipeline, prompts, text, pairs)
@@ -177,7 +177,7 @@ def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(
 
 def test_train_rows_have_the_captions_of_the_prompts_while_there_are_any(flow, colored, indexed, run):
     for folder, table, repeated in ((flow, colored, True), (run, indexed, False)):
-        prompts = draw_prompts(Coalescer.from_pretrained(folder), table, 40, seed=0)
+        prompts = draw_prompts(CoalescerPipeline.from_pretrained(folder), table, 40, seed=0)
         positions = match_captions(table, prompts)
         assert len(set(positions.tolist())) == len(positions) == 40
         assert set(positions.tolist()) <= set(table.positions(TRAIN).tolist())
@@ -269,7 +269,7 @@ def test_all_runs_of_a_table_share_a_referee(report, indexed):
 def test_a_referee_is_kept_in_the_report_if_the_folder_of_the_table_is_read_only(flow, colored, tmp_path, monkeypatch):
     monkeypatch.setattr(referee_module.os, "access", lambda *_: False)
     monkeypatch.setitem(referee_module.BUDGET, "max_steps", 2)
-    encoder = Coalescer.from_pretrained(flow).image_encoder
+    encoder = CoalescerPipeline.from_pretrained(flow).image_encoder
 
     def open_again():
         decode = lambda latents: encoder.decode(latents.reshape(-1, 2, 4, 4))  # noqa: E731
@@ -303,7 +303,7 @@ def test_captions_are_classes_if_they_are_few_and_frequent(colored, indexed):
 
 
 def test_more_prompts_than_held_out_rows_repeat_rows_with_other_noise(run, indexed):
-    pipeline, heldout = Coalescer.from_pretrained(run), indexed.positions(HELDOUT)
+    pipeline, heldout = CoalescerPipeline.from_pretrained(run), indexed.positions(HELDOUT)
     prompts = draw_prompts(pipeline, indexed, 2 * len(heldout), seed=3)
     positions = prompts.positions[: prompts.count]
     assert (np.unique(positions, return_counts=True)[1] == 2).all()
@@ -313,7 +313,7 @@ def test_more_prompts_than_held_out_rows_repeat_rows_with_other_noise(run, index
 
 
 def test_the_diversity_set_has_the_same_noise_for_every_caption(run, indexed):
-    prompts = draw_prompts(Coalescer.from_pretrained(run), indexed, 40, seed=3)
+    prompts = draw_prompts(CoalescerPipeline.from_pretrained(run), indexed, 40, seed=3)
     assert 0 < len(prompts.diversity_group) <= DIVERSITY_SAMPLES
     noise = prompts.noise[prompts.count :].reshape(prompts.diversity_group.max() + 1, -1, prompts.noise.shape[1])
     assert (noise == noise[:1]).all()
@@ -321,7 +321,7 @@ def test_the_diversity_set_has_the_same_noise_for_every_caption(run, indexed):
 
 
 def test_a_run_starts_from_the_noise_of_the_prompts(run, indexed):
-    pipeline = Coalescer.from_pretrained(run)
+    pipeline = CoalescerPipeline.from_pretrained(run)
     prompts = draw_prompts(pipeline, indexed, 40, seed=3)
     text = encode_captions(pipeline, prompts.captions)
     output = sample_prompts(pipeline, prompts, text, 1, lambda _: None)
@@ -332,7 +332,7 @@ def test_a_run_starts_from_the_noise_of_the_prompts(run, indexed):
 
 
 def test_retrieved_pairs_agree_with_brute_force(run, indexed):
-    prompts = draw_prompts(Coalescer.from_pretrained(run), indexed, 12, seed=0)
+    prompts = draw_prompts(CoalescerPipeline.from_pretrained(run), indexed, 12, seed=0)
     geometry, vectors = indexed.meta.geometry, indexed.column("vector", TRAIN).astype(np.float32)
     queries = geometry.queries(indexed.take(prompts.positions, "text").astype(np.float32), prompts.noise)
     squares = np.square(queries[:, None] - vectors[None]).sum(2)
@@ -344,7 +344,7 @@ def test_retrieved_pairs_agree_with_brute_force(run, indexed):
 
 
 def test_network_evaluations_are_counted_per_sample(run, indexed):
-    pipeline, advanced = Coalescer.from_pretrained(run), []
+    pipeline, advanced = CoalescerPipeline.from_pretrained(run), []
     prompts = draw_prompts(pipeline, indexed, 300, seed=0)
     output = sample_prompts(pipeline, prompts, encode_captions(pipeline, prompts.captions), 3, advanced.append)
     assert output.network_evaluations == 3

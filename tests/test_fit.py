@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,17 @@ from index.errors import EncoderError, OptionError, RunError, TableError
 from index.table.table import open_table
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.fit import fit
-from trainer.objectives.coalescer import PRESETS
-from trainer.objectives.coalescer import Coalescer as CoalescerObjective
+from trainer.models.transformer import LatentTransformer
+from trainer.objectives.coalescer import Coalescer
+from trainer.objectives.registry import OBJECTIVES, PRESETS
 from trainer.run_folder import checkpoints, read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
 SHORT = FitConfig(size="tiny", images=40 * 32, batch_size=32)
 EVERY_STEP = RuntimeConfig(checkpoint_seconds=-1.0, keep_checkpoints=100)
+WEIGHTS = "network/diffusion_pytorch_model.safetensors"
+CAPTIONS = ["a small red circle above a large blue square", "a large black square left of a small green circle"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def lines(path) -> list[dict]:
 
 
 def same_weights(one, other) -> bool:
-    a, b = (load_file(run / "model.safetensors") for run in (one, other))
+    a, b = (load_file(run / WEIGHTS) for run in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -63,7 +67,7 @@ def killed(run, out, *, after):
     shutil.copytree(run, out)
     for path in checkpoints(out)[after:]:
         shutil.rmtree(path)
-    for name in ("model.safetensors", "result.json", "samples.png"):
+    for name in (WEIGHTS, "result.json", "samples.png"):
         (out / name).unlink()
     return out
 
@@ -121,20 +125,11 @@ def transformer(indexed, tmp_path_factory):
 
 
 def test_a_transformer_attends_to_token_embeddings_and_learns(transformer):
-    network = read_config(transformer)["network"]
-    assert (network["kind"], network["tokens"], network["channels"], network["height"]) == ("transformer", 6, 2, 4)
+    network = CoalescerPipeline.from_pretrained(transformer).network
+    assert type(network) is LatentTransformer
+    assert network.num_tokens == 6
     result = json.loads((transformer / "result.json").read_text())
     assert result["direction"] < 0.92
-    coalescer = Coalescer.from_pretrained(transformer)
-    assert coalescer.describe(CAPTIONS).shape == (2, 7, 16)
-    samples = coalescer(CAPTIONS, num=2)
-    assert samples.latents.shape == (4, 2, 4, 4)
-    # The last token embedding changes the samples.
-    text = coalescer.describe(CAPTIONS)
-    shorter = text.copy()
-    shorter[:, 6] = 0
-    one, other = (coalescer.coordinates(each, range(2), steps=1)[0] for each in (text, shorter))
-    assert not np.allclose(one, other, atol=1e-4)
 
 
 def test_a_transformer_resumes_to_the_same_weights(transformer, indexed, tmp_path):
@@ -145,7 +140,7 @@ def test_a_transformer_resumes_to_the_same_weights(transformer, indexed, tmp_pat
 
 def test_weights_are_safetensors_only(run):
     names = [path.name for path in run.rglob("*") if path.is_file()]
-    assert "model.safetensors" in names
+    assert Path(WEIGHTS).name in names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
 
 
@@ -186,10 +181,10 @@ def test_a_changed_option_is_refused_on_resume(run, indexed):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run, indexed):
-    before = (run / "model.safetensors").read_bytes()
+    before = (run / WEIGHTS).read_bytes()
     with pytest.raises(RunError, match="--resume"):
         fit(indexed, CONFIG, run)
-    assert (run / "model.safetensors").read_bytes() == before
+    assert (run / WEIGHTS).read_bytes() == before
 
 
 def test_resuming_nothing_is_refused(indexed, tmp_path):
@@ -235,7 +230,7 @@ def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encod
     assert not (tmp_path / "run").exists()
 
 
-class Poisoned(CoalescerObjective):
+class Poisoned(Coalescer):
     """A coalescer whose loss is NaN from step 7 of 40 on."""
 
     def loss(self, network, batch, training):
@@ -244,9 +239,10 @@ class Poisoned(CoalescerObjective):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(indexed, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "poisoned", Poisoned)
+    monkeypatch.setitem(OBJECTIVES, "poisoned", Poisoned)
+    monkeypatch.setitem(PRESETS, "poisoned", PRESETS["coalescer"])
     with pytest.raises(RunError, match=r"the loss is nan .*at step 7; .*step-000000007 was written.*--learning-rate"):
-        fit(indexed, replace(SHORT, preset="poisoned"), tmp_path / "run", runtime=EVERY_STEP)
+        fit(indexed, replace(SHORT, objective="poisoned"), tmp_path / "run", runtime=EVERY_STEP)
     tensors = load_file(checkpoints(tmp_path / "run")[-1] / "state.safetensors")
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
@@ -257,7 +253,7 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(indexed, tmp_path):
     for steps in (1, 4):
         out = tmp_path / f"in-{steps}"
         fit(indexed, gentle, out, runtime=RuntimeConfig(gradient_accumulation_steps=steps))
-        trained.append(load_file(out / "model.safetensors"))
+        trained.append(load_file(out / WEIGHTS))
     whole, parts = trained
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
 
@@ -274,12 +270,12 @@ def test_accumulated_gradients_train_as_the_whole_batch_does(indexed, tmp_path):
         ({"num_neighbors": 0}, "--num-neighbors 0"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"dtype": "fp8"}, "--dtype 'fp8'"),
-        ({"hyperparameters": {"q": 1.0}}, "--set q is unknown for coalescer: choose one of p, segment"),
-        ({"hyperparameters": {"p": "x"}}, "--set p=x is no number"),
-        ({"hyperparameters": {"p": 0.0}}, "p 0.0 is no power"),
-        ({"hyperparameters": {"segment": 2.0}}, "segment 2.0 is no share"),
-        ({"hyperparameters": {"segment": 0.7, "own": 0.5}}, "segment 0.7 and own 0.5 are more than 1"),
-        ({"hyperparameters": {"consistency": -1.0}}, "consistency -1.0 is no weight"),
+        ({"hyperparameters": {"q": 1.0}}, "--set q is unknown for coalescer: choose one of dropout, p, segment"),
+        ({"hyperparameters": {"p": "x"}}, "--set p=x is not a number"),
+        ({"hyperparameters": {"p": 0.0}}, "--set p=0.0 is out of range"),
+        ({"hyperparameters": {"segment": 2.0}}, "--set segment=2.0 is out of range"),
+        ({"hyperparameters": {"segment": 0.7, "self_segment": 0.5}}, "are more than 1 together"),
+        ({"hyperparameters": {"consistency": -1.0}}, "--set consistency=-1.0 is out of range"),
         ({"condition": "both"}, "--condition 'both' is unknown: choose one of retrieved, query"),
         ({"network": "unet"}, "--network 'unet' is unknown: choose one of auto, mlp, transformer"),
         ({"coupling": "best"}, "--coupling 'best'"),
@@ -302,12 +298,14 @@ def test_options_are_checked(options, said):
         {"objective": "mean_flow", "network": "transformer", "num_tokens": 6},
         {"objective": "shortcut", "coupling": "independent"},
         {"objective": "consistency", "coupling": "independent"},
-        {"objective": "imle", "hyperparameters": {"pool": 3.0}},
+        {"objective": "imle", "hyperparameters": {"pool_size": 3.0}},
     ],
 )
 def test_every_objective_trains_and_samples(indexed, tmp_path, options):
     fit(indexed, FitConfig(size="tiny", images=320, batch_size=32, **options), tmp_path / "run")
-    samples = Coalescer.from_pretrained(tmp_path / "run")(CAPTIONS, num=2, steps=2, guidance=2.0)
+    samples = CoalescerPipeline.from_pretrained(tmp_path / "run")(
+        CAPTIONS, num_images_per_prompt=2, num_inference_steps=2, guidance_scale=2.0
+    )
     assert np.isfinite(samples.latents).all()
     assert np.isnan(samples.confidence).all() == (options.get("objective", "coalescer") != "coalescer")
 
@@ -332,7 +330,7 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     fit(indexed, config, killed(tmp_path / "whole", tmp_path / "run", after=4), resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "flow")
-    assert np.isfinite(Coalescer.from_pretrained(tmp_path / "run")(CAPTIONS).latents).all()
+    assert np.isfinite(CoalescerPipeline.from_pretrained(tmp_path / "run")(CAPTIONS).latents).all()
     with pytest.raises(RunError, match="flow is not a training run"):
         FitConfig(objective="rectified_flow", hyperparameters=hyperparameters)
 
@@ -342,96 +340,18 @@ def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, s
     flow = FitConfig(objective="flow_matching", size="tiny", images=64, batch_size=32, search="exact")
     fit(raw, flow, tmp_path / "flow")
     config = replace(flow, objective="rectified_flow", hyperparameters={"flow": str(tmp_path / "flow")})
-    with pytest.raises(RunError, match="was trained with other geometry and latents: first train a flow on this table"):
+    with pytest.raises(
+        RunError, match="was trained with another geometry and latents: first train a flow on this table"
+    ):
         fit(indexed, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path):
-    config = replace(SHORT, objective="shortcut", hyperparameters={"share": 0.5})
+    config = replace(SHORT, objective="shortcut", hyperparameters={"bootstrap_fraction": 0.5})
     fit(indexed, config, tmp_path / "whole", runtime=EVERY_STEP)
     fit(indexed, config, killed(tmp_path / "whole", tmp_path / "run", after=25), resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
-
-
-CAPTIONS = ["a small red circle above a large blue square", "a large black square left of a small green circle"]
-
-
-def test_samples_are_pictures_of_the_captions(run):
-    samples = Coalescer.from_pretrained(run)(CAPTIONS, num=3, steps=2)
-    assert len(samples.images) == 6
-    assert samples.images[0].size == (32, 32)
-    assert samples.captions == [CAPTIONS[0]] * 3 + [CAPTIONS[1]] * 3
-    assert samples.latents.shape == (6, 2, 4, 4)
-    assert samples.confidence.shape == (6,)
-    assert (samples.confidence > 0).all()
-
-
-def test_an_image_depends_on_its_seed_alone(run):
-    coalescer = Coalescer.from_pretrained(run)
-    many = coalescer(CAPTIONS, num=5, seed=7, batch_size=4).latents
-    (alone,) = coalescer(CAPTIONS[1], num=1, seed=7).latents
-    assert np.allclose(many[5], alone, atol=1e-5)
-    assert not np.allclose(many[5], many[6], atol=1e-2)
-    assert not np.allclose(coalescer(CAPTIONS[1], seed=8).latents[0], alone, atol=1e-2)
-
-
-def test_redraws_keep_the_surest_point(run):
-    coalescer = Coalescer.from_pretrained(run)
-    plain, chosen = coalescer(CAPTIONS, num=8), coalescer(CAPTIONS, num=8, redraws=5)
-    assert (chosen.confidence >= plain.confidence - 1e-5).all()
-    assert chosen.confidence.mean() > plain.confidence.mean()
-
-
-def test_guidance_changes_the_picture(run):
-    coalescer = Coalescer.from_pretrained(run)
-    assert not np.allclose(coalescer(CAPTIONS).latents, coalescer(CAPTIONS, guidance=3.0).latents, atol=1e-3)
-
-
-def test_a_run_folder_stands_on_its_own(run, tmp_path):
-    moved = tmp_path / "moved"
-    shutil.copytree(run, moved)
-    config = json.loads((moved / "config.json").read_text())
-    config["table"]["uri"] = "/nowhere/gone.lance"
-    meta = json.loads(config["table"]["meta"])
-    meta["image_encoder"]["name"] = meta["text_encoder"]["name"] = "/nowhere/gone"
-    config["table"]["meta"] = json.dumps(meta)
-    (moved / "config.json").write_text(json.dumps(config))
-    expected = Coalescer.from_pretrained(run)(CAPTIONS).latents
-    assert np.array_equal(Coalescer.from_pretrained(moved)(CAPTIONS).latents, expected)
-
-
-@pytest.mark.parametrize("call", [{"steps": 0}, {"num": 0}, {"redraws": -1}])
-def test_nonsense_is_refused(run, call):
-    with pytest.raises(OptionError, match="--steps"):
-        Coalescer.from_pretrained(run)(CAPTIONS, **call)
-
-
-def test_empty_captions_are_refused(run):
-    for captions in ([], ["  "], ""):
-        with pytest.raises(OptionError, match="caption"):
-            Coalescer.from_pretrained(run)(captions)
-
-
-def test_what_is_no_run_is_refused(tmp_path, run):
-    with pytest.raises(RunError, match="no run at"):
-        Coalescer.from_pretrained(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"no config\.json"):
-        Coalescer.from_pretrained(tmp_path / "empty")
-    shutil.copytree(run, tmp_path / "foreign")
-    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(RunError, match="from other software"):
-        Coalescer.from_pretrained(tmp_path / "foreign")
-
-
-def test_weights_of_another_shape_are_refused(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    config = read_config(run)
-    config["network"]["size"] = "small"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="do not fit the network"):
-        Coalescer.from_pretrained(tmp_path / "run")
 
 
 def test_a_table_without_index_is_not_trained_on(encoded):

@@ -53,8 +53,8 @@ def test_a_missing_repository_is_a_one_line_error(hub):
     code = """
 from index.errors import CoalescerError
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from trainer.sampler import Coalescer
-for load in (DiffusersAutoencoder, TransformersTextEncoder, Coalescer.from_pretrained):
+from trainer.sampler import CoalescerPipeline
+for load in (DiffusersAutoencoder, TransformersTextEncoder, CoalescerPipeline.from_pretrained):
     try:
         load("org/none")
     except CoalescerError as error:

@@ -52,9 +52,9 @@ def test_a_killed_run_resumes_to_the_same_weights_and_curve(undisturbed, indexed
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (out / "model.safetensors").exists()
+    assert not (out / "network/diffusion_pytorch_model.safetensors").exists()
     subprocess.run(command(indexed, out, "--resume"), check=True, capture_output=True)
-    weights, resumed = (load_file(run / "model.safetensors") for run in (undisturbed, out))
+    weights, resumed = (load_file(run / "network/diffusion_pytorch_model.safetensors") for run in (undisturbed, out))
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert len(curve(out)) == 11
     assert curve(out) == curve(undisturbed)
@@ -88,7 +88,9 @@ def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
         subprocess.run([*before, *command(indexed, tmp_path / name, *options)], check=True, capture_output=True)
     one, two = (curve(tmp_path / name) for name in ("one", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
-    weights, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    weights, shared = (
+        load_file(tmp_path / name / "network/diffusion_pytorch_model.safetensors") for name in ("one", "two")
+    )
     assert all(torch.allclose(weights[name], shared[name], atol=1e-4) for name in weights)
 
 
@@ -97,5 +99,5 @@ def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
     whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))
     assert half["loss"] != whole["loss"]
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
-    weights = load_file(tmp_path / "run" / "model.safetensors")
+    weights = load_file(tmp_path / "run" / "network/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""The toy benches' own maths against brute force and closed forms."""
+"""The arithmetic of the toy benchmarks against brute force and closed forms."""
 
 import itertools
 
@@ -15,6 +15,11 @@ def rng():
 
 
 @pytest.fixture
+def bench(request, monkeypatch):
+    monkeypatch.syspath_prepend(request.config.rootpath / "tests" / "bench")
+
+
+@pytest.fixture
 def moons(bench):
     import moons
 
@@ -22,51 +27,48 @@ def moons(bench):
 
 
 @pytest.fixture
-def dial(bench):
-    import dial
+def dimension(bench):
+    import intrinsic_dimension
 
-    return dial
-
-
-@pytest.fixture
-def bench(request, monkeypatch):
-    monkeypatch.syspath_prepend(request.config.rootpath / "tests" / "bench")
+    return intrinsic_dimension
 
 
-def test_w2_of_a_moved_cloud_is_the_square_of_the_move(moons, rng):
+def test_w2_of_a_shifted_cloud_is_the_square_of_the_shift(moons, rng):
     cloud = rng.standard_normal((50, 2))
     assert moons.wasserstein(cloud, rng.permutation(cloud) + np.array([3.0, 4.0])) == pytest.approx(25)
     assert moons.wasserstein(cloud, rng.permutation(cloud)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0, 1e4])
-def test_assignment_is_the_cheapest_of_all_permutations(moons, rng, weight):
+def test_the_assignment_is_the_cheapest_of_all_permutations(moons, rng, weight):
     r, targets = moons.eight_gaussians(5, rng), moons.moons(5, "label", rng)
-    apart = np.square(r[:, None] - targets.y).sum(-1) + weight * np.square(targets.said[:, None] - targets.said)
-    ways = [apart[np.arange(5), list(way)].sum() for way in itertools.permutations(range(5))]
-    found = moons.assigned(r, targets, weight)
-    assert apart[np.arange(5), found].sum() == pytest.approx(min(ways), rel=1e-5)
-    assert sorted(found) == list(range(5))
+    distance = np.square(r[:, None] - targets.y).sum(-1)
+    cost = distance + weight * np.square(targets.condition[:, None] - targets.condition)
+    costs = [cost[np.arange(5), list(order)].sum() for order in itertools.permutations(range(5))]
+    order = moons.assign(r, targets, weight)
+    assert sorted(order) == list(range(5))
+    assert cost[np.arange(5), order].sum() == pytest.approx(min(costs), rel=1e-5)
 
 
-def test_a_decisive_label_is_never_crossed(moons, rng):
+def test_the_weight_of_a_label_is_never_crossed(moons, rng):
     r, targets = moons.eight_gaussians(200, rng), moons.moons(200, "label", rng)
-    assert (targets.said[moons.assigned(r, targets, moons.DECISIVE)] == targets.said).all()
-    assert (targets.said[moons.assigned(r, targets, 0.0)] != targets.said).any()
+    assert (targets.condition[moons.assign(r, targets, moons.LABEL_WEIGHT)] == targets.condition).all()
+    assert (targets.condition[moons.assign(r, targets, 0.0)] != targets.condition).any()
 
 
-def test_the_weight_of_a_place_leaves_so_many_no_farther(moons, rng):
-    weight = moons.weight_of("place", rng)
-    r, targets = moons.eight_gaussians(1024, rng), moons.moons(1024, "place", rng)
+def test_the_weight_of_a_coordinate_leaves_5_percent_no_farther_than_the_own_pair(moons, rng):
+    weight = moons.condition_weight("coordinate", rng)
+    r, targets = moons.eight_gaussians(1024, rng), moons.moons(1024, "coordinate", rng)
     own = np.diag(moons.cost(r, targets, 0.0))[:, None]
-    assert (moons.cost(r, targets, weight) <= own).mean() == pytest.approx(moons.NO_FARTHER, abs=0.01)
+    assert (moons.cost(r, targets, weight) <= own).mean() == pytest.approx(0.05, abs=0.01)
 
 
-def test_what_is_said_is_told_as_a_point_of_the_half_circle(moons, rng):
-    for condition in moons.CONDITIONS:
-        targets = moons.moons(100, condition, rng)
-        assert np.abs(targets.said).max() <= 1
-        assert np.allclose(np.arctan2(*targets.text().T[::-1]) * 2 / np.pi, targets.said, atol=1e-6)
+@pytest.mark.parametrize("condition", ["none", "label", "coordinate"])
+def test_conditions_are_embedded_on_a_half_circle(moons, rng, condition):
+    targets = moons.moons(100, condition, rng)
+    assert np.abs(targets.condition).max() <= 1
+    assert np.allclose(np.linalg.norm(targets.text(), axis=1), 1)
+    assert np.allclose(np.arctan2(*targets.text().T[::-1]) * 2 / np.pi, targets.condition, atol=1e-6)
 
 
 def test_balanced_winners_are_those_of_all_pairs(bench, rng):
@@ -76,18 +78,18 @@ def test_balanced_winners_are_those_of_all_pairs(bench, rng):
     vectors = np.concatenate([10 * np.eye(3)[group], rng.standard_normal((60, 4))], 1).astype(np.float32)
     queries = vectors[rng.integers(60, size=40)] + rng.standard_normal((40, 7)).astype(np.float32)
     g = rng.random(60, dtype=np.float32)
-    wanted = (np.square(queries[:, None] - vectors).sum(-1) - g).argmin(1)
-    assert (ArrayBlocks(vectors, group, text_dim=3).winners(queries, g, at_once=16) == wanted).all()
+    expected = (np.square(queries[:, None] - vectors).sum(-1) - g).argmin(1)
+    assert (ArrayBlocks(vectors, group, text_dim=3).winners(queries, g, at_once=16) == expected).all()
 
 
 @pytest.mark.parametrize("k", [2, 16, 64])
-def test_clusters_have_their_dimension_and_coordinates_variance_one(dial, rng, k):
-    label = dial.evenly(10_000)
-    law = dial.mixture(k, rng)
-    x = law.draw(label, rng)
-    spread = np.linalg.eigvalsh(np.cov(x[label == 3].T))[::-1]
-    assert np.allclose(spread[:k], 0.5 * dial.SIZE / k, rtol=0.6)
-    assert (spread[k:] < 2 * dial.NOISE**2).all()
-    # Half within clusters; ten centers make the other half known to a third.
+def test_clusters_have_their_dimension_and_half_of_the_variance(dimension, rng, k):
+    label = dimension.balanced_labels(10_000)
+    mixture = dimension.mixture(k, rng)
+    x = mixture.draw(label, rng)
+    eigenvalues = np.linalg.eigvalsh(np.cov(x[label == 3].T))[::-1]
+    assert np.allclose(eigenvalues[:k], 0.5 * dimension.DIM / k, rtol=0.6)
+    assert (eigenvalues[k:] < 2 * dimension.NOISE**2).all()
+    # Ten centers determine their half of the variance only to a third.
     assert x.var(0).mean() == pytest.approx(1, abs=0.3)
-    assert np.square(x - law.centers[label]).mean() == pytest.approx(0.5, rel=0.05)
+    assert np.square(x - mixture.centers[label]).mean() == pytest.approx(0.5, rel=0.05)

@@ -171,11 +171,12 @@ def fit(
     from index.table.table import open_table
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
+    from trainer.objectives.hyperparameters import parse_hyperparameters
 
     config = FitConfig(
         objective=objective,
         preset=preset,
-        hyperparameters=_hyperparameters(set_ or []),
+        hyperparameters=parse_hyperparameters(set_ or []),
         coupling=coupling,
         network=network,
         size=size,
@@ -234,23 +235,23 @@ def sample(
     from index.errors import OptionError
     from index.table.storage import write_json
     from trainer.grid import draw_grid
-    from trainer.sampler import Coalescer
+    from trainer.sampler import CoalescerPipeline
 
     if out.suffix != ".png":
         raise OptionError(f"--out {out} is not a PNG file: use a name that ends in .png")
-    samples = Coalescer.from_pretrained(run, device=device)(
+    samples = CoalescerPipeline.from_pretrained(run, device=device)(
         caption,
-        steps=num_inference_steps,
-        num=num_images_per_prompt,
+        num_inference_steps=num_inference_steps,
+        num_images_per_prompt=num_images_per_prompt,
         seed=seed,
-        guidance=guidance_scale,
+        guidance_scale=guidance_scale,
         redraws=redraws,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = num_images_per_prompt if num_images_per_prompt > 1 and len(caption) > 1 else 8
-    draw_grid(samples.images, samples.captions, columns=columns).save(out)
+    draw_grid(samples.images, samples.prompts, columns=columns).save(out)
     confidence = [None if value != value else value for value in samples.confidence.tolist()]  # JSON has no NaN
-    images = [{"caption": c, "confidence": p} for c, p in zip(samples.captions, confidence, strict=True)]
+    images = [{"caption": c, "confidence": p} for c, p in zip(samples.prompts, confidence, strict=True)]
     report = {"run": str(run), "seed": seed, "num_inference_steps": num_inference_steps, "images": images}
     write_json(out.with_suffix(".json"), report)
     if as_json:
@@ -357,22 +358,6 @@ def _evaluation(
         seed=seed,
         device=device,
     )
-
-
-def _hyperparameters(settings: list[str]) -> dict[str, Any]:
-    """Parse NAME=VALUE settings; values that read as numbers become numbers."""
-    from index.errors import OptionError
-
-    hyperparameters: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not (name and equals):
-            raise OptionError(f"--set {setting!r} is not NAME=VALUE: type for instance --set p=0.5")
-        try:
-            hyperparameters[name] = float(value)
-        except ValueError:
-            hyperparameters[name] = value
-    return hyperparameters
 
 
 def _print_result(title: str, result: dict[str, Any], as_json: bool) -> None:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from index.errors import OptionError
-from trainer.models.base import KINDS, SIZES
-from trainer.objectives.base import RestsOnRun, make_objective
+from trainer.models.base import SIZE_NAMES
+from trainer.models.registry import NETWORK_NAMES
+from trainer.objectives.registry import make_objective
 from trainer.stream import StreamConfig
 
 SEARCHES = ("ann", "exact")
@@ -53,10 +54,9 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Raise OptionError or RunError if this cannot be trained, before any data are read."""
-        objective = make_objective(self.objective, self.preset, **self.hyperparameters)
-        if isinstance(objective, RestsOnRun):
-            objective.check()
-        for name, choices in {"network": KINDS, "size": SIZES, "search": SEARCHES, "dtype": DTYPES}.items():
+        make_objective(self.objective, self.preset, **self.hyperparameters).check()
+        allowed = {"network": NETWORK_NAMES, "size": SIZE_NAMES, "search": SEARCHES, "dtype": DTYPES}
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
         if self.reuse is not None and self.reuse < 1:

@@ -95,9 +95,9 @@ def check_captions(run: Path, captions: list[str]) -> dict[str, Any]:
     References: the autoencoder's reconstructions of drawn images (upper bound), and the generated images paired with
     other captions (chance).
     """
-    from trainer.sampler import Coalescer
+    from trainer.sampler import CoalescerPipeline
 
-    coalescer = Coalescer.from_pretrained(run)
+    coalescer = CoalescerPipeline.from_pretrained(run)
     generated = np.stack([np.asarray(image) for image in coalescer(captions).images])
     drawn = [
         draw_scene(Scene.parse(caption), IMAGE_SIZE, np.random.default_rng([1, i]))

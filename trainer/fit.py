@@ -23,8 +23,10 @@ from index.table.storage import write_json
 from index.table.table import Table, open_table
 from pipeline.encoders import TransformersTextEncoder, resolve_device
 from trainer.config import FitConfig, RuntimeConfig
-from trainer.models.base import Network, NetworkConfig, count_flops, make_network
-from trainer.objectives.base import Loss, RestsOnRun, Training, make_objective
+from trainer.models.base import Network, count_flops
+from trainer.models.registry import make_network
+from trainer.objectives.base import Loss, Training
+from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.run_folder import (
     FORMAT,
@@ -80,14 +82,13 @@ class Trainer:
         self.device = str(self.accelerator.device)
         self.objective = make_objective(config.objective, config.preset, **config.hyperparameters)
         torch.manual_seed(config.seed)
-        self.shape = NetworkConfig.of(table.meta, size=config.size, kind=config.network, tokens=config.num_tokens)
-        if isinstance(self.objective, RestsOnRun):
-            self.objective.check(table.meta, self.shape.tokens)
-        self.network: Network = make_network(self.shape).to(self.accelerator.device)
+        network = make_network(table.meta, size=config.size, network=config.network, num_tokens=config.num_tokens)
+        self.objective.check(table.meta, network.num_tokens)
+        self.network: Network = network.to(self.accelerator.device)
         self.search = open_search(table, exact=config.search == "exact", device=self.device)
         self.encode_tokens = self._open_token_encoder()
         self.config = replace(config, reuse=self._choose_reuse())
-        rate = self.network.learning_rate if config.learning_rate is None else config.learning_rate
+        rate = self.network.default_learning_rate if config.learning_rate is None else config.learning_rate
         self.optimizer = Optimizer(self.network, steps=config.steps, learning_rate=rate, ema_decay=config.ema_decay)
 
     def open_run(self) -> None:
@@ -140,12 +141,12 @@ class Trainer:
 
     def _open_token_encoder(self) -> EncodeTokens | None:
         """Return the encoder of token embeddings; None if the network attends to none."""
-        if not self.shape.tokens:
+        if not self.network.num_tokens:
             return None
         meta = self.table.meta
         encoder = TransformersTextEncoder(encoder_source(self.out, meta, "text_encoder"), self.device)
         check_encoder(meta.text_encoder, encoder.ref)
-        return partial(encoder.encode_tokens, num_tokens=self.shape.tokens)
+        return partial(encoder.encode_tokens, num_tokens=self.network.num_tokens)
 
     def _open_stream(self, start: int = 0) -> NeighborStream:
         return NeighborStream(
@@ -186,8 +187,7 @@ class Trainer:
         return {
             "format": FORMAT,
             "fit": asdict(self.config),
-            "network": asdict(self.shape),
-            "objective": asdict(self.objective),  # type: ignore[call-overload]
+            "objective": asdict(self.objective),
             "table": {"uri": self.table.uri, "version": self.table.version, "meta": meta.to_json()},
         }
 

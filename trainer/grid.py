@@ -1,42 +1,44 @@
-"""Pictures in a grid, each with its caption under it."""
+"""An image grid with a caption under each image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TILE = 128
-LINES = 3
+MIN_SIDE = 128
+"""Smaller images are enlarged to this many pixels."""
+MAX_LINES = 3
+"""Lines of a caption that are shown."""
+MARGIN, LINE_HEIGHT, FONT_SIZE = 8, 14, 11
+"""In pixels."""
 
 
 def draw_grid(images: "Sequence[Image]", captions: Sequence[str], *, columns: int = 8) -> "Image":
-    """One sheet; small pictures are enlarged to 128 pixels, larger ones keep their size."""
+    """Draw images of one size, row by row, each with its caption."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side = max(TILE, images[0].width)
-    font = ImageFont.load_default(size=11)
+    side = max(MIN_SIDE, images[0].width)
+    cell_width, cell_height = side + MARGIN, side + LINE_HEIGHT * MAX_LINES + MARGIN
     columns = min(columns, len(images))
-    height = side + 14 * LINES + 8
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * height + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        y, x = divmod(number, columns)
-        corner = (x * (side + 8) + 8, y * height + 8)
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None), corner)
-        lines = wrap(caption, lambda line: pen.textlength(line, font=font), side)
-        for line_number, line in enumerate(lines[:LINES]):
-            pen.text((corner[0], corner[1] + side + 2 + 14 * line_number), line, fill="black", font=font)
-    return sheet
+    grid = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=FONT_SIZE)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * cell_width + MARGIN, i // columns * cell_height + MARGIN
+        grid.paste(image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None), (x, y))
+        lines = wrap_caption(caption, lambda line: draw.textlength(line, font=font), side)
+        for j, line in enumerate(lines[:MAX_LINES]):
+            draw.text((x, y + side + 2 + LINE_HEIGHT * j), line, fill="black", font=font)
+    return grid
 
 
-def wrap(caption: str, width_of, limit: int) -> list[str]:  # type: ignore[no-untyped-def]
-    """Break a caption into lines no wider than `limit`, by `width_of` a line."""
+def wrap_caption(caption: str, measure: Callable[[str], float], max_width: int) -> list[str]:
+    """Break a caption into lines that `measure` finds no wider than `max_width`; a wider word has a line of its own."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and width_of(longer) > limit:
+        if lines[-1] and measure(longer) > max_width:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -1,7 +1,7 @@
 """A training run on disk: all files of RUN/ that later commands read.
 
-    RUN/config.json                         settings: fit, network, objective, table
-    RUN/model.safetensors                   averaged weights, to sample with
+    RUN/config.json                         settings: fit, objective, table
+    RUN/network                             the network with averaged weights, to sample with
     RUN/image_encoder, RUN/text_encoder     copies of encoders that are folders; others are opened by their hub id
     RUN/checkpoints/step-N                  everything that a training step updates, to resume from
 
@@ -22,10 +22,12 @@ from index.errors import EncoderError, RunError, one_line
 from index.table.schema import EncoderRef, TableMeta
 from index.table.storage import write_json
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from trainer.models.base import Network, NetworkConfig, make_network
+from trainer.models.base import Network
 from trainer.optimizer import Optimizer
 
 FORMAT = "coalescer-run-3"
+NETWORK = "network"
+"""The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
 
 
 def create_run_folder(folder: Path, meta: TableMeta, settings: dict[str, Any]) -> None:
@@ -88,7 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise RunError if a run cannot be resumed with these settings because it began with others."""
     saved = read_config(folder)
-    for part in ("network", "objective", "table", "fit"):
+    for part in ("objective", "table", "fit"):
         for name, value in settings[part].items():
             if saved[part].get(name) != value and name != "meta":
                 raise RunError(
@@ -97,31 +99,13 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 )
 
 
-def save_network(folder: Path, network: nn.Module) -> None:
-    """Write a run's network to sample with."""
-    save_model(folder, network)
-
-
-def load_network(folder: Path) -> Network:
-    """Return a run's network to sample with; raise RunError if its weights are missing or do not fit its config."""
-    network = make_network(NetworkConfig(**read_config(folder)["network"]))
-    load_model(folder, network)
-    return network
-
-
-def save_model(folder: Path, model: nn.Module) -> None:
-    """Write FOLDER/model.safetensors, the weights of any module."""
-    _save(folder / "model.safetensors", dict(model.state_dict()))
-
-
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Read FOLDER/model.safetensors into a module; raise RunError if it is missing or does not fit."""
-    path = folder / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({error}): train again with `trainer fit`") from error
-    model.load_state_dict(_checked(weights, model, folder))
+def save_network(folder: Path, network: Network) -> None:
+    """Write RUN/network as diffusers saves models."""
+    temporary = folder / f"{NETWORK}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    network.save_pretrained(temporary)
+    shutil.rmtree(folder / NETWORK, ignore_errors=True)
+    temporary.rename(folder / NETWORK)
 
 
 def checkpoints(folder: Path) -> list[Path]:

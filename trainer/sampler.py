@@ -1,4 +1,4 @@
-"""Captions to images in a few steps: `Coalescer.from_pretrained(folder)("a caption", steps=2).images[0]`."""
+"""Captions to images: `CoalescerPipeline.from_pretrained(RUN)("a caption", num_inference_steps=2).images[0]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,28 +15,32 @@ from index.space.geometry import Geometry
 from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
 from trainer.models.base import Network
-from trainer.objectives.base import Objective, make_objective
-from trainer.run_folder import encoder_source, load_network, read_config
+from trainer.models.registry import load_network
+from trainer.objectives.base import Objective, StepInput
+from trainer.objectives.registry import make_objective
+from trainer.run_folder import NETWORK, encoder_source, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+DECODE_BATCH = 64
+
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Samples:
-    """What came out, caption by caption, `num` pictures each."""
+class CoalescerOutput:
+    """Images, prompt by prompt, `num_images_per_prompt` each."""
 
     images: "list[Image]"
-    captions: list[str]
-    """The caption of each image."""
+    prompts: list[str]
+    """The prompt of each image."""
     confidence: Float32[np.ndarray, "B"]
-    """How sure the network was of where to go, at the first step, 0 to 1; NaN where its objective cannot say."""
-    latents: Float32[np.ndarray, "B C h w"]
-    """As the autoencoder decodes them."""
+    """The network's confidence at the first step, 0 to 1; NaN if its objective predicts none."""
+    latents: Float32[np.ndarray, "B C H W"]
+    """Latents as the image encoder decodes them."""
 
 
-class Coalescer:
-    """A trained run, ready to sample."""
+class CoalescerPipeline:
+    """A trained network with the encoders of its table, ready to sample."""
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class Coalescer:
         text_encoder: TransformersTextEncoder,
         device: str,
     ) -> None:
-        """Put the parts together; `from_pretrained` is the usual way."""
+        """Put the components together; `from_pretrained` is the usual way."""
         self.network, self.objective, self.meta, self.device = network, objective, meta, device
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
 
@@ -57,23 +61,24 @@ class Coalescer:
         return self.meta.geometry
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "Coalescer":
-        """Open a run folder, or a hub repository with the same files; safetensors and JSON only.
+    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "CoalescerPipeline":
+        """Open a run folder, or a hub repository with the same files; reads safetensors and JSON only.
 
         Raises:
-            RunError: the folder or repository is no run, or its weights do not fit its config.
+            RunError: the folder or repository is not a run, or its weights do not fit its config.
         """
         folder = _fetch(str(name))
-        config = read_config(folder)
-        device = resolve_device(device)
-        network = load_network(folder)
+        config, device = read_config(folder), resolve_device(device)
+        network = load_network(folder / NETWORK).to(device).eval().requires_grad_(False)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
-        return cls.around(network.to(device).eval().requires_grad_(False), objective, meta, folder, device)
+        return cls.from_network(network, objective, meta, folder, device)
 
     @classmethod
-    def around(cls, network: Network, objective: Objective, meta: TableMeta, folder: Path, device: str) -> "Coalescer":
-        """A network with the encoders of its run folder."""
+    def from_network(
+        cls, network: Network, objective: Objective, meta: TableMeta, folder: Path, device: str
+    ) -> "CoalescerPipeline":
+        """Combine a network, such as one in training, with the encoders of its run folder."""
         return cls(
             network,
             objective,
@@ -85,95 +90,140 @@ class Coalescer:
 
     def __call__(
         self,
-        captions: str | Sequence[str],
+        prompt: str | Sequence[str],
         *,
-        steps: int = 2,
-        num: int = 1,
+        num_inference_steps: int = 2,
+        num_images_per_prompt: int = 1,
         seed: int = 0,
-        guidance: float = 1.0,
+        guidance_scale: float = 1.0,
         redraws: int = 0,
         batch_size: int = 64,
-    ) -> Samples:
-        """Draw `num` images of each caption.
+    ) -> CoalescerOutput:
+        """Sample images of one or several prompts.
 
         Args:
-            captions: one or several.
-            steps: network evaluations per image (twice as many with guidance).
-            num: images per caption; the j-th starts from the same point for every caption.
-            seed: with j, all that an image's point depends on, whatever the batch.
-            guidance: 1 follows the caption as trained; more exaggerates it.
-            redraws: further points to try per image; the one of which the network is surest is kept.
-            batch_size: images at a time.
+            prompt: one or several captions.
+            num_inference_steps: network evaluations per image, twice as many with guidance.
+            num_images_per_prompt: images of each prompt; the j-th starts from the same noise for every prompt.
+            seed: with j, all that the noise of an image depends on; its batch has no influence.
+            guidance_scale: 1 samples the captions as trained, more exaggerates them.
+            redraws: further images to sample per image; the one with the highest confidence is kept.
+            batch_size: images per batch.
+
+        Raises:
+            OptionError: there is no prompt, a prompt is blank, or a number is out of range.
         """
-        each = [captions] if isinstance(captions, str) else list(captions)
-        if not each or not all(caption.strip() for caption in each):
-            raise OptionError("a caption is empty: give at least one caption in words")
-        if steps < 1 or num < 1 or redraws < 0:
-            raise OptionError(f"--steps {steps} --num {num} --redraws {redraws}: give at least 1, 1 and 0")
-        words = [caption for caption in each for _ in range(num)]
-        numbers = [j for _ in each for j in range(num)]
-        text = self.describe(each).repeat(num, axis=0)
-        latents, confidence = [], []
-        for start in range(0, len(words), batch_size):
-            part = slice(start, start + batch_size)
-            found = [
-                self.coordinates(text[part], numbers[part], steps=steps, seed=seed, attempt=a, guidance=guidance)
-                for a in range(redraws + 1)
-            ]
-            surest = np.stack([sure for _, sure in found]).argmax(0)
-            rows = np.arange(len(surest))
-            latents.append(self.geometry.to_latent(np.stack([x for x, _ in found])[surest, rows]))
-            confidence.append(np.stack([sure for _, sure in found])[surest, rows])
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        _check_call(prompts, num_inference_steps, num_images_per_prompt, redraws)
+        indices = [j for _ in prompts for j in range(num_images_per_prompt)]
+        text = self.encode_prompt(prompts).repeat(num_images_per_prompt, axis=0)
+        latents, confidences = [], []
+        for start in range(0, len(indices), batch_size):
+            batch = slice(start, start + batch_size)
+            sample = partial(
+                self.sample_latents,
+                text[batch],
+                indices[batch],
+                num_inference_steps=num_inference_steps,
+                seed=seed,
+                guidance_scale=guidance_scale,
+            )
+            x, confidence = _most_confident([sample(attempt=attempt) for attempt in range(redraws + 1)])
+            latents.append(self.geometry.to_latent(x))
+            confidences.append(confidence)
         latent = np.concatenate(latents).reshape(-1, *self.meta.latent_shape)
-        return Samples(self.decode(latent), words, np.concatenate(confidence), latent)
+        repeated = [each for each in prompts for _ in range(num_images_per_prompt)]
+        return CoalescerOutput(self.decode(latent), repeated, np.concatenate(confidences), latent)
 
-    def describe(self, captions: Sequence[str]) -> Float32[np.ndarray, "B K T"]:
-        """Captions as the network is told them."""
-        return self.text_encoder.encode_tokens(captions, num_tokens=self.network.config.tokens)
+    def encode_prompt(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B K T"]:
+        """Return the pooled text embedding of each prompt, then the token embeddings that the network reads."""
+        return self.text_encoder.encode_tokens(prompts, num_tokens=self.network.num_tokens)
 
-    def coordinates(
+    def sample_latents(
         self,
         text: Float32[np.ndarray, "B K T"],
-        numbers: Sequence[int],
+        indices: Sequence[int],
         *,
-        steps: int,
+        num_inference_steps: int,
         seed: int = 0,
         attempt: int = 0,
-        guidance: float = 1.0,
+        guidance_scale: float = 1.0,
     ) -> tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"]]:
-        """End points in coordinates, and the confidence of the first step, from points drawn by (seed, number)."""
-        x, condition = self.points(numbers, seed, attempt), torch.from_numpy(text).to(self.device)
+        """Sample one latent per text embedding.
+
+        Args:
+            text: what `encode_prompt` returns.
+            indices: for each sample an integer that, with seed and attempt, determines its noise.
+            num_inference_steps: network evaluations per sample, twice as many with guidance.
+            seed: of all samples.
+            attempt: which redraw this is.
+            guidance_scale: 1 for no guidance.
+
+        Returns:
+            Latents in coordinates, and the confidence at the first step.
+        """
+        x, condition = self.noise(indices, seed, attempt), torch.from_numpy(text).to(self.device)
         first = None
         with torch.inference_mode():
-            for i in range(steps):
-                noise = partial(self.points, numbers, seed, attempt, 1 + i)
-                x, sure = self.objective.step(self.network, x, condition, i, steps, guidance, noise)
-                first = sure if first is None else first
+            for i in range(num_inference_steps):
+                inputs = StepInput(
+                    x=x,
+                    text=condition,
+                    i=i,
+                    n=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    noise=partial(self.noise, indices, seed, attempt, 1 + i),
+                )
+                x, confidence = self.objective.step(self.network, inputs)
+                first = confidence if first is None else first
         assert first is not None
         return x.cpu().numpy(), first.cpu().numpy()
 
-    def points(self, numbers: Sequence[int], *key: int) -> Float32[torch.Tensor, "B L"]:
-        """Random points, one for each number, that depend on it and the key (seed, attempt ...) alone."""
-        size, (seed, *rest) = self.geometry.latent_dim, key
-        points = [np.random.default_rng([seed, n, *rest]).standard_normal(size) for n in numbers]
-        return torch.from_numpy(self.geometry.project(np.stack(points))).to(self.device)
+    def noise(self, indices: Sequence[int], seed: int, *key: int) -> Float32[torch.Tensor, "B L"]:
+        """Draw noise R for each index, in coordinates; it depends on seed, index and key alone."""
+        size = self.geometry.latent_dim
+        rows = [np.random.default_rng([seed, index, *key]).standard_normal(size) for index in indices]
+        return torch.from_numpy(self.geometry.project(np.stack(rows))).to(self.device)
 
-    def decode(self, latents: Float32[np.ndarray, "B C h w"]) -> "list[Image]":
-        """Images of latents."""
+    def decode(self, latents: Float32[np.ndarray, "B C H W"]) -> "list[Image]":
+        """Decode latents to images."""
         from PIL import Image
 
-        batches = [self.image_encoder.decode(latents[i : i + 64]) for i in range(0, len(latents), 64)]
+        starts = range(0, len(latents), DECODE_BATCH)
+        batches = [self.image_encoder.decode(latents[start : start + DECODE_BATCH]) for start in starts]
         return [Image.fromarray(pixels) for batch in batches for pixels in batch]
+
+
+def _check_call(prompts: list[str], num_inference_steps: int, num_images_per_prompt: int, redraws: int) -> None:
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise OptionError("a prompt is empty: pass at least one caption")
+    least = {
+        "--num-inference-steps": (num_inference_steps, 1),
+        "--num-images-per-prompt": (num_images_per_prompt, 1),
+        "--redraws": (redraws, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise OptionError(f"{name} {value} is out of range: use {minimum} or more")
+
+
+def _most_confident(
+    attempts: list[tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"]]],
+) -> tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"]]:
+    """Choose for each row the attempt of the highest confidence; the first if there is no confidence."""
+    x, confidence = (np.stack(each) for each in zip(*attempts, strict=True))
+    best = confidence.argmax(0), np.arange(confidence.shape[1])
+    return x[best], confidence[best]
 
 
 def _fetch(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise RunError(f"no run at {name}: give the folder that `trainer fit --out` has made, or a hub id ORG/NAME")
+        raise RunError(f"{name} is not a run: use a folder that `trainer fit --out` has made, or a hub id ORG/NAME")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except (OSError, ValueError) as error:
-        raise RunError(f"no folder {name}, and the hub does not give it: {one_line(error)}") from error
+        raise RunError(f"{name} is not a folder, and the hub does not have it: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from index.terminal import Progress
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,10 +102,10 @@ class Preview:
         """Choose captions of held-out rows, or of training rows if none are held out; encoders are opened later."""
         split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
         self._captions = table.take(table.positions(split)[:PREVIEW_CAPTIONS], "caption").tolist()
-        self._open = partial(Coalescer.around, network, objective, table.meta, folder, device)
-        self._coalescer: Coalescer | None = None
+        self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device)
+        self._pipeline: CoalescerPipeline | None = None
 
     def grid(self) -> "Image":
         """Return a grid of samples of the network's present weights."""
-        self._coalescer = self._coalescer or self._open()
-        return draw_grid(self._coalescer(self._captions, steps=PREVIEW_STEPS).images, self._captions)
+        self._pipeline = self._pipeline or self._open()
+        return draw_grid(self._pipeline(self._captions, num_inference_steps=PREVIEW_STEPS).images, self._captions)

@@ -31,7 +31,7 @@ from index.search.ann import open_search
 from index.table.table import Table, open_table
 from trainer.evaluation.compare import compare
 from trainer.evaluation.protocol import EvaluationConfig
-from trainer.objectives.base import make_objective
+from trainer.objectives.registry import make_objective
 from trainer.stream import NeighborStream, StreamConfig
 
 
@@ -46,7 +46,14 @@ class Variant(NamedTuple):
 
 
 DEFAULT, FLOW = "coalescer", "flow_matching-independent"
-OVERSHOOTING = {"rule": "even", "consistency": 1, "ramp": 0, "gap": 1, "segment": 0.7}
+OVERSHOOTING = {
+    "step_rule": "even",
+    "consistency": 1,
+    "consistency_ramp": 0,
+    "consistency_gap": 1,
+    "segment": 0.7,
+}
+SOFTER = {"consistency": 3, "consistency_ramp": 0, "consistency_gap": 0.3, "segment": 0.7}
 SETS = {
     "rivals": {
         DEFAULT: Variant("coalescer"),
@@ -64,15 +71,17 @@ SETS = {
     "parts": {
         DEFAULT: Variant("coalescer"),
         "no-consistency": Variant("coalescer", hyperparameters={"consistency": 0}),
-        "early-consistency": Variant("coalescer", hyperparameters={"consistency": 10, "ramp": 0}),
-        "softer": Variant("coalescer", hyperparameters={"consistency": 3, "ramp": 0, "gap": 0.3, "segment": 0.7}),
-        "far-consistency": Variant("coalescer", hyperparameters={"consistency": 1, "ramp": 0, "gap": 1}),
+        "early-consistency": Variant("coalescer", hyperparameters={"consistency": 10, "consistency_ramp": 0}),
+        "softer": Variant("coalescer", hyperparameters=SOFTER),
+        "far-consistency": Variant(
+            "coalescer", hyperparameters={"consistency": 1, "consistency_ramp": 0, "consistency_gap": 1}
+        ),
         "no-confidence": Variant("coalescer", hyperparameters={"confidence_weight": 0}),
         "no-segment": Variant("coalescer", hyperparameters={"segment": 0, "consistency": 0}),
-        "clock": Variant("coalescer", hyperparameters={"clock": 1}),
-        "even": Variant("coalescer", hyperparameters={"rule": "even"}),
+        "time-conditioning": Variant("coalescer", hyperparameters={"time_conditioning": 1}),
+        "even": Variant("coalescer", hyperparameters={"step_rule": "even"}),
         "overshooting": Variant("coalescer", hyperparameters=OVERSHOOTING),
-        "own": Variant("coalescer", hyperparameters={"segment": 0.7, "own": 0.2}),
+        "self-segment": Variant("coalescer", hyperparameters={"segment": 0.7, "self_segment": 0.2}),
         "no-reuse": Variant("coalescer", reuse=1),
         "no-search": Variant("coalescer", "independent"),
     },

@@ -25,8 +25,10 @@ from machine import machine
 
 from index.search.ann import open_search
 from index.table.table import Table, open_table
-from trainer.models.base import NetworkConfig, count_flops, make_network
-from trainer.objectives.base import Objective, Training, make_objective
+from trainer.models.base import count_flops
+from trainer.models.registry import make_network
+from trainer.objectives.base import Objective, Training
+from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.stream import Batch, NeighborStream, StreamConfig, plan_reuse
 
@@ -39,7 +41,7 @@ class Trial:
     def __init__(self, table: Table, size: str, device: str, objective: Objective | None = None) -> None:
         """Initialize a network; the objective is the default coalescer if none is passed."""
         torch.manual_seed(0)
-        self.network, self.device = make_network(NetworkConfig.of(table.meta, size=size)).to(device), device
+        self.network, self.device = make_network(table.meta, size=size).to(device), device
         self.alone = Training(0.0, self.network)
         self.objective = objective or make_objective("coalescer", "default")
         self.optimizer = Optimizer(self.network, steps=10**6, learning_rate=1e-3, ema_decay=0.998)

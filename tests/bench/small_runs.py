@@ -1,6 +1,6 @@
 """Small training runs for the toy benchmarks: a bank of pairs, a small network trained on it, and its samples.
 
-The objectives, the optimizer and the network's layers are the project's. Only the network is narrower than `tiny`,
+The objectives, the optimizer and the network's layers are the project's. Only the network is smaller than `tiny`,
 because a benchmark trains a hundred of them on one core. No condition is dropped out, since no guidance is used.
 """
 
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
-from torch import nn
 
 from index.space.queries import draw_uniforms
-from trainer.models.base import Network, NetworkConfig
-from trainer.models.mlp import MLP, Block
-from trainer.objectives.base import Objective, Training, make_objective
+from trainer.models.base import Network
+from trainer.models.mlp import LatentMLP
+from trainer.objectives.base import Objective, StepInput, Training
+from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.stream import NUM_UNIFORMS, Batch
 
 BATCH = 256
-DEPTH = 3
+NUM_LAYERS = 3
 LEARNING_RATE, EMA_DECAY = 5e-3, 0.998
 
 
@@ -41,29 +41,17 @@ class Bank:
         return Batch(r=r, text=text[:, None], y=y, uniforms=uniforms)
 
 
-class SmallMLP(MLP):
-    """The project's MLP with another width and depth."""
-
-    def __init__(self, latent_dim: int, text_dim: int, width: int) -> None:
-        shape = {"channels": latent_dim, "height": 1, "width": 1, "text_dim": text_dim}
-        Network.__init__(self, NetworkConfig(kind="mlp", size="tiny", **shape))
-        self.read = nn.Linear(latent_dim + text_dim + 2, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(DEPTH)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 2 + latent_dim)
-
-
-def objective_of(name: str, preset: str = "default") -> Objective:
-    """Make an objective without condition dropout; `clock` is the default preset with time conditioning."""
-    if preset == "clock":
-        return make_objective(name, "default", dropout=0.0, clock=True)
+def make_toy_objective(name: str, preset: str = "default") -> Objective:
+    """Make an objective without condition dropout; preset `time` is the default one with time conditioning."""
+    if preset == "time":
+        return make_objective(name, "default", dropout=0.0, time_conditioning=True)
     return make_objective(name, preset, dropout=0.0)
 
 
-def train(objective: Objective, bank: Bank, *, steps: int, width: int, seed: int) -> Network:
+def train(objective: Objective, bank: Bank, *, steps: int, hidden_dim: int, seed: int) -> Network:
     """Train a new network and return it with its averaged weights."""
     torch.manual_seed(seed)
-    network = SmallMLP(bank.y.shape[1], bank.text.shape[1], width)
+    network = LatentMLP([bank.y.shape[1], 1, 1], bank.text.shape[1], hidden_dim, NUM_LAYERS)
     optimizer = Optimizer(network, steps=steps, learning_rate=LEARNING_RATE, ema_decay=EMA_DECAY)
     for step in range(steps):
         training = Training(step / steps, optimizer.teacher)
@@ -73,7 +61,7 @@ def train(objective: Objective, bank: Bank, *, steps: int, width: int, seed: int
 
 
 @torch.inference_mode()
-def lead(
+def sample(
     objective: Objective,
     network: Network,
     r: Float32[np.ndarray, "B L"],
@@ -84,7 +72,8 @@ def lead(
     """Return the samples of so many steps from R; `noise` draws fresh noise of the same distribution."""
     x, condition = torch.from_numpy(r), torch.from_numpy(text)[:, None]
     for i in range(steps):
-        x = objective.step(network, x, condition, i, steps, 1.0, lambda: torch.from_numpy(noise())).x
+        inputs = StepInput(x=x, text=condition, i=i, n=steps, noise=lambda: torch.from_numpy(noise()))
+        x = objective.step(network, inputs).x
     return x.numpy()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from index.errors import OptionError
-from trainer.models.base import SIZES
+from trainer.models.base import SIZE_NAMES
 from trainer.objectives.base import Loss
 from trainer.optimizer import Optimizer
 from trainer.tracking import TRACKER, RunLog
@@ -37,8 +37,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise OptionError if the size is unknown."""
-        if self.size not in SIZES:
-            raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZES)}")
+        if self.size not in SIZE_NAMES:
+            raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZE_NAMES)}")
 
 
 def train(

@@ -13,13 +13,13 @@ from torch.nn.functional import cosine_similarity
 
 from trainer.evaluation.samples import BATCH, Prompts, TextEmbeddings
 from trainer.objectives.coalescer import Coalescer as CoalescerObjective
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 BINS = 10
 
 
 def measure_calibration(
-    pipeline: Coalescer, prompts: Prompts, text: TextEmbeddings, pairs: Float32[np.ndarray, "Q L"]
+    pipeline: CoalescerPipeline, prompts: Prompts, text: TextEmbeddings, pairs: Float32[np.ndarray, "Q L"]
 ) -> dict[str, Any]:
     """Return the calibration of each confidence that the run's objective trains; empty for other objectives."""
     objective = pipeline.objective

@@ -16,7 +16,7 @@ from trainer.evaluation.protocol import EvaluationConfig, open_protocol
 from trainer.evaluation.report import comparison_page
 from trainer.grid import draw_grid
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,19 +35,19 @@ def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: 
     configs = [read_config(run) for run in runs]
     _check_runs(runs, configs)
     began = time.perf_counter()
-    protocol = open_protocol(runs[0], Coalescer.from_pretrained(runs[0], device=config.device), config, out)
+    protocol = open_protocol(runs[0], CoalescerPipeline.from_pretrained(runs[0], device=config.device), config, out)
     labels = label_runs(configs)
     shown = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
     evaluated: list[dict[str, Any]] = []
     samples, images = {}, {}
     for run, label in zip(runs, labels, strict=True):
-        pipeline = Coalescer.from_pretrained(run, device=config.device)
+        pipeline = CoalescerPipeline.from_pretrained(run, device=config.device)
         result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
         evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(run)})
         if label not in samples:
             samples[label] = result.samples[shown].x
             if captions:
-                images[label] = pipeline(captions, steps=shown, seed=config.seed).images
+                images[label] = pipeline(captions, num_inference_steps=shown, seed=config.seed).images
     report = {
         **protocol.summary(),
         "num_inference_steps": config.num_inference_steps,

@@ -37,7 +37,7 @@ from trainer.evaluation.samples import (
 )
 from trainer.grid import draw_grid
 from trainer.run_folder import read_config
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ class Protocol:
     """Settings of the referee."""
     device: str
 
-    def evaluate(self, pipeline: Coalescer, num_inference_steps: list[int], log: Path) -> RunEvaluation:
+    def evaluate(self, pipeline: CoalescerPipeline, num_inference_steps: list[int], log: Path) -> RunEvaluation:
         """Sample from a run and compute its metrics."""
         prompts, text = self.prompts, encode_captions(pipeline, self.prompts.captions)
         metrics, samples = {}, {}
@@ -168,7 +168,7 @@ def evaluate(run: Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
     """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report."""
     objective = read_config(run)["fit"]["objective"]
     began = time.perf_counter()
-    pipeline = Coalescer.from_pretrained(run, device=config.device)
+    pipeline = CoalescerPipeline.from_pretrained(run, device=config.device)
     protocol = open_protocol(run, pipeline, config, out)
     result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
     report: dict[str, Any] = {"run": str(run), "objective": objective, **protocol.summary()}
@@ -183,7 +183,7 @@ def evaluate(run: Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
     return report
 
 
-def open_protocol(run: Path, pipeline: Coalescer, config: EvaluationConfig, out: Path) -> Protocol:
+def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConfig, out: Path) -> Protocol:
     """Open a run's table, train its referee if there is none yet, and measure the references.
 
     Raises OptionError, RunError or TableError if extractors, run or table do not allow an evaluation.
@@ -223,6 +223,6 @@ def _open_table(run: Path) -> Table:
     return table
 
 
-def _decoder(pipeline: Coalescer) -> Decode:
+def _decoder(pipeline: CoalescerPipeline) -> Decode:
     shape = pipeline.meta.latent_shape
     return lambda latents: pipeline.image_encoder.decode(latents.reshape(-1, *shape))

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
@@ -30,7 +32,6 @@ from index.table.table import Table, column_array, reports_of
 from index.terminal import Progress
 from trainer.evaluation.metrics import frechet, kernel_mmd
 from trainer.evaluation.samples import DECODE_BATCH, Decode
-from trainer.run_folder import load_model, save_model
 
 BUDGET = {
     "format": 3,
@@ -189,8 +190,8 @@ def open_referee(
     try:
         settings = json.loads((folder / "referee.json").read_text())
         network = _create(settings)
-        load_model(folder, network)
-    except (OSError, ValueError, KeyError, RunError) as error:
+        load_model(network, folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{folder} is not a complete referee ({error}): remove it to train it again") from error
     return Referee(network, encode_text, candidates, device), {
         "folder": str(folder),
@@ -286,7 +287,7 @@ def _save(folder: Path, network: Classifier | Matcher, settings: dict[str, Any])
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_model(aside, network)
+    save_model(network, str(aside / "model.safetensors"))
     write_json(aside / "referee.json", settings)
     try:
         aside.rename(folder)

@@ -15,7 +15,7 @@ from torch import nn
 
 from index.table.schema import HELDOUT
 from index.table.table import Table
-from trainer.sampler import Coalescer
+from trainer.sampler import CoalescerPipeline
 
 BATCH = 256
 """Prompts that are sampled at once."""
@@ -95,7 +95,7 @@ class SamplerOutput:
     """Per sample."""
 
 
-def draw_prompts(pipeline: Coalescer, table: Table, num_samples: int, seed: int) -> Prompts:
+def draw_prompts(pipeline: CoalescerPipeline, table: Table, num_samples: int, seed: int) -> Prompts:
     """Draw captions of held-out rows in random order, with noise, and a diversity set of some of these captions."""
     heldout = np.random.default_rng([seed, 0]).permutation(table.positions(HELDOUT))
     positions = np.resize(heldout, num_samples)
@@ -109,23 +109,23 @@ def draw_prompts(pipeline: Coalescer, table: Table, num_samples: int, seed: int)
     return Prompts(
         positions=np.concatenate([positions, positions[diverse].repeat(repeats)]),
         captions=[*np.resize(captions, num_samples).tolist(), *captions[diverse].repeat(repeats).tolist()],
-        noise=np.concatenate([pipeline.points(noise_ids[i : i + BATCH], seed, 0).cpu().numpy() for i in batches]),
+        noise=np.concatenate([pipeline.noise(noise_ids[i : i + BATCH], seed, 0).cpu().numpy() for i in batches]),
         noise_ids=noise_ids,
         seed=seed,
         diversity_group=np.arange(len(diverse)).repeat(repeats),
     )
 
 
-def encode_captions(pipeline: Coalescer, captions: Sequence[str]) -> TextEmbeddings:
+def encode_captions(pipeline: CoalescerPipeline, captions: Sequence[str]) -> TextEmbeddings:
     """Encode captions for a run's network, every distinct one once."""
     row = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     distinct = list(row)
-    parts = [pipeline.describe(distinct[i : i + BATCH]) for i in range(0, len(distinct), BATCH)]
+    parts = [pipeline.encode_prompt(distinct[i : i + BATCH]) for i in range(0, len(distinct), BATCH)]
     return TextEmbeddings(np.concatenate(parts), np.array([row[caption] for caption in captions]))
 
 
 def sample_prompts(
-    pipeline: Coalescer,
+    pipeline: CoalescerPipeline,
     prompts: Prompts,
     text: TextEmbeddings,
     num_inference_steps: int,
@@ -138,7 +138,7 @@ def sample_prompts(
         for start in (0, *starts):
             batch = slice(start, start + BATCH)
             embeddings, began = text.batch(batch), time.perf_counter()
-            part = pipeline.coordinates(
+            part = pipeline.sample_latents(
                 embeddings, prompts.noise_ids[batch], steps=num_inference_steps, seed=prompts.seed
             )
             elapsed = time.perf_counter() - began

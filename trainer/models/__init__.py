@@ -1,1 +1,1 @@
-"""The networks."""
+"""Networks, as diffusers models."""

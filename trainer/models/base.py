@@ -1,141 +1,105 @@
-"""The network: a random point and a description in; a distance, a direction and a confidence out.
+"""The network: a point in latent space and a text embedding in; a distance, a direction and a confidence out.
 
-    network(x, text, keep=, time=, span=) -> Prediction
+    network(x, text, cond_mask=, time=, step_size=) -> Prediction
 
-One file for each kind: `mlp` for small latents, `transformer` for those that are pictures themselves. Sizes are named;
-width and depth follow. Only rivals of the coalescer give a time and a span.
+Each architecture has its file: `mlp` for small latents, `transformer` for latents that are images themselves. Both are
+diffusers models, so `save_pretrained`, `from_pretrained` and `push_to_hub` are diffusers' own. Time and step size are
+for objectives that condition on them: the rivals of the coalescer, and the coalescer with `time_conditioning`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from index.errors import OptionError
-from index.table.schema import TableMeta
-
-KINDS = ("auto", "mlp", "transformer")
-SIZES = ("tiny", "small", "base", "large")
-SPATIAL = 16
-"""Latents of at least so many rows are read by a transformer unless the user says otherwise."""
-MOST_TOKENS = 77
-"""Token states that a transformer reads unless told; CLIP's text models have no more."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkConfig:
-    """All that the network's shape depends on."""
-
-    kind: str
-    size: str
-    channels: int
-    height: int
-    width: int
-    """Of a latent: C, h, w."""
-    text_dim: int
-    """T, numbers of a description."""
-    tokens: int = 0
-    """Token states that come with a description; 0: the pooled embedding alone."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
-        if self.tokens < 0 or (self.tokens and self.kind == "mlp"):
-            raise OptionError(
-                f"--tokens {self.tokens} cannot be read by --network {self.kind}: give a transformer some"
-            )
-
-    @classmethod
-    def of(cls, meta: TableMeta, *, size: str, kind: str = "auto", tokens: int | None = None) -> "NetworkConfig":
-        """The network for a table's latents and descriptions; `auto` and None are decided here."""
-        channels, height, width = meta.latent_shape
-        if kind == "auto":
-            kind = "transformer" if height >= SPATIAL else "mlp"
-        if tokens is None:
-            tokens = MOST_TOKENS if kind == "transformer" else 0
-        shape = {"channels": channels, "height": height, "width": width, "text_dim": meta.text_dim}
-        return cls(kind=kind, size=size, tokens=tokens, **shape)
-
-    @property
-    def latent_dim(self) -> int:
-        """L, numbers of a latent."""
-        return self.channels * self.height * self.width
+SIZE_NAMES = ("tiny", "small", "base", "large")
+"""Names of the sizes; each architecture says in its own SIZES what they stand for."""
 
 
 class Prediction(NamedTuple):
-    """What the network says of a point."""
+    """The outputs of the network's three heads."""
 
     distance: Float[Tensor, "B"]
+    """From x to the latent y of its pair, in coordinates."""
     direction: Float[Tensor, "B L"]
+    """From x to y for the coalescer, a velocity or y itself for its rivals."""
     confidence: Float[Tensor, "B"]
-    """0 to 1: the cosine that it expects between `direction` and the way to the pair."""
+    """0 to 1: the expected cosine between `direction` and the displacement y - x."""
 
 
-class Network(nn.Module):
-    """What both kinds share: the scale of distances, and how a description is told or left out."""
+class Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """The base of both architectures: text conditioning, with a learned embedding for none, and the heads' units."""
 
-    learning_rate: float
-    """The highest one to train it with, unless the user knows better."""
+    default_learning_rate: float
+    """Peak learning rate of a run that sets none."""
+    num_tokens: int = 0
+    """Token embeddings that the network reads next to the pooled one."""
 
-    def __init__(self, config: NetworkConfig) -> None:
-        """Fresh weights, here and in the kinds, from torch's global generator."""
+    def __init__(self, latent_shape: Sequence[int], text_dim: int) -> None:
+        """Draw fresh weights, here and in the subclasses, from torch's global generator.
+
+        Args:
+            latent_shape: C, H, W of a latent.
+            text_dim: T, dimension of a text embedding.
+        """
         super().__init__()
-        self.config = config
-        self.radius = math.sqrt(config.latent_dim)
-        self.null = nn.Parameter(torch.randn(config.text_dim) * 0.5)
+        self.latent_dim = math.prod(latent_shape)
+        self.text_dim = text_dim
+        self.null_text = nn.Parameter(torch.randn(text_dim) * 0.5)
 
     def forward(
         self,
         x: Float[Tensor, "B L"],
         text: Float[Tensor, "B K T"],
         *,
-        keep: Bool[Tensor, "B"] | None = None,
+        cond_mask: Bool[Tensor, "B"] | None = None,
         time: Float[Tensor, "B"] | None = None,
-        span: Float[Tensor, "B"] | None = None,
+        step_size: Float[Tensor, "B"] | None = None,
     ) -> Prediction:
-        """Predict for points in coordinates.
+        """Predict the pair of each point.
 
         Args:
-            x: the points.
-            text: of each description the pooled embedding, then its token states, then zeros.
-            keep: where it is false the description is left out.
-            time: of a path from R (0) to its pair (1).
-            span: how much of that path a step is to go.
+            x: points, in coordinates.
+            text: for each point the pooled text embedding, then its token embeddings, then zeros as padding.
+            cond_mask: False for points to predict unconditionally; None conditions all on their text.
+            time: position on the path from noise R (0) to the pair's latent (1).
+            step_size: fraction of that path that a step covers.
         """
         raise NotImplementedError
 
-    def told(self, text: Float[Tensor, "B K T"], keep: Bool[Tensor, "B"] | None) -> Float[Tensor, "B K T"]:
-        """Embeddings of root mean square 1, and a learned one where the description is left out; zeros stay zero."""
-        text = normalize(text, dim=-1) * math.sqrt(self.config.text_dim)
-        if keep is None:
+    def condition(self, text: Float[Tensor, "B K T"], cond_mask: Bool[Tensor, "B"] | None) -> Float[Tensor, "B K T"]:
+        """Scale embeddings to a root mean square of 1, and replace masked ones by the null embedding.
+
+        Padding stays zero. Only the direction of an embedding counts, as in the search.
+        """
+        text = normalize(text, dim=-1) * math.sqrt(self.text_dim)
+        if cond_mask is None:
             return text
-        return torch.where(keep[:, None, None], text, pad(self.null[None], (0, 0, 0, text.shape[1] - 1)))
+        null = pad(self.null_text[None], (0, 0, 0, text.shape[1] - 1))
+        return torch.where(cond_mask[:, None, None], text, null)
 
     def prediction(
         self, distance: Float[Tensor, "B"], direction: Float[Tensor, "B L"], confidence: Float[Tensor, "B"]
     ) -> Prediction:
-        """What three heads say. Distances are about sqrt(L): in that unit the head starts near its target."""
-        return Prediction((distance + 1) * self.radius, direction, confidence.sigmoid())
+        """Turn the raw outputs of the heads into a Prediction.
 
-
-def make_network(config: NetworkConfig) -> Network:
-    """A network with fresh weights."""
-    from trainer.models.mlp import MLP
-    from trainer.models.transformer import Transformer
-
-    return {"mlp": MLP, "transformer": Transformer}[config.kind](config)
+        Distances are about sqrt(L), so the distance head predicts in that unit, as an offset from 1.
+        """
+        return Prediction((distance + 1) * math.sqrt(self.latent_dim), direction, confidence.sigmoid())
 
 
 def count_flops(network: Network) -> int:
-    """Floating-point operations of one evaluation for one picture; training takes about three times as many."""
+    """Count the floating-point operations of one evaluation for one image; training takes about three times as many."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, device = network.config, network.null.device
-    x = torch.zeros(1, config.latent_dim, device=device)
-    text = torch.zeros(1, 1 + config.tokens, config.text_dim, device=device)
+    device = network.null_text.device
+    x = torch.zeros(1, network.latent_dim, device=device)
+    text = torch.zeros(1, 1 + network.num_tokens, network.text_dim, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x, text)
     return int(counter.get_total_flops())

@@ -1,1 +1,1 @@
-"""What a network is trained for and how it is sampled: the coalescer and its rivals."""
+"""Objectives: what a network is trained for and how it is sampled. The coalescer and its rivals."""

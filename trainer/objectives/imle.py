@@ -1,75 +1,53 @@
 """Implicit maximum likelihood (Li and Malik, arXiv 1809.09087) with rejection (RS-IMLE: Vashist et al., 2409.17439).
 
-The search runs the other way round: of a pool of random points the one whose output comes nearest to y is pulled to y,
-so no y is left out. Outputs within eps of y already are passed over, because the nearest of a large pool is no fair
-sample of what R gives; where all are, y teaches nothing. Conditional: pool and y share the description. The pool is R
-and that of slots beside it, which know nothing of y; where processes share a batch each has its own slots.
+The search runs the other way round: from a pool of noise the one whose output is nearest to y is trained toward y, so
+that no y is left out. Outputs within eps of y are rejected, because the nearest of a large pool is not a fair sample
+of the outputs; if all are, y has no loss. Pool and y share the caption. The pool is R and the R of other rows of the
+batch, which are independent of y; processes that share a batch use the rows of their own.
 
-The authors keep one pool of 10 N outputs for N pictures for some epochs, compare and learn in the features of a
-perceptual network, and drop what lies near any picture; here each y has its own pool each time, and latents count.
+The authors keep one pool of 10 N outputs for N images for some epochs, compare and learn in the features of a
+perceptual network, and reject what is near any image; here each y has a pool of its own in each step, in latent space.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.objectives.base import Loss, Step, Training
-from trainer.objectives.hyperparameters import check_positive, check_shares
-from trainer.objectives.steps import guided, unsure
+from trainer.objectives.base import Loss, Objective, StepInput, StepOutput, Training, guide
+from trainer.objectives.hyperparameters import fraction, positive
 from trainer.stream import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IMLE:
-    """One step: the direction head is the output itself, from R alone."""
+class IMLE(Objective):
+    """The direction head is the output itself, a function of R."""
 
-    pool: int = 10
-    """Random points for each y, an evaluation each; the authors' `force_factor`."""
-    eps: float = 0.1
+    pool_size: int = positive(10)
+    """Noise in the pool of each y, at one evaluation each; the authors' `force_factor`."""
+    eps: float = fraction(0.1)
     """Radius of rejection in units of sqrt(L), the length of coordinates, as the authors' features have length 1."""
-    dropout: float = 0.1
-    """Share of inputs without their description, for guidance."""
-
-    def __post_init__(self) -> None:
-        """Refuse hyperparameters that mean nothing."""
-        check_shares(self, "dropout", "eps")
-        check_positive(self, "pool")
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
-        """Mean squared error per dimension of the nearest output that is not near enough."""
-        keep = batch.uniforms[:, 0] >= self.dropout
+        """Return the mean squared error, per dimension, of the nearest output that is not rejected."""
+        cond_mask = self.cond_mask(batch)
         nearest, chosen = torch.full_like(batch.uniforms[:, 0], torch.inf), batch.r
         rejected = torch.zeros_like(nearest)
         with torch.no_grad():
-            for slot in range(self.pool):
-                r = batch.r.roll(slot, 0)
-                miss = (network(r, batch.text, keep=keep).direction - batch.y).square().mean(1)
-                near = miss < self.eps**2
-                better = ~near & (miss < nearest)
-                nearest, chosen = torch.where(better, miss, nearest), torch.where(better[:, None], r, chosen)
-                rejected += near / self.pool
-        error = (network(chosen, batch.text, keep=keep).direction - batch.y).square().mean(1)
+            for shift in range(self.pool_size):
+                r = batch.r.roll(shift, 0)
+                error = (network(r, batch.text, cond_mask=cond_mask).direction - batch.y).square().mean(1)
+                reject = error < self.eps**2
+                better = ~reject & (error < nearest)
+                nearest, chosen = torch.where(better, error, nearest), torch.where(better[:, None], r, chosen)
+                rejected += reject / self.pool_size
+        error = (network(chosen, batch.text, cond_mask=cond_mask).direction - batch.y).square().mean(1)
         total = (error * nearest.isfinite()).mean()
-        return Loss(total, {"nearest": total, "rejected": rejected.mean()})
+        return Loss(total, {"nearest_error": total, "rejected_fraction": rejected.mean()})
 
-    def step(
-        self,
-        network: nn.Module,
-        x: Float[Tensor, "B L"],
-        text: Float[Tensor, "B K T"],
-        i: int,
-        n: int,
-        guidance: float,
-        noise: Callable[[], Float[Tensor, "B L"]],
-    ) -> Step:
-        """The output for R, with guidance on it; further steps stay there, so the answer for all n is the same."""
-        if i > 0:
-            return unsure(x)
-        told = network(x, text).direction
-        return unsure(guided(told, lambda nobody: network(x, text, keep=nobody).direction, guidance))
-
-
-PRESETS: dict[str, Callable[..., IMLE]] = {"default": IMLE}
+    def step(self, network: nn.Module, inputs: StepInput) -> StepOutput:
+        """Return the output for R, with guidance on it; further steps stay there, so all n give the same result."""
+        if inputs.i > 0:
+            return StepOutput.without_confidence(inputs.x)
+        output = guide(lambda mask: network(inputs.x, inputs.text, cond_mask=mask).direction, inputs)
+        return StepOutput.without_confidence(output)

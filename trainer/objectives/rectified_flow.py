@@ -1,26 +1,27 @@
-"""Rectified flow (Liu et al., arXiv 2209.03003), one reflow: flow matching on pairs (R, where a trained flow leads R).
+"""Rectified flow (Liu et al., arXiv 2209.03003) with one reflow: flow matching on pairs of R and a trained flow's end.
 
-Such pairs are the same for equal inputs and their segments cross less, so few Euler steps lose less. The flow is
-another run, frozen; its pairs are made on the way, `solver_steps` evaluations each, and the search's pairs are not
-looked at: with `--coupling independent` there is no search. To rectify again, name the run that this one makes.
+Such pairs are the same for equal inputs, and their segments cross less, so that few Euler steps lose less. The flow is
+another run, frozen. Its ends are computed during training, `solver_steps` evaluations each, and the retrieved pairs are
+not used: with `--coupling independent` there is no search. To rectify again, name the run that this one makes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from index.errors import OptionError, RunError
 from index.table.schema import TableMeta
 from trainer.models.base import Network
-from trainer.objectives.base import Loss, Objective, Training, make_objective
+from trainer.models.registry import load_network
+from trainer.objectives.base import Loss, StepInput, Training
 from trainer.objectives.flow_matching import FlowMatching
-from trainer.objectives.hyperparameters import check_positive
-from trainer.run_folder import load_network, read_config
+from trainer.objectives.hyperparameters import positive
+from trainer.run_folder import NETWORK, read_config
 from trainer.stream import Batch
 
 FLOWS = ("flow_matching", "rectified_flow")
@@ -28,66 +29,65 @@ FLOWS = ("flow_matching", "rectified_flow")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RectifiedFlow(FlowMatching):
-    """The paper's equation 1 on the pairs of its algorithm 1; t is uniform, steps are Euler's."""
+    """Equation 1 of the paper on the pairs of its algorithm 1, with t uniform and Euler steps."""
 
     flow: str = ""
-    """Folder of the flow's run."""
-    solver_steps: int = 50
+    """Run folder of the flow."""
+    solver_steps: int = positive(50)
     """Euler steps from R to its pair. The authors use RK45, on CIFAR-10 about 127 evaluations, once for all pairs."""
 
-    def __post_init__(self) -> None:
-        """Refuse hyperparameters that mean nothing."""
-        FlowMatching.__post_init__(self)
-        check_positive(self, "solver_steps")
-
-    def check(self, meta: TableMeta | None = None, tokens: int = 0) -> None:
-        """Look at the flow before training begins; sampling does without it.
+    def check(self, meta: TableMeta | None = None, num_tokens: int = 0) -> None:
+        """Check the flow before training; sampling does not need it.
 
         Raises:
-            OptionError: none is named.
-            RunError: it is missing or no flow, or its coordinates or descriptions are not those of the table.
+            OptionError: no flow is named.
+            RunError: the flow is missing or is not a flow, or its coordinates or text embeddings are not the table's.
         """
         if not self.flow:
-            raise OptionError("rectified_flow has no flow: give --set flow=RUN, made with --objective flow_matching")
+            raise OptionError("rectified_flow needs a flow: add --set flow=RUN, made with --objective flow_matching")
         folder = Path(self.flow)
         config = read_config(folder)
         name = config["fit"]["objective"]
         if name not in FLOWS:
-            raise RunError(f"{folder} is a run of {name}: give --set flow=RUN of one of {', '.join(FLOWS)}")
-        network = load_network(folder)
-        if meta is None:
-            return
-        given = TableMeta.from_json(config["table"]["meta"])
-        same = {
-            "geometry": given.geometry.name == meta.geometry.name,
-            "latents": given.latent_shape == meta.latent_shape
-            and np.array_equal(given.geometry.mean, meta.geometry.mean)
-            and np.array_equal(given.geometry.std, meta.geometry.std),
-            "text encoder": given.text_encoder.digest == meta.text_encoder.digest,
-            "--tokens": network.config.kind == "mlp" or network.config.tokens == tokens,
-        }
-        other = [part for part, equal in same.items() if not equal]
-        if other:
-            raise RunError(
-                f"{folder} was trained with other {' and '.join(other)}: first train a flow on this table"
-                + (f" with --tokens {tokens}" if "--tokens" in other else "")
-            )
+            raise RunError(f"{folder} is a run of {name}: use --set flow=RUN with a run of {' or '.join(FLOWS)}")
+        network = load_network(folder / NETWORK)
+        if meta is not None:
+            _check_fit(folder, TableMeta.from_json(config["table"]["meta"]), meta, network, num_tokens)
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
-        """Flow matching towards where the flow leads."""
-        objective, flow = _open(self.flow, str(batch.r.device))
-        end, steps = batch.r, self.solver_steps
-        with torch.no_grad():
-            for i in range(steps):
-                end = objective.step(flow, end, batch.text, i, steps, 1.0, lambda: batch.r).x
-        return FlowMatching.loss(self, network, replace(batch, y=end), training)
+        """Return the loss of flow matching with the flow's ends as y."""
+        return FlowMatching.loss(self, network, replace(batch, y=self._ends(batch)), training)
+
+    @torch.no_grad()
+    def _ends(self, batch: Batch) -> Float[Tensor, "B L"]:
+        """Follow the flow from R."""
+        flow, x = _open_flow(self.flow, str(batch.r.device)), batch.r
+        for i in range(self.solver_steps):
+            # A flow's step does not depend on its hyperparameters, so ours is the flow's too.
+            inputs = StepInput(x=x, text=batch.text, i=i, n=self.solver_steps, noise=lambda: batch.r)
+            x = self.step(flow, inputs).x
+        return x
+
+
+def _check_fit(folder: Path, flow_meta: TableMeta, meta: TableMeta, network: Network, num_tokens: int) -> None:
+    """Raise RunError if a flow does not live in the same coordinates, or reads other text embeddings."""
+    equal = {
+        "geometry": flow_meta.geometry.name == meta.geometry.name,
+        "latents": flow_meta.latent_shape == meta.latent_shape
+        and np.array_equal(flow_meta.geometry.mean, meta.geometry.mean)
+        and np.array_equal(flow_meta.geometry.std, meta.geometry.std),
+        "text encoder": flow_meta.text_encoder.digest == meta.text_encoder.digest,
+        "--num-tokens": network.num_tokens in (0, num_tokens),
+    }
+    different = [part for part, same in equal.items() if not same]
+    if different:
+        raise RunError(
+            f"{folder} was trained with another {' and '.join(different)}: first train a flow on this table"
+            + (f" with --num-tokens {num_tokens}" if "--num-tokens" in different else "")
+        )
 
 
 @lru_cache(maxsize=1)
-def _open(folder: str, device: str) -> tuple[Objective, Network]:
-    config = read_config(Path(folder))
-    objective = make_objective(config["fit"]["objective"], config["fit"]["preset"], **config["objective"])
-    return objective, load_network(Path(folder)).to(device).eval().requires_grad_(False)
-
-
-PRESETS: dict[str, Callable[..., RectifiedFlow]] = {"default": RectifiedFlow}
+def _open_flow(folder: str, device: str) -> Network:
+    network: Network = load_network(Path(folder) / NETWORK).to(device).eval().requires_grad_(False)
+    return network

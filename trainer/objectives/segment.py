@@ -1,6 +1,6 @@
-"""What is learned on the segment from R to its pair y: at which points, and that all of them lead to the same end.
+"""Training on the segment from noise R to the latent y of its pair: sample inputs there, and make their ends agree.
 
-A second step starts near the data, where a network that was trained on R alone has never been.
+A second step starts near the data, where a network that was trained at R alone has never been.
 """
 
 from collections.abc import Callable
@@ -13,42 +13,49 @@ from torch import Tensor
 from trainer.stream import Batch
 
 
-class Place(NamedTuple):
-    """Points, and how far along their segments they are: 0 at R, 1 at y."""
+class Point(NamedTuple):
+    """Points x_t = (1 - t) R + t y and their t."""
 
     x: Float[Tensor, "B L"]
     t: Float[Tensor, "B"]
 
 
-def places_on(batch: Batch, share: float) -> Place:
-    """A point anywhere on the segment with probability `share`, else R."""
-    kind, place = batch.uniforms[:, :2].unbind(1)
-    t = torch.where(kind < share, place, 0.0)
-    return Place(batch.r + t[:, None] * (batch.y - batch.r), t)
+def sample_points(batch: Batch, fraction: float) -> Point:
+    """Sample t uniformly for this fraction of the rows, and t = 0, which is R, for the others."""
+    kind, uniform = batch.uniforms[:, :2].unbind(1)
+    t = torch.where(kind < fraction, uniform, 0.0)
+    return Point(batch.r + t[:, None] * (batch.y - batch.r), t)
 
 
 def inconsistency(
-    place: Place,
+    point: Point,
     end: Float[Tensor, "B L"],
     batch: Batch,
     gap: float,
-    end_of: Callable[[Place], Float[Tensor, "B L"]],
+    end_of: Callable[[Point], Float[Tensor, "B L"]],
 ) -> Float[Tensor, "B"]:
-    """Mean squared difference, per dimension, of where x leads and where a point does that is nearer to y.
+    """Return the mean squared difference, per dimension, between the ends predicted from two points of a segment.
 
-    That point is up to a share `gap` of the rest of the way ahead, and is not learned from, as in consistency training
-    (Song et al., arXiv 2303.01469).
+    The second point is nearer to y, by up to a fraction `gap` of the rest of the segment. No gradient flows through its
+    end, as in consistency training (Song et al., arXiv 2303.01469).
+
+    Args:
+        point: the first points.
+        end: their predicted ends.
+        batch: for y, and a column of uniforms that places the second points.
+        gap: the largest gap.
+        end_of: predicts the ends of points.
     """
     ahead = gap * batch.uniforms[:, 3]
     with torch.no_grad():
-        x, t = place.x + ahead[:, None] * (batch.y - place.x), place.t + ahead * (1 - place.t)
-        goal = end_of(Place(x, t))
-    return (end - goal).square().mean(1)
+        x, t = point.x + ahead[:, None] * (batch.y - point.x), point.t + ahead * (1 - point.t)
+        target = end_of(Point(x, t))
+    return (end - target).square().mean(1)
 
 
-def ramped(weight: float, ramp: float, progress: float) -> float:
-    """A weight that grows over training, as consistency's does in temporal ensembling (Laine, Aila, arXiv 1610.02242).
+def ramped_weight(weight: float, ramp: float, progress: float) -> float:
+    """Return a weight that grows over training as progress^ramp, as in temporal ensembling (arXiv 1610.02242).
 
-    What the network says elsewhere is no target before it has learned the pairs; captions are learned slowly then.
+    Early on the network's own predictions are poor targets; with a ramp it fits the pairs first.
     """
     return weight * float(progress**ramp)

@@ -1,9 +1,9 @@
 """Shortcut models (Frans et al., arXiv 2410.12557; kvfrans/shortcut-models: targets_shortcut.py).
 
-The network is told how long a step is to be, d. Of the shortest, 1/128, it learns the velocity of flow matching, on a
-share of inputs; of d = 1, 1/2 ... 1/64 what two steps of d/2 make together, as the averaged weights say (equation 4).
-The authors leave descriptions away in the first part only and train guidance into the second; here both parts lack some
-and guidance is asked for when sampling, as of the other objectives.
+The network is conditioned on the size d of a step. For the smallest, 1/128, it learns the velocity of flow matching;
+for d = 1, 1/2 ... 1/64, on a fraction of the inputs, what two steps of d/2 amount to with the averaged weights
+(equation 4). The authors drop captions for the first only and train guidance into the second; here both drop some and
+guidance is applied in sampling, as for the other objectives.
 """
 
 import math
@@ -16,71 +16,62 @@ from torch import Tensor, nn
 
 from trainer.models.base import Prediction
 from trainer.objectives.base import Loss, Training
-from trainer.objectives.hyperparameters import check_positive, check_shares
-from trainer.objectives.steps import Euler
+from trainer.objectives.flow_matching import Euler
+from trainer.objectives.hyperparameters import fraction, positive
 from trainer.stream import Batch
 
 HALVINGS = 7
-"""From the whole path to the shortest step, 2^-7 = 1/128."""
+"""From the whole path to the smallest step, 2^-7 = 1/128."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shortcut(Euler):
-    """Settings are the authors'."""
+    """Defaults are the authors'."""
 
-    share: float = 0.125
-    """Of inputs that learn from two half steps."""
-    clip: float = 4.0
-    """Largest coordinate of a point and of a velocity in such a target; for unstandardized latents give inf."""
-    dropout: float = 0.1
-    """Share of inputs without their description, for guidance."""
-
-    def __post_init__(self) -> None:
-        """Refuse hyperparameters that mean nothing."""
-        check_shares(self, "share", "dropout")
-        check_positive(self, "clip")
+    bootstrap_fraction: float = fraction(0.125)
+    """Fraction of inputs that learn from two half steps."""
+    clip: float = positive(4.0)
+    """Largest coordinate of a point and of a velocity in such a target; use inf if latents are not standardized."""
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
-        """Mean squared error of the velocity, per dimension; times are multiples of the step's length."""
-        told, place, kind, level = batch.uniforms[:, :4].unbind(1)
-        keep, longer = told >= self.dropout, kind < self.share
-        length = torch.where(longer, torch.exp2(-(HALVINGS * level).floor()), 2.0**-HALVINGS)
-        time = (place / length).floor() * length
+        """Return the mean squared error of the velocity, per dimension; times are multiples of the step size."""
+        position, kind, level = batch.uniforms[:, 1:4].unbind(1)
+        cond_mask, bootstrap = self.cond_mask(batch), kind < self.bootstrap_fraction
+        size = torch.where(bootstrap, torch.exp2(-(HALVINGS * level).floor()), 2.0**-HALVINGS)
+        time = (position / size).floor() * size
         target = batch.y - batch.r
         x = batch.r + time[:, None] * target
-        if longer.any():
-            own = (each[longer] for each in (x, batch.text, keep, time, length))
-            target[longer] = self.two_halves(training.teacher, *own)
-        guess = network(x, batch.text, keep=keep, time=time, span=reach(length))
-        error = (guess.direction - target).square().mean(1)
-        parts = {"velocity": (error * ~longer).mean(), "self_consistency": (error * longer).mean()}
+        if bootstrap.any():
+            rows = (each[bootstrap] for each in (x, batch.text, cond_mask, time, size))
+            target[bootstrap] = self.two_half_steps(training.teacher, *rows)
+        prediction = network(x, batch.text, cond_mask=cond_mask, time=time, step_size=log_size(size))
+        error = (prediction.direction - target).square().mean(1)
+        parts = {"velocity": (error * ~bootstrap).mean(), "self_consistency": (error * bootstrap).mean()}
         return Loss(error.mean(), parts)
 
     @torch.no_grad()
-    def two_halves(
+    def two_half_steps(
         self,
         teacher: Callable[..., Prediction],
         x: Float[Tensor, "B L"],
         text: Float[Tensor, "B K T"],
-        keep: Bool[Tensor, "B"],
+        cond_mask: Bool[Tensor, "B"],
         time: Float[Tensor, "B"],
-        length: Float[Tensor, "B"],
+        size: Float[Tensor, "B"],
     ) -> Float[Tensor, "B L"]:
-        """The mean velocity of two steps of half the length, one after the other."""
-        half = length / 2
-        first = teacher(x, text, keep=keep, time=time, span=reach(half)).direction
+        """Return the mean velocity of two consecutive steps of half the size."""
+        half = size / 2
+        step_size = log_size(half)
+        first = teacher(x, text, cond_mask=cond_mask, time=time, step_size=step_size).direction
         middle = (x + half[:, None] * first).clamp(-self.clip, self.clip)
-        second = teacher(middle, text, keep=keep, time=time + half, span=reach(half)).direction
+        second = teacher(middle, text, cond_mask=cond_mask, time=time + half, step_size=step_size).direction
         return ((first + second) / 2).clamp(-self.clip, self.clip)
 
-    def span(self, n: int) -> float:
-        """Of 1/n; numbers between the powers of two are interpolated, and none is shorter than 1/128."""
+    def step_size(self, n: int) -> float:
+        """Return `log_size` of 1/n; it interpolates between powers of two, and no step counts as less than 1/128."""
         return max(0.0, 1 - math.log2(n) / HALVINGS)
 
 
-def reach(length: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """What the network is told of a step's length: its logarithm, as by the authors, 0 at the shortest and 1 at 1."""
-    return 1 + length.log2() / HALVINGS
-
-
-PRESETS: dict[str, Callable[..., Shortcut]] = {"default": Shortcut}
+def log_size(size: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Return the logarithm of a step size, scaled to 0 for 1/128 and 1 for 1, which the network is conditioned on."""
+    return 1 + size.log2() / HALVINGS
