@@ -139,7 +139,7 @@ def sample_prompts(
             batch = slice(start, start + BATCH)
             embeddings, began = text.batch(batch), time.perf_counter()
             part = pipeline.sample_latents(
-                embeddings, prompts.noise_ids[batch], steps=num_inference_steps, seed=prompts.seed
+                embeddings, prompts.noise_ids[batch], num_inference_steps=num_inference_steps, seed=prompts.seed
             )
             elapsed = time.perf_counter() - began
             parts.append(part)
