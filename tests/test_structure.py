@@ -19,8 +19,8 @@ ORDER = {
         *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [
-        *("models", "optimizer", "run_folder", "folder", "stream", "reuse", "objectives", "config"),
-        *("grid", "sampler", "summary", "tracking", "autoencoders", "fit", "evaluation", "demo", "app", "cli"),
+        *("models", "optimizer", "run_folder", "stream", "objectives", "config"),
+        *("grid", "sampler", "tracking", "autoencoders", "fit", "evaluation", "demo", "cli"),
     ],
 }
 

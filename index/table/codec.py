@@ -1,6 +1,6 @@
 """Dataclasses <-> JSON objects, exactly: nested ones as objects, tuples as lists, arrays as base64 of their bytes.
 
-A dataclass with a field `unknown` keeps in it whatever else its JSON object holds, and writes that back, so that
+A dataclass with a field `unknown` keeps there all other members of its JSON object, and writes them back, so that
 fields of other versions of the software survive being read, changed and written.
 """
 

@@ -134,7 +134,7 @@ class Storage:
 
 
 def unwritable(uri: str | Path, error: Exception) -> TableError:
-    """Return the error for a target that cannot be written, whatever the reason."""
+    """Return the error for a target that cannot be written."""
     return TableError(
         f"{uri} cannot be written ({one_line(error)}): check free space, permissions and --storage-option, or name "
         "another --table; rerun the same command to resume"

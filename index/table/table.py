@@ -81,7 +81,7 @@ class Table:
         return table
 
     def _lancedb_name(self) -> tuple[str, str]:
-        """The database folder and the table name by which LanceDB knows the table."""
+        """Return the database folder and the table name by which LanceDB knows the table."""
         folder, _, name = self.uri.rpartition("/")
         return folder, name.removesuffix(".lance")
 

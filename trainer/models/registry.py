@@ -58,7 +58,7 @@ def load_network(folder: Path) -> Network:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise RunError(
             f"{folder} holds no trained network (config.json and safetensors): "
-            "train it to the end with `trainer fit --resume`, or train anew with `trainer fit`"
+            "train it to the end with `trainer fit --resume`, or train a new run with `trainer fit`"
         )
     try:
         class_name = json.loads((folder / "config.json").read_text())["_class_name"]
