@@ -1,4 +1,4 @@
-"""The batch of a step depends on (seed, step) alone, for any number of processes, any reuse and any step of resuming."""
+"""The batch of a step depends on (seed, step) alone, for any number of processes, reuse and point of resuming."""
 
 import itertools
 from dataclasses import replace
