@@ -271,12 +271,18 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
 
 def test_ctrl_c_ends_a_command_quietly(tmp_path):
     argv = [BIN / "pipeline", "demo-data", tmp_path / "shapes", "--num-samples", "1000000"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
     assert process.stderr.readline().startswith("pipeline demo-data: ")
     while not list(tmp_path.glob("shapes/*.tar*")):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.communicate() == ("", "")
+    assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 130
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from index.table.table import Table, open_table
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 # A job server starts its workers as `python`. One thread each, so that sums are added in the same order.
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

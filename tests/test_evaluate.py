@@ -218,6 +218,7 @@ def test_inception_features_and_clip_scores_agree_with_the_models(clip, inceptio
         assert scores[i, 0] == pytest.approx(float(100 * torch.cosine_similarity(image, text, dim=0)), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report_without_training_the_referee_again(run, report, tmp_path):
     weights = Path(report["referee"]["folder"]) / "model.safetensors"
     written = weights.stat().st_mtime_ns

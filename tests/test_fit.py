@@ -124,6 +124,7 @@ def transformer(indexed, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_transformer_attends_to_token_embeddings_and_learns(transformer):
     network = CoalescerPipeline.from_pretrained(transformer).network
     assert type(network) is LatentTransformer
@@ -132,6 +133,7 @@ def test_a_transformer_attends_to_token_embeddings_and_learns(transformer):
     assert result["direction"] < 0.92
 
 
+@pytest.mark.slow
 def test_a_transformer_resumes_to_the_same_weights(transformer, indexed, tmp_path):
     out = killed(transformer, tmp_path / "run", after=13)
     fit(indexed, FitConfig(**read_config(transformer)["fit"]), out, resume=True)
@@ -163,6 +165,7 @@ def test_the_latest_checkpoints_are_kept(indexed, tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000000003", "step-000000004"]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_the_table_version_it_began_with(shapes, encode_shapes, tmp_path):
     table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
     fit(table, SHORT, tmp_path / "whole", runtime=EVERY_STEP)
@@ -347,6 +350,7 @@ def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path):
     config = replace(SHORT, objective="shortcut", hyperparameters={"bootstrap_fraction": 0.5})
     fit(indexed, config, tmp_path / "whole", runtime=EVERY_STEP)

@@ -35,6 +35,7 @@ def run(code: str, environment) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
 def test_encoders_are_loaded_by_hub_id_and_subfolder(hub, image_encoder, text_encoder):
     put, environment = hub
     put("org/pipeline", image_encoder, "vae")
@@ -49,6 +50,7 @@ print(TransformersTextEncoder("org/text").encode(["a small red circle"]).shape)
     assert shape == "(1, 16)"
 
 
+@pytest.mark.slow
 def test_a_missing_repository_is_a_one_line_error(hub):
     code = """
 from index.errors import CoalescerError
@@ -65,6 +67,7 @@ for load in (DiffusersAutoencoder, TransformersTextEncoder, CoalescerPipeline.fr
     assert all("org/none" in line and "hub" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_images_are_sampled_by_the_hub_id_of_a_run(hub, indexed, tmp_path):
     put, environment = hub
     fit(indexed, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from trainer.run_folder import checkpoints
 
+pytestmark = pytest.mark.slow
+
 TRAINER = str(Path(sys.executable).parent / "trainer")
 OPTIONS = ["--size", "tiny", "--images", "6400", "--batch-size", "32", "--device", "cpu"]
 GENTLE = ["--learning-rate", "0.0005"]

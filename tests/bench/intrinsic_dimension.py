@@ -22,13 +22,12 @@ import numpy as np
 from balanced_pairs import ArrayBlocks, balance
 from jaxtyping import Float32, Float64, Int
 from small_runs import Bank, make_toy_objective, over_seeds, sample, train
-from trainer.evaluation.neighborhoods import manifold
 
 from index.report.hubness import ridge_r2
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
-from trainer.evaluation.metrics import energy_distance, frechet, sliced_wasserstein
+from trainer.evaluation.metrics import energy_distance, frechet, prdc, sliced_wasserstein
 
 DIM, CLUSTERS, NOISE = 64, 10, 0.03
 TRAINING, BANK, TESTED = 10_000, 131_072, 2_000
@@ -129,7 +128,7 @@ def draw_dataset(k: int, seed: int) -> Dataset:
 
 def quality(samples: Float32[np.ndarray, "N D"], real: Float32[np.ndarray, "N D"]) -> dict[str, float]:
     """Compare samples with fresh points."""
-    near = manifold(real, samples)
+    near = prdc(real, samples)
     return {
         "frechet": frechet(samples, real) / DIM,
         "energy": energy_distance(samples, real),
