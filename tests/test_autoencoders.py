@@ -14,6 +14,7 @@ from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoenc
 from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder, train_tokenizer
 
 
+@pytest.mark.slow
 def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tmp_path):
     report = fit_image_autoencoder([str(shapes)], ImageAutoencoderConfig(steps=60), tmp_path)
     images = load_images([str(shapes)], 32, val_fraction=0.05, limit=10**6)

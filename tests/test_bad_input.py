@@ -237,6 +237,7 @@ def test_append_adds_to_the_rejects_table(varied, encode_shapes, rejects, write_
     assert (added.report["rows"], added.report["rejected"]) == (6, 2)
 
 
+@pytest.mark.slow
 def test_dedup_does_not_depend_on_the_number_of_workers(varied, encode_shapes, content, tmp_path):
     tables = [
         encode_shapes(varied, tmp_path / f"{workers}.lance", val_fraction=0.0, dedup="image", num_workers=workers).table

@@ -259,7 +259,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
     assert "no table at none.lance" in refused(tmp_path, "pipeline", "build-index", "none.lance")
     assert "no table at none.lance" in refused(tmp_path, "pipeline", "inspect", "none.lance")
     assert "build-index" in refused(tmp_path, "trainer", "fit", encoded.uri, "--out", "run")
-    assert "no run at" in refused(tmp_path, "trainer", "sample", "nowhere", "a circle", "--out", "a.png")
+    assert "nowhere is not a run" in refused(tmp_path, "trainer", "sample", "nowhere", "a circle", "--out", "a.png")
     assert "ends in .png" in refused(tmp_path, "trainer", "sample", "nowhere", "a circle", "--out", "a.gif")
     for kind in ("image", "text"):
         assert "no shards at" in refused(tmp_path, "trainer", "fit-autoencoder", kind, "none", "--out", "a")
@@ -335,14 +335,14 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
     other = tmp_path / "other"
     other.mkdir()
     line = refused(other, *encode[:4], tmp_path / "[db]" / "shapes.lance", *encoders)
-    assert "another val_fraction" in line
+    assert "val_fraction: 0.2, now 0.05" in line
 
 
 def test_demo_data_and_autoencoders_by_their_commands(main, tmp_path):
     code, out, _ = main(
         "pipeline", "demo-data", "shapes", "--num-samples", 40, "--image-size", 16, "--json", cwd=tmp_path
     )
-    assert (code, json.loads(out)["samples"]) == (0, 40)
+    assert (code, json.loads(out)["num_samples"]) == (0, 40)
     for kind, options in (("image", ["--image-size", 16, "--latent-size", 4, "--latent-channels", 3]), ("text", [])):
         argv = ["fit-autoencoder", kind, "shapes", "--out", kind, "--steps", 2, "--batch-size", 4, "--limit", 30]
         code, out, _ = main("trainer", *argv, *options, "--json", cwd=tmp_path)

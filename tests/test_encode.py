@@ -61,6 +61,7 @@ def test_report_and_log_of_a_run(encoded):
     assert {"rate", "eta", "rejected", "success_rate"} <= ticks[-1].keys()
 
 
+@pytest.mark.slow
 def test_two_worker_processes_give_the_same_table(content, encoded, shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "two.lance", num_workers=2, keep_images=True).table
     assert content(table) == content(encoded)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from index.errors import SourceError, TableError
+from index.table import commit
 from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import Table, is_table, open_table, shards_of
@@ -122,6 +123,7 @@ def holds_lock(folder: Path, process: int) -> bool:
     return owner.exists() and owner.read_text().find(f'"process": {process},') >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_kill_9_at_random_moments_changes_nothing(
     encode_shapes, content, image_encoder, text_encoder, tmp_path, num_workers
@@ -165,6 +167,7 @@ def test_kill_9_at_random_moments_changes_nothing(
     print(json.dumps({"num_workers": num_workers, "kills": len(finished) - 1, "finished_shards_at_each": finished}))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_with_one_line(shapes, image_encoder, text_encoder, tmp_path):
     """Beam would wait for it forever."""
 
@@ -223,10 +226,9 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
-
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
-        patch.setattr(table_module, "update_meta", fail)
+        patch.setattr(commit, "update_meta", fail)
         with pytest.raises(Exception, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     between = open_table(first.uri)
@@ -303,6 +305,7 @@ def test_only_one_run_at_a_time_encodes_into_a_table(shapes, encode_shapes, tmp_
 def test_a_killed_process_releases_its_lock(tmp_path):
     code = f"""
 import os, signal
+from index.table import commit
 from index.table.lock import hold_lock
 from index.table.storage import Storage
 with hold_lock({str(tmp_path / "x")!r}, Storage()):
@@ -336,6 +339,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(
     small_disk, encoded, shapes, encode_shapes, content, num_workers
@@ -355,6 +359,7 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(small_disk, shapes
         encode_shapes(shapes, small_disk / "t.lance", keep_images=True, dry_run=True)
 
 
+@pytest.mark.slow
 def test_a_run_with_too_many_rejects_is_stopped_early(write_tar, encode_shapes, tmp_path, monkeypatch):
     for shard in range(10):
         write_tar(tmp_path / "source" / f"{shard}.tar", [(f"{n}.{e}", b"?") for n in range(5) for e in ("png", "txt")])

@@ -93,6 +93,7 @@ def test_merged_segments_have_the_recall_of_the_whole_index(table, index_type):
     assert publish_segments(bare, segments).version == merged.version
 
 
+@pytest.mark.slow
 def test_two_workers_build_one_index_while_the_old_one_serves(table):
     before = build_index(table, BuildConfig(index_type="ivf_rq")).table
     whole = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", desc_scale=2.0)).report

@@ -87,7 +87,7 @@ def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encod
 
     assert without_shard(result.table) == without_shard(encoded)
     again = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
-    assert (again.already_complete, again.report) == (True, made.report)
+    assert (again.already_complete, again.report) == (True, result.report)
     assert s3.names("s3://bucket/db/shapes.encode") == []
     built = build_index(open_table(result.table.uri, storage=s3), BuildConfig(index_type="ivf_flat"))
     assert built.table.report("index")["index_type"] == "ivf_flat"
@@ -96,6 +96,7 @@ def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encod
     assert ApproximateSearch(table).nearest(vectors.astype("float32")).text.shape == (8, 1, 16)
 
 
+@pytest.mark.slow
 def test_two_workers_append_to_a_table_in_a_bucket(uploaded, s3, encode_shapes, content):
     first = encode_shapes(f"{uploaded}/00000.tar", "s3://bucket/db/two.lance", storage=s3)
     added = encode_shapes(uploaded, first.table.uri, storage=s3, append=True, num_workers=2)
@@ -166,7 +167,7 @@ def test_an_unreachable_store_is_one_line(s3, monkeypatch):
     with pytest.raises(TableError, match=r"s3://bucket/t.lance cannot be reached \(.*\): check the address"):
         open_table("s3://bucket/t.lance", storage=unreachable)
     with pytest.raises(SourceError, match=r"'s3://bucket/\*\.tar' cannot be listed \("):
-        list_shards(["s3://bucket/*.tar"], ReadOptions(storage=nobody))
+        list_shards(["s3://bucket/*.tar"], ReadOptions(storage=unreachable))
 
 
 def test_options_are_named_as_lance_names_them():
