@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.demo import check_captions, heldout_captions, read_results
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SMALL = {
@@ -47,6 +49,9 @@ def test_the_quick_start_runs_as_written(tmp_path):
         assert result.returncode == 0, f"{' '.join(command)}: {result.stderr[-2000:]}"
     assert (tmp_path / "circle.png").stat().st_size > 0
     assert "<svg" in (tmp_path / "demo/run/report/index.html").read_text()
+    # `make demo` runs the same commands into the same folders, and then reads their results.
+    results = read_results(tmp_path / "demo") | check_captions(tmp_path / "demo/run", heldout_captions(4))
+    assert (results["rows"], results["rejected"], results["images checked"]) == (300, 0, 4)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -54,7 +54,7 @@ def main(out: Path) -> None:
     started = time.monotonic()
     checked = check_captions(out / "run", captions)
     seconds["check"] = time.monotonic() - started
-    results = _results(out) | checked
+    results = read_results(out) | checked
     write_json(out / "summary.json", results | {"seconds": {stage: round(s, 1) for stage, s in seconds.items()}})
     print_table(
         "\nseconds by stage", {stage: f"{s:.1f}" for stage, s in (seconds | {"all": sum(seconds.values())}).items()}
@@ -121,7 +121,7 @@ def _rates(prefix: str, pixels: Any, captions: list[str]) -> dict[str, float]:
     }
 
 
-def _results(out: Path) -> dict[str, Any]:
+def read_results(out: Path) -> dict[str, Any]:
     """Return the main metrics that the stages reported."""
 
     def read(name: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _results(out: Path) -> dict[str, Any]:
     trained = read("run/result.json")
     return {
         "rows": encoded["rows"],
-        "rejects": encoded["rejects"],
+        "rejected": encoded["rejected"],
         "held-out PSNR, dB": read("models/image/report.json")["psnr_db"],
         "held-out token accuracy": read("models/text/report.json")["token_accuracy"],
         "recall@1": index["recall_at_1"],
