@@ -270,14 +270,11 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
 
 
 def test_ctrl_c_ends_a_command_quietly(tmp_path):
-    argv = [BIN / "pipeline", "demo-data", tmp_path / "shapes", "--num-samples", "1000000"]
-    process = subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
-    )
+    # Background jobs ignore SIGINT, and so would what they start.
+    reset = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [BIN / "pipeline", "demo-data", tmp_path / "shapes", "--num-samples", "1000000"]
+    argv = [sys.executable, "-c", reset, *map(str, command)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline().startswith("pipeline demo-data: ")
     while not list(tmp_path.glob("shapes/*.tar*")):
         assert process.poll() is None

@@ -14,6 +14,8 @@ from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.evaluation.report import format_value, main_metrics
 from trainer.fit import fit
 
+pytestmark = pytest.mark.slow
+
 SHORT = FitConfig(size="tiny", images=60 * 32, batch_size=32)
 CONFIG = EvaluationConfig(num_inference_steps=[1, 4], num_samples=60)
 TIMES = ("ms_per_latent", "ms_per_decoding")

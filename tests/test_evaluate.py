@@ -29,6 +29,8 @@ from trainer.fit import fit
 from trainer.run_folder import read_config
 from trainer.sampler import CoalescerPipeline
 
+pytestmark = pytest.mark.slow
+
 SHORT = FitConfig(size="tiny", images=300 * 64, batch_size=64)
 COST = {"confidence", "network_evaluations", "ms_per_latent", "ms_per_decoding"}
 """Metrics of runs that references do not have."""

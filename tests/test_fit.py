@@ -90,6 +90,7 @@ def test_a_run_ends_with_a_grid_of_samples(run):
         assert grid.width == 8 * 136 + 8
 
 
+@pytest.mark.slow
 def test_samples_are_tracked_with_every_checkpoint_and_change_nothing(short, traced):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -290,6 +291,7 @@ def test_options_are_checked(options, said):
         FitConfig(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -223,6 +223,7 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
     assert (again.already_complete, again.table.version) == (True, added.table.version)
 
 
+@pytest.mark.slow
 def test_an_append_stopped_between_rows_and_metadata_is_finished(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
@@ -239,6 +240,7 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
     assert len(after.table.meta.run_ids) == 2
 
 
+@pytest.mark.slow
 def test_an_index_still_serves_its_rows_after_an_append(shapes, encode_shapes, tmp_path):
     from index.build.build_index import BuildConfig, build_index
 
@@ -257,6 +259,7 @@ def test_an_index_still_serves_its_rows_after_an_append(shapes, encode_shapes, t
     assert again.table.meta.geometry.same_as(built.meta.geometry)
 
 
+@pytest.mark.slow
 def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp_path):
     from index.build.build_index import BuildConfig, build_index
     from index.build.select import select_index

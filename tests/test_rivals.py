@@ -159,6 +159,7 @@ def test_further_steps_of_imle_change_nothing():
     assert torch.equal(one, many)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "steps"),
     [

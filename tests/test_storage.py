@@ -77,6 +77,7 @@ def test_shards_are_listed_counted_and_read(uploaded, s3, shapes):
     assert [s.image for s in read_samples(shards[0], reading)] == [s.image for s in local]
 
 
+@pytest.mark.slow
 def test_a_table_in_a_bucket_is_encoded_indexed_and_searched(uploaded, s3, encoded, encode_shapes, content, rejects):
     result = encode_shapes(uploaded, "s3://bucket/db/shapes.lance", keep_images=True, storage=s3)
     assert (result.table.uri, result.report["rows"]) == ("s3://bucket/db/shapes.lance", 360)
