@@ -205,7 +205,7 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
                 )
             )
             ids = [f"{number:032x}" for number in rng.bit_generator.random_raw(2 * count)[:count]]
-            split = [split_of(f"{number:013x}", 0.01) for number in rng.integers(16**13, size=count)]
+            split = [split_of(rng.bytes(16), 0.01) for _ in range(count)]
             train = np.array(split) == TRAIN
             part = Moments.of(text[train], latent[train])
             moments = part if moments is None else moments + part
