@@ -104,8 +104,9 @@ def add_entries(table: Table, entries: Sequence[LedgerEntry]) -> None:
     if not entries or runs <= {entry.run_id for entry in present}:
         return
     rows = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=LEDGER)
-    mode = "append" if present else "overwrite"
-    lance.write_dataset(rows, ledger_uri(table.uri), mode=mode, storage_options=table.storage.lance)
+    uri, storage = ledger_uri(table.uri), table.storage
+    mode = "append" if present else "overwrite" if is_table(uri, storage) else "create"
+    lance.write_dataset(rows, uri, mode=mode, storage_options=storage.lance)
 
 
 def ledger_summary(table: Table) -> dict[str, Any]:

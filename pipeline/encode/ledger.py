@@ -7,10 +7,12 @@ be another one. Every other shard is read, and its samples are compared with the
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from index.table.ledger import LedgerEntry
 from index.table.storage import Storage
@@ -20,6 +22,7 @@ from pipeline.sources.ranges import SampleRange
 from pipeline.sources.sample import ReadOptions
 
 LOOKUP_THREADS = 16
+RANGE = re.compile(r"#\d+-\d+$")
 TIMES = ("ETag", "etag", "mtime", "last_modified", "LastModified", "created", "updated")
 """What file systems call the version of a file, best first."""
 WRITTEN = (".lance", ".encode", ".reports", ".lock")
@@ -65,6 +68,18 @@ def shards_to_read(
         for shard, identity in zip(shards, identities, strict=True)
         if not identity or _content(shard, identity) not in known
     ]
+
+
+def source_of(shard: str) -> tuple[str, int]:
+    """Return what a shard is a part of, a file, folder or dataset, and the position at which the part ends."""
+    if shard.startswith(SCHEME):
+        path, _, query = shard.rpartition("?")
+        parameters = {name: value for name, value in parse_qsl(query) if name not in ("revision", "shard")}
+        return f"{path}?{urlencode(parameters)}", 0
+    if RANGE.search(shard):
+        sample_range = SampleRange.parse(shard)
+        return sample_range.folder, sample_range.stop
+    return shard, 0
 
 
 def _content(shard: str, identity: str) -> tuple[str, str]:

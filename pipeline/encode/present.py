@@ -5,7 +5,6 @@ in full: a sample is skipped only if the table has its key, image and caption. W
 changes as the source grows, image and caption are compared instead.
 """
 
-import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -19,9 +18,7 @@ from index.errors import TableError
 from index.table.schema import HASH_BYTES, content_hash
 from index.table.storage import Storage
 from index.table.table import Table, is_table, open_table, rejects_uri
-from pipeline.sources.ranges import SampleRange
-
-RANGE = re.compile(r"#\d+-\d+$")
+from pipeline.encode.ledger import source_of
 
 _reading = threading.Lock()
 
@@ -70,7 +67,7 @@ class PresentRows:
         return pair_hash(image_hash, caption) in self._hashes(_pairs)
 
     def has_reject(self, reject: dict[str, str]) -> bool:
-        """Return whether the rejects table has this reject, from any place or range of the same source."""
+        """Return whether the rejects table has this sample of the same source with the same reason."""
         return reject_hash(reject) in self._hashes(_rejects)
 
     def _hashes(self, read: Callable[[Table], Iterator[bytes]]) -> HashSet:
@@ -84,11 +81,13 @@ def pair_hash(image_hash: bytes, caption: str) -> bytes:
 
 
 def reject_hash(reject: dict[str, str]) -> bytes:
-    """Return the hash of a reject; of its shard, the range and the folder that it is in do not count."""
-    shard = reject["shard"]
-    source = SampleRange.parse(shard).folder if RANGE.search(shard) else shard.partition("?")[0]
-    parts = (source.rsplit("/", 1)[-1], reject["key"], reject["reason"], reject["detail"])
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
+    """Return the hash of a reject: where its sample comes from, and the reason.
+
+    A sample is found again in another range of its folder or file of its dataset; the rest of a damaged shard is not.
+    The detail may have addresses of memory in it.
+    """
+    source = source_of(reject["shard"])[0] if reject["key"] else reject["shard"]
+    return content_hash("\0".join((source, reject["key"], reject["reason"])).encode("utf-8", "surrogatepass"))
 
 
 def can_hash_images(table: Table) -> bool:

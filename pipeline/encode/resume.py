@@ -11,18 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
-from urllib.parse import parse_qsl
 
 from index.errors import TableError
 from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger
 from index.table.table import Table, is_table
 from pipeline.encode.checkpoints import PLAN, Checkpoints, runs_folder
 from pipeline.encode.job import EncodeJob, run_identity
-from pipeline.encode.ledger import shard_identities, shards_to_read
+from pipeline.encode.ledger import shard_identities, shards_to_read, source_of
 from pipeline.encode.plan import samples_within_limit
 from pipeline.encode.present import can_hash_images
-from pipeline.sources.hub import SCHEME
-from pipeline.sources.ranges import SampleRange
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
 SHOWN_CHARACTERS = 40
@@ -203,21 +200,9 @@ def _has_grown(stored: Sequence[str], given: Sequence[str]) -> bool:
     """Return whether all sources of the stored shards are still given, and have no fewer samples."""
     stops = dict[str, int]()
     for shard in given:
-        source, stop = _source_of(shard)
+        source, stop = source_of(shard)
         stops[source] = max(stop, stops.get(source, 0))
-    return all(stops.get(source, -1) >= stop for source, stop in map(_source_of, stored))
-
-
-def _source_of(shard: str) -> tuple[str, int]:
-    """Return what a shard is a part of, and the position at which the part ends: a file, folder or dataset."""
-    if shard.startswith(SCHEME):
-        path, _, query = shard.rpartition("?")
-        parameters = {name: value for name, value in parse_qsl(query) if name not in ("revision", "shard")}
-        return f"{path}?{sorted(parameters.items())}", 0
-    folder, _, positions = shard.rpartition("#")
-    if folder and positions.replace("-", "").isdecimal():
-        return folder, SampleRange.parse(shard).stop
-    return shard, 0
+    return all(stops.get(source, -1) >= stop for source, stop in map(source_of, stored))
 
 
 def _check_appendable(job: EncodeJob, table: Table) -> None:
