@@ -188,7 +188,8 @@ def _find_plan(job: EncodeJob) -> dict[str, Any] | None:
 
 def _is_outdated(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> bool:
     """Return whether the table that an unfinished append was to be added to has been deleted or replaced since."""
-    base, run_ids = plan["base_run_ids"], [] if table is None else list(table.meta.run_ids)
+    base: list[str] | None = plan["base_run_ids"]
+    run_ids = [] if table is None else list(table.meta.run_ids)
     if plan["run_id"] in run_ids:
         return False
     if base is None:
