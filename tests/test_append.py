@@ -282,6 +282,7 @@ def test_the_ledger_has_one_row_per_shard_and_run(encode, write_tar, tmp_path):
     assert all(row["identity"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_ledger_of_another_table_of_that_name_hides_nothing(encode, write_tar, tmp_path):
     source = write_tar(tmp_path / "0.tar", members(range(5)))
     for name in ("first", "second"):
@@ -304,6 +305,34 @@ def test_inspect_tells_the_shards_and_those_cut_short(encode, write_tar, tmp_pat
     assert described["incomplete_shards"] == [str(tmp_path / "data/1.tar")]
     described = describe(encode(tmp_path / "data").table)
     assert (described["rows"], described["shards"], described["incomplete_shards"]) == (20, 2, [])
+
+
+# --- the command
+
+
+def test_the_command_says_that_there_is_nothing_to_add(
+    encode, write_tar, image_encoder, text_encoder, tmp_path, monkeypatch
+):
+    from typer.testing import CliRunner
+
+    from pipeline import cli
+    from pipeline.encode import run
+
+    def invoke(*sources: Path):
+        options = ["--image-size", "32", "--device", "cpu", "--val-fraction", "0", "--append"]
+        options += ["--image-encoder", image_encoder, "--text-encoder", text_encoder]
+        return CliRunner().invoke(
+            cli.app, ["encode", *map(str, sources), "--table", str(tmp_path / "t.lance"), *options]
+        )
+
+    encode(write_tar(tmp_path / "0.tar", members(range(5))), append=False)
+    same = invoke(tmp_path / "0.tar")
+    assert (same.exit_code, same.output.count("t.lance: nothing to add")) == (0, 1)
+    monkeypatch.setattr(run, "_run_graph", lambda job: None)
+    more = write_tar(tmp_path / "1.tar", members(range(5, 9)))
+    assert isinstance(invoke(more).exception, TableError)  # which `main` turns into one line and exit code 2
+    monkeypatch.undo()
+    assert "already_present" in invoke(more).output
 
 
 # --- splits

@@ -84,10 +84,10 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
     if not is_table(job.uri, job.runtime.storage):
         raise not_finished(job.uri, outcome.counts.shards, len(job.config.shards))
     table = job.open_table()
-    rows = rows_of_run(table, job.run_id)
-    if job.run_id not in table.meta.run_ids or (rows is None and outcome.counts.rows):
+    if job.run_id not in table.meta.run_ids:
         raise not_finished(job.uri, outcome.counts.shards, len(job.config.shards))
-    if (rows or 0) != outcome.counts.rows:
+    rows = rows_of_run(table, job.run_id)  # a run without rows has no commit of rows
+    if rows is not None and rows != outcome.counts.rows:
         raise TableError(
             f"{job.uri} holds {rows:,} rows of this run and {outcome.counts.rows:,} were encoded: restore version "
             f"{table.version - 1} of the table, or delete it, and rerun the same command"
@@ -97,10 +97,18 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
 
 
 def rows_of_run(table: Table, run_id: str) -> int | None:
-    """Return how many rows the commit of a run added to the table; None if it is not among the recent commits."""
-    for transaction in table.dataset().get_transactions(RECENT_COMMITS):
-        if transaction and transaction.transaction_properties.get("run_id") == run_id:
-            return sum(int(fragment.physical_rows) for fragment in transaction.operation.fragments)
+    """Return how many rows the commit of a run added; None if it is not recent, or the version before was removed."""
+    import lance
+
+    for age, transaction in enumerate(table.dataset().get_transactions(RECENT_COMMITS)):
+        if transaction and (transaction.transaction_properties or {}).get("run_id") == run_id:
+            version = table.version - age
+            is_new = version == 1 or isinstance(transaction.operation, lance.LanceOperation.Overwrite)
+            try:
+                before = 0 if is_new else table.at(version - 1).dataset().count_rows()
+                return int(table.at(version).dataset().count_rows() - before)
+            except ValueError:
+                return None
     return None
 
 
