@@ -204,9 +204,13 @@ def encode(
     encoded = encode_dataset(config, runtime, table, dry_run=dry_run)
     if as_json:
         return print_json(encoded.report)
-    if encoded.already_complete:
+    if append and not encoded.report.get("rows", dry_run):
+        print(f"{table}: nothing to add")
+    elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    for warning in encoded.report.get("warnings", ()):
+        print(f"warning: {warning}")
+    hidden = ("warnings", "table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
     return None
 

@@ -1,7 +1,9 @@
 """A table is committed whole, its vectors are rewritten alone, and it is refused if columns and metadata differ."""
 
+import hashlib
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,17 @@ from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.commit import rewrite_vectors, update_meta
-from index.table.schema import HELDOUT, METADATA_KEY, TRAIN, IndexRef, TableMeta, check_table, sample_id, split_of
+from index.table.schema import (
+    HELDOUT,
+    METADATA_KEY,
+    TRAIN,
+    IndexRef,
+    TableMeta,
+    check_table,
+    content_hash,
+    sample_id,
+    split_of,
+)
 from index.table.table import Table, column_array, list_array, open_table, table_uri
 
 
@@ -37,6 +49,7 @@ def test_columns_are_those_of_the_design(encoded):
         "key": pa.string(),
         "shard": pa.string(),
         "split": pa.string(),
+        "image_hash": pa.binary(16),
         "width": pa.int32(),
         "height": pa.int32(),
         "meta": pa.string(),
@@ -62,12 +75,20 @@ def test_moments_are_those_of_the_training_split(encoded):
     assert np.allclose(moments.latent_std, latent.std(0), atol=1e-9)
 
 
-def test_split_is_by_hash_of_the_id_and_has_its_fraction():
-    ids = [sample_id(str(i), b"image") for i in range(20_000)]
-    fraction = np.mean([split_of(each, 0.1) == HELDOUT for each in ids])
+def test_split_is_by_hash_of_the_image_and_has_its_fraction():
+    hashes = [content_hash(str(i).encode()) for i in range(20_000)]
+    fraction = np.mean([split_of(each, 0.1) == HELDOUT for each in hashes])
     assert abs(fraction - 0.1) < 0.01
-    assert all(split_of(each, 0.0) == TRAIN and split_of(each, 1.0) == HELDOUT for each in ids[:100])
-    assert sample_id("a", b"x") != sample_id("a", b"y") != sample_id("b", b"y")
+    assert all(split_of(each, 0.0) == TRAIN and split_of(each, 1.0) == HELDOUT for each in hashes[:100])
+
+
+def test_ids_cover_key_image_and_caption():
+    ids = [sample_id(*each) for each in (("a", b"x", "w"), ("b", b"x", "w"), ("a", b"y", "w"), ("a", b"x", "v"))]
+    assert len(set(ids)) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
+    assert sample_id("a", b"x", "yz") != sample_id("a", b"xy", "z")
+    # As tables of version 1 have them.
+    assert sample_id("a", b"x") == hashlib.sha256(b"a\0x").hexdigest()[:32]
 
 
 # --- metadata

@@ -10,6 +10,7 @@ from index.report.hubness import Hubness
 from index.report.integrity import VectorIntegrity
 from index.report.recall import Recall
 from index.report.sweep import SweepPoint
+from index.table.ledger import ledger_summary
 from index.table.schema import TRAIN, IndexRef
 from index.table.table import Table
 
@@ -158,6 +159,7 @@ def describe(table: Table) -> dict[str, Any]:
         "version": table.version,
         "rows": table.dataset().count_rows(),
         "train_rows": table.dataset().count_rows(filter=f"split = '{TRAIN}'"),
+        **ledger_summary(table),
         "image_encoder": f"{meta.image_encoder.class_name} {meta.image_encoder.name}",
         "text_encoder": f"{meta.text_encoder.class_name} {meta.text_encoder.name}",
         "image_size": meta.image_size,

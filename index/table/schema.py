@@ -19,6 +19,8 @@ from index.table.migrations import SCHEMA_VERSION, migrate
 
 METADATA_KEY = b"coalescer"
 TRAIN, HELDOUT = "train", "heldout"
+HASH_BYTES = 16
+"""Length of an image hash, and of a row id as bytes."""
 
 REJECTS = pa.schema(
     [
@@ -112,27 +114,47 @@ class TableMeta:
         return replace(self, geometry=geometry, index=None)
 
 
-def sample_id(key: str, image: bytes) -> str:
-    """Return a row's id, the same in every run: 32 hex digits of SHA-256 over the source key and the image bytes."""
+def content_hash(content: bytes) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of an image's bytes, which tell exact duplicates from other images."""
+    return hashlib.sha256(content).digest()[:HASH_BYTES]
+
+
+def sample_id(key: str, image: bytes, caption: str | None = None) -> str:
+    """Return a row's id, the same in every run and place: 32 hex digits of SHA-256 over key, image bytes and caption.
+
+    None as the caption gives the id that tables without the column `image_hash` have, those of version 1.
+    """
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape"))
     digest.update(b"\0")
-    digest.update(image)
-    return digest.hexdigest()[:32]
+    if caption is None:
+        digest.update(image)
+    else:
+        # The hash of the image has a fixed length, so no image and caption give the bytes of another pair.
+        digest.update(hashlib.sha256(image).digest())
+        digest.update(caption.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[: 2 * HASH_BYTES]
 
 
-def split_of(sample: str, val_fraction: float) -> str:
-    """Return the split of a sample id: `heldout` for `val_fraction` of all ids, else `train`; the same everywhere."""
-    return HELDOUT if int(sample[:13], 16) < val_fraction * 16**13 else TRAIN
+def split_of(image_hash: bytes, val_fraction: float) -> str:
+    """Return the split of an image: `heldout` for `val_fraction` of all hashes, else `train`; the same everywhere.
+
+    It depends on the image alone, so that no image is in both splits, whatever its keys and captions are.
+    """
+    return HELDOUT if int(image_hash.hex()[:13], 16) < val_fraction * 16**13 else TRAIN
 
 
-def encoded_schema(text_dim: int, latent_dim: int, *, keep_images: bool) -> pa.Schema:
-    """Return the columns that encoding writes: those of a row without its search vector."""
+def encoded_schema(text_dim: int, latent_dim: int, *, keep_images: bool, image_hash: bool = True) -> pa.Schema:
+    """Return the columns that encoding writes: those of a row without its search vector.
+
+    Tables of version 1 have no `image_hash`.
+    """
     fields = [
-        pa.field("id", pa.string()),  # stable across runs: hash of the source key and the image bytes
+        pa.field("id", pa.string()),  # stable across runs: hash of the source key, the image bytes and the caption
         pa.field("caption", pa.string()),  # as read
         pa.field("key", pa.string()),  # the sample's name in its source
         pa.field("shard", pa.string()),  # ... and its file
-        pa.field("split", pa.string()),  # train or heldout, by hash of id
+        pa.field("split", pa.string()),  # train or heldout, by image_hash
+        *([pa.field("image_hash", pa.binary(HASH_BYTES))] if image_hash else []),  # of the original bytes
         pa.field("width", pa.int32()),  # of the original image, in pixels
         pa.field("height", pa.int32()),
         pa.field("meta", pa.string()),  # the sample's JSON sidecar, unchanged

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from index.errors import TableError, one_line
-from index.table.schema import REJECTS, TRAIN, TableMeta, check_table
+from index.table.schema import TRAIN, TableMeta, check_table
 from index.table.storage import Storage, is_local
 
 if TYPE_CHECKING:
@@ -208,19 +208,6 @@ def is_table(uri: str, storage: Storage) -> bool:
         raise TableError(
             f"{uri} cannot be reached ({one_line(error)}): check the address, the credentials and --storage-option"
         ) from error
-
-
-def shards_of(table: Table) -> set[str]:
-    """Return the names of the shards of which a table holds rows or rejects."""
-    import lance
-
-    rejects = lance.dataset(rejects_uri(table.uri), storage_options=table.storage.lance)
-    assert rejects.schema.names == REJECTS.names, rejects.schema
-    shards: set[str] = set()
-    for batches in (table.scan(["shard"]), rejects.to_batches(columns=["shard"])):
-        for batch in batches:
-            shards.update(batch["shard"].unique().to_pylist())
-    return shards
 
 
 def column_array(column: pa.ChunkedArray | pa.Array) -> Any:

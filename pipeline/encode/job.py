@@ -18,11 +18,17 @@ from index.table.codec import from_json_dict
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
+from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint, runs_folder
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
 from pipeline.sources.sample import ReadOptions
 
 Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
+
+OTHER_OPTIONS = (
+    *("shards", "limit", "append", "max_reject_rate", "image_encoder", "text_encoder", "dtype", "image_size"),
+    *("desc_scale", "allow_small_desc_scale", "geometry", "val_fraction", "keep_images"),
+)
+"""Options that do not decide which samples of a shard become rows."""
 
 _loading = threading.Lock()
 
@@ -48,6 +54,7 @@ class EncodeJob:
     """Of the table."""
     checkpoints: Checkpoints
     run_id: str
+    """`settings_digest`, a dash, and a part that no other run has."""
     image_ref: EncoderRef
     text_ref: EncoderRef
     latent_shape: tuple[int, int, int]
@@ -57,26 +64,42 @@ class EncodeJob:
     """How many samples to read of each shard if `limit` is set; empty: all."""
     base: TableMeta | None = None
     """Metadata of the table that rows are appended to; None for a new table."""
+    has_image_hash: bool = True
+    """Whether the table has that column; those of version 1 do not."""
+    can_hash_images: bool = True
+    """Whether images can be compared with those of the table's rows."""
 
     @classmethod
     def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str) -> "EncodeJob":
-        """Load the encoders, measure their output shapes, and derive the run id from settings and weights."""
+        """Load the encoders and measure their output shapes; `named` gives the job its run id."""
         image_encoder, text_encoder = cached_encoders(config, runtime)
         blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
-        job = cls(
+        return cls(
             config=config,
             runtime=runtime,
             uri=uri,
-            checkpoints=Checkpoints(uri.removesuffix(".lance") + ".encode", runtime.storage),
+            checkpoints=Checkpoints(runs_folder(uri), runtime.storage),
             run_id="",
             image_ref=image_encoder.ref,
             text_ref=text_encoder.ref,
             latent_shape=image_encoder.encode(blank).shape[1:],
             text_dim=text_encoder.encode(["a"]).shape[1],
         )
-        identity = json.dumps(run_identity(job.settings), sort_keys=True)
-        job.run_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        return job
+
+    def named(self, run_id: str) -> "EncodeJob":
+        """Return the job as the run with this id, whose checkpoints are in a folder of their own."""
+        checkpoints = Checkpoints(f"{runs_folder(self.uri)}/{run_id}", self.runtime.storage)
+        return replace(self, run_id=run_id, checkpoints=checkpoints)
+
+    @property
+    def settings_digest(self) -> str:
+        """Of the settings that tell one run from another, and of the weights."""
+        return _digest(run_identity(self.settings))
+
+    @property
+    def sample_options(self) -> str:
+        """Digest of the options that decide which samples of a shard become rows, and with which captions."""
+        return _digest({name: value for name, value in self.config.settings.items() if name not in OTHER_OPTIONS})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,7 +115,9 @@ class EncodeJob:
     @property
     def schema(self) -> pa.Schema:
         """The columns of a row without its search vector."""
-        return encoded_schema(self.text_dim, self.latent_dim, keep_images=self.config.keep_images)
+        return encoded_schema(
+            self.text_dim, self.latent_dim, keep_images=self.config.keep_images, image_hash=self.has_image_hash
+        )
 
     @property
     def latent_dim(self) -> int:
@@ -114,7 +139,7 @@ class EncodeJob:
     def table_meta(self, checkpoints: Iterable[ShardCheckpoint]) -> TableMeta:
         """Return the table's metadata from the checkpoints of all shards, consumed one by one.
 
-        Raises SourceError if no row is left, if all rows are held out, or if too many samples were rejected.
+        Raises SourceError if a new table would have no rows or no training rows, or if too many samples were rejected.
         """
         counts, moments = SampleCounts(), None if self.base is None else self.base.moments
         for checkpoint in checkpoints:
@@ -130,7 +155,8 @@ class EncodeJob:
         return self._new_meta(moments)
 
     def _check_counts(self, counts: SampleCounts) -> None:
-        if not counts.rows:
+        # An append may find nothing new: a nightly one mostly does.
+        if not counts.rows and self.base is None:
             raise SourceError(
                 f"no sample became a row: {counts}: nothing was published; fix the source or relax the filters"
             )
@@ -159,6 +185,10 @@ class EncodeJob:
             ),
             run_ids=(self.run_id,),
         )
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_identity(settings: dict[str, Any]) -> dict[str, Any]:

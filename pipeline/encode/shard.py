@@ -1,7 +1,8 @@
 """Encode one shard: read and decode its samples ahead, encode them in batches, write rows and rejects.
 
-Every sample becomes a row, is counted as filtered, or goes to the rejects table with a reason. Reading and decoding
-run in threads while the encoders work on the batch before.
+Every sample becomes a row, is counted as filtered, goes to the rejects table with a reason, or is counted as already
+present in the table that is appended to, which is found out before it is decoded. Reading and decoding run in threads
+while the encoders work on the batch before.
 """
 
 import time
@@ -19,12 +20,14 @@ from jaxtyping import Float16, UInt8
 from index.background import prefetch
 from index.space.moments import Moments
 from index.table.codec import to_json_dict
-from index.table.schema import REJECTS, TRAIN, sample_id, split_of
+from index.table.schema import REJECTS, TRAIN, content_hash, sample_id, split_of
 from index.table.storage import is_local
 from index.table.table import list_array, rejects_uri
 from pipeline.beam.write_lance import write_fragments
 from pipeline.encode.checkpoints import ShardCheckpoint
 from pipeline.encode.job import EncodeJob
+from pipeline.encode.ledger import shard_identity
+from pipeline.encode.present import PresentRows
 from pipeline.filters import Filtered, FilterReason, Filters
 from pipeline.images import decode_image, quiet_pillow
 from pipeline.rejects import Rejected, RejectReason
@@ -41,6 +44,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
 
     `duplicates` are the positions of samples in the shard that --dedup excludes.
     """
+    identity = shard_identity(shard, job.read_options)
     encoder, storage = ShardEncoder(job, shard, duplicates=duplicates), job.runtime.storage
     interval = 0.5 if is_local(job.uri) else 5.0
     saved_at = compute_seconds = 0.0
@@ -64,7 +68,11 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
     rejects = pa.RecordBatch.from_pylist(encoder.rejects, schema=REJECTS)
     checkpoint = ShardCheckpoint(
         shard,
+        identity=identity,
+        samples=encoder.samples_read,
         rows=encoder.rows,
+        already_present=encoder.already_present,
+        complete=encoder.complete,
         rejects_by_reason=encoder.rejects_by_reason,
         filtered_by_reason=encoder.filtered_by_reason,
         seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
@@ -72,8 +80,28 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         fragments=fragments,
         reject_fragments=write_fragments(rejects_uri(job.uri), REJECTS, iter([rejects]), storage),
     )
+    checkpoint.check()
     job.checkpoints.save(checkpoint)
     return checkpoint
+
+
+def finished_shard(job: EncodeJob, shard: str) -> ShardCheckpoint | None:
+    """Return the checkpoint of a shard if it still holds: the shard has not changed since, and its files exist."""
+    checkpoint, storage = job.checkpoints.load(shard), job.runtime.storage
+    if checkpoint is None or shard_identity(shard, job.read_options) not in ("", checkpoint.identity):
+        return None
+    written = {job.uri: checkpoint.fragments, rejects_uri(job.uri): checkpoint.reject_fragments}
+    paths = [
+        f"{uri}/data/{file['path']}"
+        for uri, fragments in written.items()
+        for fragment in fragments
+        for file in fragment["files"]
+    ]
+    return checkpoint if all(storage.exists(path) for path in paths) else None
+
+
+class _AlreadyPresent:
+    """What becomes of a sample that the table has."""
 
 
 @dataclass(slots=True)
@@ -81,6 +109,8 @@ class _DecodedSample:
     """A sample that is ready to be encoded."""
 
     sample: Sample
+    row_id: str
+    image_hash: bytes
     caption: str
     pixels: UInt8[np.ndarray, "H W 3"]
     width: int
@@ -94,6 +124,7 @@ class _DecodedBatch:
     samples: list[_DecodedSample]
     rejects: list[dict[str, str]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
+    already_present: int = 0
 
 
 class ShardEncoder:
@@ -112,7 +143,12 @@ class ShardEncoder:
         self.max_samples = job.samples_per_shard.get(shard) if max_samples is None else max_samples
         self.duplicates = duplicates
         self.image_encoder, self.text_encoder = job.load_encoders()
+        self.present = None if job.base is None else PresentRows(job.uri, job.run_id, job.runtime.storage)
+        self.samples_read = 0
+        self.complete = False
+        """Whether the shard was read to its end."""
         self.rows = 0
+        self.already_present = 0
         self.rejects: list[dict[str, str]] = []
         self.filtered: Counter[str] = Counter()
         self.moments: Moments | None = None
@@ -122,8 +158,8 @@ class ShardEncoder:
 
     @property
     def samples(self) -> int:
-        """Number of samples that were read so far."""
-        return self.rows + len(self.rejects) + self.filtered.total()
+        """Number of samples of which the outcome is known so far."""
+        return self.rows + len(self.rejects) + self.filtered.total() + self.already_present
 
     @property
     def rejects_by_reason(self) -> dict[str, int]:
@@ -141,8 +177,9 @@ class ShardEncoder:
         start = time.perf_counter()
         for decoded in prefetch(self._decode_batches(), PREFETCHED_BATCHES):
             self.seconds["wait"] += time.perf_counter() - start
-            self.rejects += decoded.rejects
+            self._add_rejects(decoded.rejects)
             self.filtered += decoded.filtered
+            self.already_present += decoded.already_present
             if decoded.samples:
                 batch = self._encode(decoded.samples)
                 self.rows += len(batch)
@@ -151,8 +188,9 @@ class ShardEncoder:
 
     def _decode_batches(self) -> Iterator[_DecodedBatch]:
         runtime, size = self.job.runtime, self.job.runtime.batch_size
-        samples = enumerate(islice(read_samples(self.shard, self.job.read_options), self.max_samples))
-        batch = _DecodedBatch([])
+        source = read_samples(self.shard, self.job.read_options)
+        samples = enumerate(islice(source, self.max_samples))
+        batch, is_damaged = _DecodedBatch([]), False
         with ThreadPoolExecutor(runtime.decode_threads, thread_name_prefix="decode") as pool:
             while True:
                 start = time.perf_counter()
@@ -160,33 +198,66 @@ class ShardEncoder:
                 self.seconds["read"] += time.perf_counter() - start
                 if not chunk:
                     break
+                self.samples_read += len(chunk)
+                is_damaged = is_damaged or any(not sample.key for _, sample in chunk)
                 start = time.perf_counter()
                 for (_, sample), outcome in zip(chunk, pool.map(self._decode, chunk), strict=True):
                     if isinstance(outcome, _DecodedSample):
                         batch.samples.append(outcome)
                     elif isinstance(outcome, Filtered):
                         batch.filtered[outcome.reason] += 1
+                    elif isinstance(outcome, _AlreadyPresent):
+                        batch.already_present += 1
                     else:
                         batch.rejects.append(_reject_row(sample, outcome))
                 self.seconds["decode"] += time.perf_counter() - start
                 if len(batch.samples) >= size:
-                    yield _DecodedBatch(batch.samples[:size], batch.rejects, batch.filtered)
-                    batch = _DecodedBatch(batch.samples[size:])
+                    samples_left = batch.samples[size:]
+                    batch.samples = batch.samples[:size]
+                    yield batch
+                    batch = _DecodedBatch(samples_left)
+        self.complete = not is_damaged and (self.max_samples is None or next(source, None) is None)
         yield batch
 
-    def _decode(self, element: tuple[int, Sample | Unreadable]) -> _DecodedSample | Rejected | Filtered:
+    def _decode(
+        self, element: tuple[int, Sample | Unreadable]
+    ) -> _DecodedSample | Rejected | Filtered | _AlreadyPresent:
         position, sample = element
         if isinstance(sample, Unreadable):
             return Rejected(sample.reason, sample.detail)
         config = self.job.config
         try:
             caption = valid_caption(sample, config.filters)
-            if position in self.duplicates:
+            image_bytes = sample.image or b""
+            image_hash = content_hash(image_bytes)
+            row_id = sample_id(sample.key, image_bytes, caption if self.job.has_image_hash else None)
+            if image_bytes and self._is_present(sample, row_id, image_hash, caption):
+                return _AlreadyPresent()
+            if position in self.duplicates or (image_bytes and self._is_copy_of_a_row(image_hash, caption)):
                 return Filtered(FilterReason.DUPLICATE)
             image = decode_image(sample.image, config.image_size, config.filters.check_size)
         except (Rejected, Filtered) as outcome:
             return outcome
-        return _DecodedSample(sample, caption, image.pixels, image.width, image.height)
+        return _DecodedSample(sample, row_id, image_hash, caption, image.pixels, image.width, image.height)
+
+    def _is_present(self, sample: Sample, row_id: str, image_hash: bytes, caption: str) -> bool:
+        """Return whether the table has the sample: by its id, or by image and caption if it has no key of its own."""
+        if self.present is None:
+            return False
+        compares_pairs = not sample.has_own_key and self.job.can_hash_images
+        return self.present.has_id(row_id) or (compares_pairs and self.present.has_pair(image_hash, caption))
+
+    def _is_copy_of_a_row(self, image_hash: bytes, caption: str) -> bool:
+        dedup = self.job.config.filters.dedup
+        if self.present is None or dedup is None:
+            return False
+        return self.present.has_image(image_hash) if dedup == "image" else self.present.has_pair(image_hash, caption)
+
+    def _add_rejects(self, rejects: list[dict[str, str]]) -> None:
+        """Add rejects; those that the rejects table has, because the shard is read again, are only counted."""
+        new = [each for each in rejects if self.present is None or not self.present.has_reject(each)]
+        self.rejects += new
+        self.already_present += len(rejects) - len(new)
 
     def _encode(self, samples: list[_DecodedSample]) -> pa.RecordBatch:
         start = time.perf_counter()
@@ -198,7 +269,7 @@ class ShardEncoder:
         for row, each in enumerate(samples):
             fault = _fault(latent[row], RejectReason.BAD_LATENT) or _fault(text[row], RejectReason.BAD_EMBEDDING)
             if fault is not None:
-                self.rejects.append(_reject_row(each.sample, fault))
+                self._add_rejects([_reject_row(each.sample, fault)])
                 valid[row] = False
         kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
         batch = self._record_batch(kept, text[valid], latent[valid])
@@ -208,19 +279,21 @@ class ShardEncoder:
     def _record_batch(
         self, samples: list[_DecodedSample], text: Float16[np.ndarray, "B T"], latent: Float16[np.ndarray, "B L"]
     ) -> pa.RecordBatch:
-        ids = [sample_id(each.sample.key, each.sample.image or b"") for each in samples]
-        splits = [split_of(each, self.job.config.val_fraction) for each in ids]
+        # Tables without image hashes are split by id.
+        split_by = [each.image_hash if self.job.has_image_hash else bytes.fromhex(each.row_id) for each in samples]
+        splits = [split_of(each, self.job.config.val_fraction) for each in split_by]
         # Of the float16 values, so that they can be recomputed from the table.
         train = np.array(splits) == TRAIN
         if train.any():
             moments = Moments.of(text[train], latent[train])
             self.moments = moments if self.moments is None else self.moments + moments
         columns: dict[str, Any] = {
-            "id": ids,
+            "id": [each.row_id for each in samples],
             "caption": [each.caption for each in samples],
             "key": [each.sample.key for each in samples],
             "shard": [each.sample.shard for each in samples],
             "split": splits,
+            "image_hash": [each.image_hash for each in samples],
             "width": [each.width for each in samples],
             "height": [each.height for each in samples],
             "meta": [each.sample.meta.decode() for each in samples],

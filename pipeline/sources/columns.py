@@ -75,13 +75,14 @@ class Columns:
         captions = _captions(rows.column(self.caption))
         for position, (value, caption, meta) in enumerate(zip(images, captions, metas, strict=True), first):
             key = meta.get(self.key) if self.key else None
-            key = f"{stem}/{position:08d}" if key in (None, "") else str(key)
+            has_own_key = key not in (None, "")
+            key = str(key) if has_own_key else f"{stem}/{position:08d}"
             try:
                 image = _image_bytes(value, read_file)
             except OSError as error:
                 yield Unreadable(key, shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
                 continue
-            yield Sample(key, shard, image, encode_caption(caption), encode_meta(meta))
+            yield Sample(key, shard, image, encode_caption(caption), encode_meta(meta), has_own_key)
 
 
 def encode_meta(row: dict[str, Any]) -> bytes:

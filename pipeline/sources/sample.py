@@ -29,6 +29,8 @@ class Sample:
     caption: bytes | None
     meta: bytes
     """Its JSON sidecar, unchanged; `{}` if there is none."""
+    has_own_key: bool = True
+    """False if the key is only the sample's position, which is another one once its source has grown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,13 +205,14 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
                 )
             )
             ids = [f"{number:032x}" for number in rng.bit_generator.random_raw(2 * count)[:count]]
-            split = [split_of(f"{number:013x}", 0.01) for number in rng.integers(16**13, size=count)]
+            hashes = [rng.bytes(16) for _ in range(count)]
+            split = [split_of(each, 0.01) for each in hashes]
             train = np.array(split) == TRAIN
             part = Moments.of(text[train], latent[train])
             moments = part if moments is None else moments + part
             columns = blank | {"id": ids, "caption": ids, "key": ids, "shard": ["synthetic"] * count, "split": split}
             columns |= {"width": [64] * count, "height": [64] * count, "meta": ["{}"] * count}
-            columns |= {"text": list_array(text), "latent": list_array(latent)}
+            columns |= {"text": list_array(text), "latent": list_array(latent), "image_hash": hashes}
             yield pa.RecordBatch.from_pydict(columns, schema=encoded)
 
     fragments = [fragment_from_dict(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from index.errors import SourceError
-from index.table.schema import HELDOUT, TRAIN, sample_id, split_of
+from index.table.schema import HELDOUT, TRAIN, content_hash, split_of
 from index.terminal import Progress
 from pipeline.images import decode_image, quiet_pillow
 from pipeline.rejects import Rejected
@@ -52,7 +52,7 @@ def load_images(
                 pixels = decode_image(sample.image, image_size).pixels
             except Rejected:
                 continue
-            splits[split_of(sample_id(sample.key, sample.image or b""), val_fraction)].append(pixels)
+            splits[split_of(content_hash(sample.image or b""), val_fraction)].append(pixels)
             bar.advance()
             if bar.done == limit:
                 break
@@ -75,7 +75,7 @@ def load_captions(sources: Sequence[str], *, val_fraction: float, limit: int, lo
                 caption = decode_caption(sample.caption)
             except Rejected:
                 continue
-            splits.setdefault(caption, split_of(sample_id(caption, b""), val_fraction))
+            splits.setdefault(caption, split_of(content_hash(caption.encode()), val_fraction))
             bar.advance()
             if bar.done == limit:
                 break
