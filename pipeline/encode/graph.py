@@ -114,7 +114,8 @@ class _Commit(beam.DoFn):  # type: ignore[misc]
         fragments = [fragment_from_dict(json.loads(text)) for _, text in sorted(elements)]
         rejects = [fragment_from_dict(content) for content in job.checkpoints.read(REJECT_FRAGMENTS)]
         try:
-            commit_fragments(rejects_uri(job.uri), REJECTS, rejects, run_id=job.run_id, append=append, storage=storage)
+            mode = "append" if append else "overwrite"
+            commit_fragments(rejects_uri(job.uri), REJECTS, rejects, run_id=job.run_id, mode=mode, storage=storage)
             if append:
                 table = append_rows(job.open_table(), meta, fragments, job.run_id)
             else:
