@@ -28,6 +28,7 @@ from index.table.table import INDEXED, Table, column_array, is_table, list_array
 
 if TYPE_CHECKING:
     import lance
+    from lance.schema import LanceSchema
 
 RECENT_COMMITS = 100
 DROPPED = -2
@@ -206,12 +207,12 @@ def append_rows(table: Table, meta: TableMeta, fragments: Sequence["lance.Fragme
     """Append fragments and store `meta`, which differs by their moments and `run_id`, in one commit; indexes stay.
 
     Raises TableError if `meta` was not computed from the metadata of `table`, as after another append or build-index,
-    or if the table changed meanwhile. Nothing is done if a recent commit has this `run_id`.
+    or if the table changed meanwhile. Rows that a recent commit with this `run_id` appended are not appended again.
     """
     import lance
 
     dataset = table.dataset()
-    if run_id in table.meta.run_ids and committed_by(dataset, run_id):
+    if run_id in table.meta.run_ids:
         return table
     if replace(meta, moments=table.meta.moments, run_ids=table.meta.run_ids).to_json() != table.meta.to_json() or (
         meta.run_ids[: len(table.meta.run_ids)] != table.meta.run_ids
@@ -219,12 +220,25 @@ def append_rows(table: Table, meta: TableMeta, fragments: Sequence["lance.Fragme
         raise TableError(
             f"{table.uri} changed while rows were encoded for it (now version {table.version}): rerun the same command"
         )
-    old = [fragment.metadata for fragment in dataset.get_fragments()]
-    schema = dataset.schema.with_metadata((dataset.schema.metadata or {}) | {METADATA_KEY: meta.to_json().encode()})
+    if committed_by(dataset, run_id):
+        return update_meta(table, meta)
+    if not _has_own_columns(table):
+        operation: lance.LanceOperation.BaseOperation = lance.LanceOperation.Append(list(fragments))
+        dataset = _commit(table.uri, operation, table.version, table.storage, run_id)
+        return update_meta(table.at(dataset), meta)
     # Append cannot change metadata. In a Merge, new fragments get ids that no fragment had before, so no index covers
     # them, and any other commit is a conflict.
-    operation = lance.LanceOperation.Merge([*old, *fragments], schema)
+    fragments = [*(each.metadata for each in dataset.get_fragments()), *fragments]
+    operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
     return table.at(_commit(table.uri, operation, table.version, table.storage, run_id), meta)
+
+
+def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
+    """Return the table's schema with new metadata, for a commit; other metadata stays."""
+    from lance.schema import LanceSchema
+
+    schema = table.dataset().schema
+    return LanceSchema.from_pyarrow(schema.with_metadata((schema.metadata or {}) | {METADATA_KEY: meta.to_json()}))
 
 
 def neutral_balance(table: Table) -> float:
@@ -258,9 +272,8 @@ def rewrite_vectors(
         done += rows
         yield done
     meta = table.meta.with_geometry(geometry)
-    schema = table_schema(encoded, meta)
-    schema = schema.with_metadata((dataset.schema.metadata or {}) | (schema.metadata or {}))
-    operation = lance.LanceOperation.Merge(fragments, schema)
+    assert geometry.vector_dim == table.meta.geometry.vector_dim
+    operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
     yield table.at(_commit(table.uri, operation, table.version, table.storage), meta)
 
 
@@ -297,14 +310,20 @@ def encoded_columns(table: Table) -> pa.Schema:
 
     Raises TableError if the user added or dropped columns: `add_vectors` finds columns by their field ids.
     """
-    dataset = table.dataset()
-    names = [(field.id(), field.name()) for field in dataset.lance_schema.fields()]
-    if names != list(enumerate(dataset.schema.names)) or dataset.schema.names[-1] != "vector":
+    if not _has_own_columns(table):
         raise TableError(
             f"columns of {table.uri} were added or dropped, so its vectors cannot be rewritten: "
             "encode the table again with `pipeline encode`"
         )
-    return dataset.schema.remove(len(dataset.schema) - 1).remove_metadata()
+    schema = table.dataset().schema
+    return schema.remove(len(schema) - 1).remove_metadata()
+
+
+def _has_own_columns(table: Table) -> bool:
+    """Return whether the table has the columns that encoding wrote and no others, with the field ids 0, 1, 2 ..."""
+    dataset = table.dataset()
+    names = [(field.id(), field.name()) for field in dataset.lance_schema.fields()]
+    return names == list(enumerate(dataset.schema.names)) and dataset.schema.names[-1] == "vector"
 
 
 def update_meta(table: Table, meta: TableMeta) -> Table:
