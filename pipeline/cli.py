@@ -335,6 +335,33 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     _print_report(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
 
 
+@app.command(cls=Command)
+def prune(
+    table: TableArgument,
+    keep: Annotated[
+        list[int] | None, typer.Option(metavar="VERSION", help="Keep this version too; can be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed and stop.")] = False,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions of a table and the files that only they need.
+
+    Kept are the newest version, the last with a complete index, and versions that unfinished training runs began with.
+
+    Examples:
+      pipeline prune db/shapes.lance --dry-run
+      pipeline prune db/shapes.lance --keep 4
+    """
+    print_status(f"pipeline prune: opening {table}")
+    from index.table.prune import prune as run_prune
+    from index.table.storage import Storage
+    from index.table.table import open_table
+
+    opened = open_table(table, storage=Storage.of(storage_option or ()))
+    _print_report(table, asdict(run_prune(opened, keep=keep or (), dry_run=dry_run)), as_json)
+
+
 def _encoder_dtype(dtype: Dtype, device: str) -> str:
     if dtype != "auto":
         return dtype

@@ -12,7 +12,6 @@ import pytest
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, SourceError, TableError
 from index.search.ann import ApproximateSearch
-from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import open_table, table_uri
 from pipeline.sources.listing import list_shards
@@ -140,19 +139,6 @@ def test_the_environment_names_the_endpoint(uploaded, s3, endpoint, monkeypatch)
     assert len(list_shards([uploaded], reading)) == 3
     with pytest.raises(TableError, match=r"no table at s3://bucket/db/none\.lance"):
         open_table("s3://bucket/db/none.lance")
-
-
-def test_a_lease_locks_a_table_in_a_bucket(s3):
-    folder = "s3://bucket/db/x.encode"
-    refused = pytest.raises(TableError, match=r"is being encoded by process .* lease expires in \d+ s")
-    with hold_lock(folder, s3), refused, hold_lock(folder, s3):
-        raise AssertionError("locked twice")
-    with hold_lock(folder, s3):
-        pass
-    # A run that was killed releases nothing, but its lease expires.
-    s3.write_json(f"{folder}/owner.json", {"host": "a", "process": 1, "since": "then", "until": 1.0})
-    with hold_lock(folder, s3):
-        pass
 
 
 def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):

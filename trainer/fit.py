@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from index.errors import RunError
 from index.search.ann import open_search
+from index.table.readers import needed_by
 from index.table.storage import write_json
 from index.table.table import Table, open_table
 from pipeline.encoders import TransformersTextEncoder, resolve_device
@@ -67,8 +68,9 @@ def fit(
         table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
     trainer = Trainer(table, config, out, runtime or RuntimeConfig(), resume=resume)
     trainer.open_run()
-    result = trainer.train()
-    trainer.export(result)
+    with needed_by(table, out) if trainer.accelerator.is_main_process else nullcontext():
+        result = trainer.train()
+        trainer.export(result)
     return result
 
 

@@ -15,6 +15,7 @@ from index.report.sweep import DESC_SCALES, SweepPoint, sample_rows, sweep_desc_
 from index.search.ann import ApproximateSearch
 from index.search.exact import ExactSearch
 from index.search.lance_index import VECTOR_INDEX, build_whole
+from index.table.lock import hold_lock
 from index.table.schema import TRAIN
 from index.table.table import Table
 from index.terminal import Progress
@@ -70,8 +71,13 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
     """Lay a table out, select and build its index, and write the report to DB/NAME.reports/index.json.
 
     `build` makes the index itself, here or on a Beam runner. Raises TableError if the table has no training rows or
-    has vectors that are not finite, OptionError if an option does not fit the table.
+    has vectors that are not finite, if another command writes to it, OptionError if an option does not fit the table.
     """
+    with hold_lock(table.uri, table.storage, "build-index"):
+        return _build(table, config, build)
+
+
+def _build(table: Table, config: BuildConfig, build: Builder) -> Built:
     began, log = time.monotonic(), table.log("index")
     if len(table.positions(TRAIN)) == 0:
         raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")

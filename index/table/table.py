@@ -155,6 +155,11 @@ def open_table(
     try:
         dataset = lance.dataset(uri, version=version, storage_options=storage.lance)
     except (ValueError, OSError) as error:
+        if version is not None and version not in (kept := _versions(uri, storage)):
+            raise TableError(
+                f"{path} has no version {version} any more, it was pruned (kept: {', '.join(map(str, kept))}): "
+                "use a run on a version that is kept, or train again"
+            ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
     if not indexed or table.meta.index is not None:
@@ -163,6 +168,16 @@ def open_table(
     if version is not None or not versions:
         raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
     return open_table(uri, version=max(versions), storage=storage)
+
+
+def _versions(uri: str, storage: Storage) -> list[int]:
+    """Return the numbers of all versions; none if the newest cannot be opened either."""
+    import lance
+
+    try:
+        return [int(each["version"]) for each in lance.dataset(uri, storage_options=storage.lance).versions()]
+    except (ValueError, OSError):
+        return []
 
 
 def table_uri(path: str | Path) -> str:

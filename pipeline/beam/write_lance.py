@@ -58,7 +58,7 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
         if mode == "create" and is_table(table_uri(uri), storage):
             raise TableError(f"{uri} exists: use mode overwrite or append")
         self.uri, self.schema, self.storage = table_uri(uri), schema, storage
-        self.append, self.run_id, self.bytes_per_file = mode == "append", run_id or uuid.uuid4().hex, bytes_per_file
+        self.mode, self.run_id, self.bytes_per_file = mode, run_id or uuid.uuid4().hex, bytes_per_file
 
     def expand(self, batches: Any) -> Any:
         """Build the graph."""
@@ -75,7 +75,7 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
             self.schema,
             [fragment_from_dict(json.loads(text)) for text in sorted(fragments)],
             run_id=self.run_id,
-            append=self.append,
+            mode=self.mode,
             storage=self.storage,
         )
 

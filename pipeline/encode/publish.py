@@ -15,6 +15,7 @@ from typing import Any
 from index.errors import TableError
 from index.table.commit import RECENT_COMMITS, append_rows, commit_fragments, publish, update_meta
 from index.table.ledger import LedgerEntry, add_entries, read_ledger
+from index.table.lock import Lock
 from index.table.schema import REJECTS
 from index.table.storage import unwritable
 from index.table.table import Table, is_table, rejects_uri
@@ -47,11 +48,11 @@ def read_outcome(job: EncodeJob) -> RunOutcome:
     return outcome
 
 
-def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]) -> Table:
+def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry], lock: Lock) -> Table:
     """Commit the rejects, rows and ledger of a run, check that they are there, and return the table.
 
-    `recorded` are entries for a table that has no ledger yet. Raises TableError if the engine has lost a part, or if
-    the table was given another geometry while the run was encoding.
+    `recorded` are entries for a table that has no ledger yet. Raises TableError if the engine has lost a part, if the
+    table was given another geometry while the run was encoding, or if the lock of the table was lost.
     """
     fragments = list(_read_fragments(job, outcome.counts))
     rejects = [fragment_from_dict(content) for content in outcome.reject_fragments]
@@ -59,8 +60,10 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
     if append and not (fragments or rejects or _tells_more(job, outcome.entries)):
         return job.open_table()
     try:
+        lock.check()
         _commit_rejects(job, rejects)
         meta = Layout.read(job.checkpoints.uri(LAYOUT), storage).meta
+        lock.check()
         if not append:
             publish(job.uri, job.schema, meta, fragments, run_id, storage)
         else:
@@ -136,7 +139,7 @@ def _commit_rejects(job: EncodeJob, rejects: list[Any]) -> None:
         return
     # Rejects that a deleted table of the same name has left may be of this run, and are replaced as well.
     run_id = job.run_id if append else f"{job.run_id}-{uuid.uuid4().hex[:8]}"
-    commit_fragments(uri, REJECTS, rejects, run_id=run_id, append=append, storage=storage)
+    commit_fragments(uri, REJECTS, rejects, run_id=run_id, mode="append" if append else "overwrite", storage=storage)
 
 
 def _check_unchanged(job: EncodeJob) -> Table:

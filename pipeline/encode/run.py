@@ -101,12 +101,13 @@ def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str
     """
     job = work.job
     outcome = read_outcome(job)
-    if seconds is None:
-        table = record_run(job, outcome, work.recorded)
-    else:
-        table = publish_run(job, outcome, work.recorded)
-        if job.base is None:
-            remove_unused_files(table)
+    with hold_lock(job.uri, job.runtime.storage, "encode") as lock:
+        if seconds is None:
+            table = record_run(job, outcome, work.recorded)
+        else:
+            table = publish_run(job, outcome, work.recorded, lock)
+            if job.base is None:
+                remove_unused_files(table)
     report = _report(work, outcome.counts, seconds)
     table.write_report("encode", report | {"table": job.uri, "settings": work.settings})
     job.checkpoints.remove()

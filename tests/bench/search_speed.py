@@ -232,4 +232,4 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
         run_ids=("synthetic",),
     )
     with_vectors = [add_vectors(str(uri), fragment, encoded, geometry) for fragment in fragments]
-    return publish(str(uri), encoded, meta, with_vectors, "synthetic", Storage())
+    return publish(str(uri), encoded, meta, with_vectors, "synthetic", Storage(), mode="overwrite")
