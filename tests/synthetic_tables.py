@@ -21,7 +21,8 @@ def write_table(uri: Path, text, latent, *, heldout=0, fragments=1, desc_scale=4
     encoded = encoded_schema(text.shape[1], size, keep_images=False)
     split = np.where(np.arange(count) < count - heldout, TRAIN, HELDOUT)
     numbers = [f"{number:032x}" for number in range(count)]
-    values = {"id": numbers, "key": numbers, "caption": numbers, "split": split.tolist()}
+    values = {"id": numbers, "key": [str(number) for number in range(count)]}
+    values |= {"caption": values["key"], "split": split.tolist()}
     values |= {"text": list_array(text), "latent": list_array(latent)}
     values = {
         name: values[name] if name in values else _filler(encoded.field(name).type, count) for name in encoded.names

@@ -24,7 +24,7 @@ from index.search.ann import ApproximateSearch
 from index.search.lance_index import IndexPlan, build_whole
 from index.table.commit import tag_indexed, update_meta
 from index.table.schema import IndexRef
-from index.table.table import VECTOR_INDEX, Table, index_is_current, index_uuid
+from index.table.table import VECTOR_INDEX, Table, index_uuid
 from index.terminal import Progress
 
 INDEX_TYPES = ("auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none")
@@ -34,6 +34,9 @@ MIN_INDEXED_ROWS = 10_000
 REFINE_FACTORS = (1, 4)
 """Refine factors that are tried. At equal nprobes 4 costs a few percent of the speed and reaches the recall of IVF_FLAT
 (tests/bench/bench_index.py)."""
+
+MAX_SEGMENTS = 8
+"""Segments of an index to which rows are added. A search visits nprobes partitions of each; then it is built anew."""
 
 Builder = Callable[[Table, IndexPlan, Path | None], Table]
 """Builds the index of a plan, with a progress log, and returns the version that has it."""
@@ -134,26 +137,27 @@ def _kept_index(table: Table, index_type: str, rows: int) -> IndexRef | None:
     ref = table.meta.index
     if ref is None or ref.num_partitions is None or index_type not in ("auto", ref.index_type):
         return None
-    if not index_is_current(table.dataset(), ref) and not _has_shape(table, ref):
+    if not _has_shape(table, ref):
         return None
     return ref if rows <= 4 * ref.num_partitions**2 else None
 
 
 def _has_shape(table: Table, ref: IndexRef) -> bool:
-    """Return whether the table's index has the type and partitions of a description, if not its UUID.
+    """Return whether the table's index has the type, partitions and bits of a description, in not too many segments.
 
-    Adding rows to an index, here or by LanceDB's `optimize`, gives it another UUID.
+    Its UUID may be another: adding rows to the index changes it, and so does LanceDB's `optimize`, which changes the
+    partitions too.
     """
-    if index_uuid(table.dataset()) is None:
+    uuid = index_uuid(table.dataset())
+    if uuid is None or uuid.count(",") >= MAX_SEGMENTS:
         return False
     # Otherwise the statistics contain all centroids.
     os.environ.setdefault("LANCE_INCLUDE_VECTOR_CENTROIDS", "false")
-    parts = table.dataset().stats.index_stats(VECTOR_INDEX)["indices"]
-    shapes = {(part["index_type"], part["num_partitions"], part["sub_index"].get("num_bits")) for part in parts}
-    bits = {ref.num_bits} if ref.num_bits is not None else {each[2] for each in shapes}
+    segments = table.dataset().stats.index_stats(VECTOR_INDEX)["indices"]
     return all(
-        kind == ref.index_type.upper() and partitions == ref.num_partitions and num_bits in bits
-        for kind, partitions, num_bits in shapes
+        (each["index_type"], each["num_partitions"]) == (ref.index_type.upper(), ref.num_partitions)
+        and ref.num_bits in (None, each["sub_index"].get("num_bits"))
+        for each in segments
     )
 
 
@@ -166,11 +170,17 @@ def _types_to_try(index_type: str, rows: int, dim: int, memory: int) -> list[tup
 
 
 def _index_new_rows(table: Table) -> tuple[Table, int]:
-    """Add the rows that are not indexed yet to the partitions of the index; return the table and their number."""
+    """Add the rows that are not indexed yet to the index, as a segment; return the table and their number.
+
+    The segment has the partitions of the index. If Lance merged it into the index it would also join partitions, until
+    each has some 8,000 rows (pylance 14: 141 partitions of 20,000 rows become 2).
+    """
     added = int(table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows)
     dataset = table.dataset()
     if added:
-        dataset.optimize.optimize_indices()
+        others = [index.name for index in dataset.describe_indices() if index.name != VECTOR_INDEX]
+        dataset.optimize.optimize_indices(index_names=others)
+        dataset.optimize.optimize_indices(index_names=[VECTOR_INDEX], num_indices_to_merge=0)
     return table.at(dataset), added
 
 

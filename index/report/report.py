@@ -182,7 +182,7 @@ def _perplexity_warnings(report: IndexReport) -> list[str]:
     if report.perplexity < 2 and rows_per_text < UNIQUE_CAPTIONS:
         warnings.append(
             f"perplexity is {report.perplexity:.2f} targets per caption, because nearly every caption is unique "
-            f"({report.distinct_texts:,} different ones in {report.train_rows:,} training rows) and retrieves its own "
+            f"({report.distinct_texts:,} captions for {report.train_rows:,} training rows) and retrieves its own "
             "image for any R: expect no advantage over --objective endpoint or flow_matching, and keep desc_scale, "
             "since a smaller one retrieves images of other captions"
         )
