@@ -101,8 +101,8 @@ def _auto_desc_scale(
 ) -> float:
     """Find the desc_scale up to 64 that reaches the target perplexity, which falls as desc_scale grows.
 
-    Two passes over all rows: at quarter octaves, then at eight points between two of them. If no value reaches the
-    target, the smallest is returned.
+    Two passes over all rows: at octaves, then at eighths of the octave in which the target is passed, between which it
+    is interpolated. If no value reaches the target, the smallest is returned.
     """
     train = table.positions(TRAIN)
     own = draw_captions(len(train), AUTO_CAPTIONS, seed=seed, purpose=Purpose.DESC_SCALE)
@@ -111,16 +111,19 @@ def _auto_desc_scale(
     r = draw_points(geometry, num_points, seed=seed, step=0, purpose=Purpose.DESC_SCALE)
     target = reachable_perplexity(target_perplexity, len(train))
 
-    def find(exponents: Float[np.ndarray, "D"]) -> tuple[float, float]:
-        """Return the neighbors in a grid of log2(desc_scale) between which perplexity passes the target."""
+    def find(exponents: Float[np.ndarray, "D"]) -> tuple[float, float, float]:
+        """Return the neighbors in a grid of log2(desc_scale) between which perplexity passes the target, and where."""
         targets = find_targets(rows_in(table, geometry, memory), geometry, text, r, tuple(2.0**exponents))
-        above = [mean_perplexity(each) > target for each in targets]
-        last = above.index(False) if False in above else len(above) - 1
-        return float(exponents[max(last - 1, 0)]), float(exponents[last])
+        reached = np.array([mean_perplexity(each) for each in targets])
+        last = int(np.argmax(reached <= target)) if (reached <= target).any() else len(reached) - 1
+        ends = [max(last - 1, 0), last]
+        between = np.interp(-np.log(target), -np.log(reached[ends]), exponents[ends])
+        return float(exponents[ends[0]]), float(exponents[last]), float(between)
 
-    low, high = find(np.arange(-4.0 if allow_small else 0.0, 6.25, 0.25))
-    low, high = find(np.linspace(low, high, 9)) if low < high else (low, high)
-    scale = float(2.0 ** ((low + high) / 2))
+    low, high, between = find(np.arange(-4.0 if allow_small else 0.0, 7.0))
+    if low < high:
+        _, _, between = find(np.linspace(low, high, 9))
+    scale = 2.0**between
     return round(scale if allow_small else max(scale, 1.01), 2)
 
 
