@@ -13,8 +13,11 @@ from index.table.storage import Storage
 from index.table.table import list_array, open_table
 
 
-def write_table(uri: Path, text, latent, *, heldout=0, fragments=1, desc_scale=4.0, geometry="sphere"):
-    """Write a table of text embeddings (N T) and latents (N L), the last `heldout` rows held out, and open it."""
+def write_table(uri: Path, text, latent, *, heldout=0, fragments=1, fitted=None, desc_scale=4.0, geometry="sphere"):
+    """Write a table of text embeddings (N T) and latents (N L), the last `heldout` rows held out, and open it.
+
+    The geometry is fitted to the first `fitted` training rows, or to all.
+    """
     import lance
 
     count, size = len(text), latent.shape[1]
@@ -31,7 +34,7 @@ def write_table(uri: Path, text, latent, *, heldout=0, fragments=1, desc_scale=4
     written = lance.fragment.write_fragments(
         rows, str(uri), schema=encoded, mode="overwrite", max_rows_per_file=-(-count // fragments)
     )
-    moments = Moments.of(text[split == TRAIN], latent[split == TRAIN])
+    moments = Moments.of(text[split == TRAIN][:fitted], latent[split == TRAIN][:fitted])
     fitted = Geometry.fit(moments, name=geometry, desc_scale=desc_scale)
     encoder = EncoderRef(name="synthetic", class_name="none", digest="0" * 64)
     meta = TableMeta(

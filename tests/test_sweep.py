@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 
-import lancedb
 import numpy as np
 import pytest
 from synthetic_tables import random_table, write_table
@@ -46,7 +45,7 @@ def test_entropy_is_corrected_for_outcomes_that_were_not_seen(outcomes):
     rng, n = np.random.default_rng(0), 512
     counts = [np.unique(rng.integers(outcomes, size=n), return_counts=True)[1] for _ in range(50)]
     perplexity = np.mean([np.exp(entropy(count)) for count in counts])
-    assert perplexity == pytest.approx(outcomes, rel=0.05)
+    assert perplexity == pytest.approx(outcomes, rel=0.1)
     plain = np.mean([np.exp(-(count / n * np.log(count / n)).sum()) for count in counts])
     assert abs(perplexity - outcomes) <= abs(plain - outcomes)
     if outcomes == 500:
@@ -79,7 +78,7 @@ def test_auto_reaches_its_target_in_the_whole_table(tmp_path, target):
 def test_auto_says_that_its_target_was_not_reached(tmp_path):
     # Captions so far apart that no desc_scale above 1 mixes them.
     rng = np.random.default_rng(0)
-    table = write_table(tmp_path / "pairs.lance", np.eye(200), rng.normal(size=(200, 4)))
+    table = write_table(tmp_path / "pairs.lance", np.eye(200), rng.normal(size=(200, 64)))
     report = build_index(table, BuildConfig(desc_scale="auto", target_perplexity=15.0)).report
     assert report.desc_scale == 1.01
     (warning,) = [each for each in report.warnings if "auto" in each]
@@ -142,18 +141,11 @@ def test_vectors_that_are_not_finite_are_explained(tmp_path, damage, advice):
     if damage == "scale":
         options = {"desc_scale": 60_000.0}
     elif damage == "image":
-        # Rows that came after the geometry was fitted: a dimension that hardly varied before.
-        latent[:, 3] *= 1e-6
-    table = write_table(tmp_path / "pairs.lance", text, latent, geometry="standard", **options)
-    if damage in ("latent", "text"):
-        value = np.full(8 if damage == "latent" else 4, np.inf).tolist()
-        lancedb.connect(str(tmp_path)).open_table("pairs").update(
-            where="key = '7'", values={damage: value, "vector": np.full(16, np.nan).tolist()}
-        )
-    elif damage == "image":
-        lancedb.connect(str(tmp_path)).open_table("pairs").update(
-            where="key = '7'", values={"vector": [0.0] * 4 + [np.inf] * 8 + [0.0] * 4}
-        )
+        # A dimension that hardly varied before this row came.
+        latent[:, 3], latent[250, 3] = 1e-6 * latent[:, 3], 1000
+    else:
+        (latent if damage == "latent" else text)[250] = np.inf
+    table = write_table(tmp_path / "pairs.lance", text, latent, geometry="standard", fitted=200, **options)
     with pytest.raises(TableError, match=rf"vectors of .* are not finite: .*{advice}"):
         build_index(open_table(table.uri), BuildConfig())
 

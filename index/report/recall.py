@@ -48,8 +48,8 @@ class GroundTruth:
 
     exact: ExactSearch
     queries: Float32[np.ndarray, "M S"]
-    positions: Int[np.ndarray, "M 10"]
-    """Positions among the training rows of the ten nearest."""
+    positions: Int[np.ndarray, "M K"]
+    """Positions among the training rows of the ten nearest, or of all if there are fewer."""
     distance: Float32[np.ndarray, "M"]
     """Squared distance of the nearest row."""
 
