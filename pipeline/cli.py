@@ -315,7 +315,9 @@ def build_index(
     builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
     built = run_build(open_table(table, storage=storage), config, builder)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
-    page = built.table.write_page("index", index_page(built.table, built.report, decode=decode))
+    page = built.table.write_page(
+        "index", index_page(built.table, built.report, decode=decode, memory=config.max_memory)
+    )
     _print_report(table, asdict(built.report), as_json, page=page)
 
 

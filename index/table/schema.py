@@ -56,11 +56,14 @@ class IndexRef:
     nprobes: int | None
     """Partitions visited per query, the fewest that reach the target recall."""
     recall_at_1: float
-    """Against exact search on the query distribution, as measured when the index was built."""
+    """Against exact search on queries that did not choose nprobes, as measured when the index was built."""
     num_bits: int | None = None
     """Bits per dimension of IVF_RQ."""
     refine_factor: int = 1
     """k * refine_factor rows are retrieved and reordered by exact distance."""
+    uuid: str | None = None
+    """UUID of the Lance index that this describes; another one in the table does not serve. None for exact search, and
+    in metadata of version 1."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from index.errors import TableError, one_line
-from index.table.schema import TRAIN, TableMeta, check_table
+from index.table.schema import TRAIN, IndexRef, TableMeta, check_table
 from index.table.storage import Storage, is_local
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 LANCE_STORES = ("s3://", "gs://", "az://")
+VECTOR_INDEX = "vector_idx"
+"""Lance's name of the vector index."""
 INDEXED = "index-v"
 """Prefix of the tags of versions with a complete index; the version's number follows."""
 
@@ -144,7 +146,8 @@ def open_table(
 ) -> Table:
     """Open and check a table at its newest version, or at `version`.
 
-    With `indexed`, open the newest version that has a complete index: an older one while another index is being built.
+    With `indexed`, open a version with a complete index: if the index of this version is not the one that its metadata
+    describes, because another one is being built or was left unfinished, the last version that is tagged as complete.
     Raises TableError if there is no such table, if it is not ours, or if it has no index.
     """
     import lance
@@ -162,12 +165,39 @@ def open_table(
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
-    if not indexed or table.meta.index is not None:
+    if not indexed or index_is_current(dataset, table.meta.index):
         return table
-    versions = [int(tag.removeprefix(INDEXED)) for tag in dataset.tags.list() if tag.startswith(INDEXED)]
-    if version is not None or not versions:
-        raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
-    return open_table(uri, version=max(versions), storage=storage)
+    for number in [] if version is not None else complete_versions(dataset):
+        complete = open_table(uri, version=number, storage=storage)
+        if index_is_current(complete.dataset(), complete.meta.index):
+            return complete
+    raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
+
+
+def index_uuid(dataset: "lance.LanceDataset") -> str | None:
+    """Return the UUID of a version's vector index (those of its segments, joined by commas); None without an index."""
+    indices = (index for index in dataset.describe_indices() if index.name == VECTOR_INDEX)
+    return next((",".join(sorted(str(segment.uuid) for segment in index.segments)) for index in indices), None)
+
+
+def index_is_current(dataset: "lance.LanceDataset", ref: IndexRef | None) -> bool:
+    """Return whether a version has the index that its metadata describes; exact search needs none.
+
+    Metadata of version 1 has no UUID: its index is the described one if the last complete version has it too.
+    """
+    if ref is None or ref.index_type == "none":
+        return ref is not None
+    expected = ref.uuid
+    if expected is None:
+        complete = [version for version in complete_versions(dataset) if version <= dataset.version]
+        expected = index_uuid(dataset.checkout_version(complete[0])) if complete else None
+    return expected is not None and expected == index_uuid(dataset)
+
+
+def complete_versions(dataset: "lance.LanceDataset") -> list[int]:
+    """Return the versions that are tagged as having a complete index, newest first."""
+    tags = (tag for tag in dataset.tags.list() if tag.startswith(INDEXED))
+    return sorted((int(tag.removeprefix(INDEXED)) for tag in tags), reverse=True)
 
 
 def _versions(uri: str, storage: Storage) -> list[int]:

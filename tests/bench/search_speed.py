@@ -72,14 +72,16 @@ def types(data: Path, work: Path, rounds: int) -> list[dict[str, Any]]:
         # Too little memory for 8 bits, and for IVF_FLAT if the target is missed.
         memory = 1 if bits == 5 else 2**40
         truth = _truth(table)
-        selection = select_index(table, truth, index_type=index_type, target_recall=TARGET, memory=memory, seed=0)
+        selection = select_index(
+            table, truth, truth, index_type=index_type, target_recall=TARGET, memory=memory, seed=0
+        )
         reached = [
-            each for each in selection.candidates if each.index_type == index_type and each.recall_at_1 >= TARGET
+            each for each in selection.candidates if each.index_type == index_type and each.tuning_recall_at_1 >= TARGET
         ]
         for refine_factor in sorted({each.refine_factor for each in reached}):
             best = min((each for each in reached if each.refine_factor == refine_factor), key=lambda each: each.nprobes)
             label = f"{name}, refine factor {refine_factor}" if refine_factor > 1 else name
-            names = ("nprobes", "recall_at_1", "relative_distance_error", "build_seconds", "index_bytes")
+            names = ("nprobes", "tuning_recall_at_1", "build_seconds", "index_bytes")
             lines[label] = {key: getattr(best, key) for key in names}
             search = ApproximateSearch(selection.table, nprobes=best.nprobes, refine_factor=refine_factor)
             searches[label] = search.nearest
