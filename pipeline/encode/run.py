@@ -7,7 +7,7 @@ import contextlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.encode.graph import EncodeToTable
 from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.monitor import monitor
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run, samples_within_limit
+from pipeline.sources.listing import passed_over
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
 SHOWN_CHARACTERS = 40
@@ -43,10 +44,18 @@ class EncodeResult:
     """Whether the table held all rows before, so that nothing was encoded."""
 
 
-def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, dry_run: bool = False) -> EncodeResult:
+def encode_dataset(
+    config: EncodeConfig,
+    runtime: RuntimeConfig,
+    table: str,
+    *,
+    dry_run: bool = False,
+    sources: Sequence[str] = (),
+) -> EncodeResult:
     """Encode all shards and publish the table; resumes an unfinished run of the same config.
 
-    A dry run checks sources, encoders, device, target and free space, encodes a few samples, and writes nothing.
+    A dry run checks sources, encoders, device, target and free space, encodes a few samples, and writes nothing. The
+    report counts the files of the `sources` that are passed over.
 
     Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible.
     """
@@ -64,11 +73,13 @@ def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, 
                 job.samples_per_shard = samples_within_limit(job.config.shards, config.limit, job.read_options)
         if dry_run:
             report = {"already_complete": True} if already_complete else plan_run(job, bytes_free)
+            report["passed_over"] = passed_over(sources, job.read_options)
             return EncodeResult(None, report, already_complete)
         start = time.monotonic()
         if not already_complete:
             _run_graph(job)
-        return _finish(job, settings, None if already_complete else time.monotonic() - start)
+        skipped = {} if already_complete else passed_over(sources, job.read_options)
+        return _finish(job, settings, None if already_complete else time.monotonic() - start, skipped)
 
 
 def _remaining_job(job: EncodeJob) -> tuple[EncodeJob, bool]:
@@ -166,7 +177,7 @@ def _run_graph(job: EncodeJob) -> None:
     )
 
 
-def _finish(job: EncodeJob, settings: dict[str, Any], seconds: float | None) -> EncodeResult:
+def _finish(job: EncodeJob, settings: dict[str, Any], seconds: float | None, skipped: dict[str, int]) -> EncodeResult:
     """Write the report and delete the checkpoints. `seconds` is None if nothing was encoded."""
     table = job.open_table()
     # A run that was stopped between its commit and its report still has its checkpoints.
@@ -175,7 +186,7 @@ def _finish(job: EncodeJob, settings: dict[str, Any], seconds: float | None) -> 
         if (checkpoint := job.checkpoints.load(shard)) is not None:
             counts.add(checkpoint)
     if counts.shards:
-        table.write_report("encode", _report(job, counts, seconds) | {"table": job.uri, "settings": settings})
+        table.write_report("encode", _report(job, counts, seconds, skipped) | {"table": job.uri, "settings": settings})
         if len(table.meta.run_ids) == 1 and table.version == 1:
             # Shards that were being encoded when a run was killed have left files that no commit refers to.
             table.dataset().cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
@@ -183,14 +194,17 @@ def _finish(job: EncodeJob, settings: dict[str, Any], seconds: float | None) -> 
     return EncodeResult(table, table.report("encode") or {}, seconds is None)
 
 
-def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict[str, Any]:
+def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None, skipped: dict[str, int]) -> dict[str, Any]:
     return {
         "rows": counts.rows,
         "rejected": counts.rejects.total(),
         "rejects_by_reason": dict(counts.rejects),
         "filtered": counts.filtered.total(),
         "filtered_by_reason": dict(counts.filtered),
+        "uncounted_shards": counts.uncounted,
+        "unused_captions": counts.unused_captions,
         "success_rate": round(1 - counts.reject_rate, 4),
+        "passed_over": skipped,
         "shards": counts.shards,
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(counts.rows / seconds, 1),

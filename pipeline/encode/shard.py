@@ -66,6 +66,8 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         shard,
         rows=encoder.rows,
         rejects_by_reason=encoder.rejects_by_reason,
+        unused_captions=encoder.unused_captions,
+        uncounted=encoder.uncounted,
         filtered_by_reason=encoder.filtered_by_reason,
         seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
         moments=to_json_dict(encoder.moments) if encoder.moments else None,
@@ -94,6 +96,10 @@ class _DecodedBatch:
     samples: list[_DecodedSample]
     rejects: list[dict[str, str]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Samples by reason: one reject may stand for many."""
+    uncounted: int = 0
+    """Rejects that stand for an unknown number of samples, and count as one."""
 
 
 class ShardEncoder:
@@ -114,6 +120,10 @@ class ShardEncoder:
         self.image_encoder, self.text_encoder = job.load_encoders()
         self.rows = 0
         self.rejects: list[dict[str, str]] = []
+        self.rejected: Counter[str] = Counter()
+        self.uncounted = 0
+        """Rejects that stand for an unknown number of samples, and count as one."""
+        self.unused_captions = 0
         self.filtered: Counter[str] = Counter()
         self.moments: Moments | None = None
         """Of the training rows."""
@@ -123,12 +133,12 @@ class ShardEncoder:
     @property
     def samples(self) -> int:
         """Number of samples that were read so far."""
-        return self.rows + len(self.rejects) + self.filtered.total()
+        return self.rows + self.rejected.total() + self.filtered.total()
 
     @property
     def rejects_by_reason(self) -> dict[str, int]:
         """Number of rejected samples for each reason."""
-        return dict(Counter(reject["reason"] for reject in self.rejects))
+        return dict(self.rejected)
 
     @property
     def filtered_by_reason(self) -> dict[str, int]:
@@ -137,11 +147,13 @@ class ShardEncoder:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the shard's rows in the order of its samples."""
-        quiet_pillow()
+        quiet_pillow(self.job.config.filters.max_pixels)
         start = time.perf_counter()
         for decoded in prefetch(self._decode_batches(), PREFETCHED_BATCHES):
             self.seconds["wait"] += time.perf_counter() - start
             self.rejects += decoded.rejects
+            self.rejected += decoded.rejected
+            self.uncounted += decoded.uncounted
             self.filtered += decoded.filtered
             if decoded.samples:
                 batch = self._encode(decoded.samples)
@@ -168,10 +180,15 @@ class ShardEncoder:
                         batch.filtered[outcome.reason] += 1
                     else:
                         batch.rejects.append(_reject_row(sample, outcome))
+                        count = sample.count if isinstance(sample, Unreadable) else 1
+                        batch.rejected[str(outcome.reason)] += count or 1
+                        batch.uncounted += count is None
                 self.seconds["decode"] += time.perf_counter() - start
                 if len(batch.samples) >= size:
-                    yield _DecodedBatch(batch.samples[:size], batch.rejects, batch.filtered)
-                    batch = _DecodedBatch(batch.samples[size:])
+                    rest = _DecodedBatch(batch.samples[size:])
+                    del batch.samples[size:]
+                    yield batch
+                    batch = rest
         yield batch
 
     def _decode(self, element: tuple[int, Sample | Unreadable]) -> _DecodedSample | Rejected | Filtered:
@@ -183,7 +200,8 @@ class ShardEncoder:
             caption = valid_caption(sample, config.filters)
             if position in self.duplicates:
                 return Filtered(FilterReason.DUPLICATE)
-            image = decode_image(sample.image, config.image_size, config.filters.check_size)
+            filters = config.filters
+            image = decode_image(sample.image, config.image_size, filters.check_size, filters.max_pixels)
         except (Rejected, Filtered) as outcome:
             return outcome
         return _DecodedSample(sample, caption, image.pixels, image.width, image.height)
@@ -199,7 +217,9 @@ class ShardEncoder:
             fault = _fault(latent[row], RejectReason.BAD_LATENT) or _fault(text[row], RejectReason.BAD_EMBEDDING)
             if fault is not None:
                 self.rejects.append(_reject_row(each.sample, fault))
+                self.rejected[str(fault.reason)] += 1
                 valid[row] = False
+        self.unused_captions += sum(each.sample.unused_captions for each in samples)
         kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
         batch = self._record_batch(kept, text[valid], latent[valid])
         self.seconds["encode"] += time.perf_counter() - start
@@ -237,7 +257,7 @@ def valid_caption(sample: Sample, filters: Filters) -> str:
 
     Raises Rejected if its caption or metadata is invalid, Filtered if a filter on either excludes it.
     """
-    caption = decode_caption(sample.caption)
+    caption = decode_caption(sample.caption, sample.note)
     fields = decode_meta(sample.meta)
     filters.check_caption(caption)
     filters.check_meta(fields, caption)
