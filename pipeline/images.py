@@ -50,8 +50,23 @@ PLUGIN_FORMATS = {"HEIF": ("heic", "heif", "hif"), "JXL": ("jxl",)}
 """Formats that a plugin adds if it is installed; their images are rejected otherwise, and the reject names it."""
 PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
 """Format -> the plugin's module and the name to install it by."""
-NOT_OPENED = tuple(
-    ["svg", "svgz", "eps", "ps", "psd", "ai", "wmf", "emf", "dng", "cr2", "nef", "arw", "raw", "exr", "hdr", "dds"]
+NOT_OPENED = (
+    "svg",
+    "svgz",
+    "eps",
+    "ps",
+    "psd",
+    "ai",
+    "wmf",
+    "emf",
+    "dng",
+    "cr2",
+    "nef",
+    "arw",
+    "raw",
+    "exr",
+    "hdr",
+    "dds",
 )
 """Extensions of images in formats that are not opened: such files are samples too, and are rejected."""
 IMAGE_EXTENSIONS = tuple(extension for extensions in (FORMATS | PLUGIN_FORMATS).values() for extension in extensions)

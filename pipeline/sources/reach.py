@@ -99,11 +99,15 @@ class Patience:
         """Begin anew, because the store has answered."""
         self.waited, self.pause = 0.0, FIRST_PAUSE
 
-    def wait(self, error: BaseException) -> None:
-        """Wait before the next attempt; raises SourceError once the patience is at its end."""
+    def is_over(self, error: BaseException) -> bool:
+        """Return whether another attempt is not worth the wait."""
         is_denied = _is_denied(error)
         limit = min(self.limit, DENIED_SECONDS) if is_denied else self.limit
-        if self.waited + self.pause > limit or (is_denied and self.is_local):
+        return self.waited + self.pause > limit or (is_denied and self.is_local)
+
+    def wait(self, error: BaseException) -> None:
+        """Wait before the next attempt; raises SourceError once the patience is at its end."""
+        if self.is_over(error):
             raise SourceError(
                 f"not finished: {self.name} is out of reach ({describe(error)}): check that it exists, your "
                 "access rights and the connection, then rerun the same command to resume"
@@ -117,14 +121,14 @@ class Patience:
 def retried(name: str, call: Callable[[], T]) -> T:
     """Return the result of a call, which is repeated while the store of `name` is away.
 
-    Raises its exception if it means anything else, or if the store says that the thing does not exist.
+    Raises its exception if it means anything else, if the store says that there is no such thing, or if it stays away.
     """
     patience = Patience(name, limit=LISTING_SECONDS)
     while True:
         try:
             return call()
         except Exception as error:
-            if not is_out_of_reach(error) or _is_denied(error):
+            if not is_out_of_reach(error) or _is_denied(error) or patience.is_over(error):
                 raise
             patience.wait(error)
 
