@@ -103,7 +103,7 @@ def decode_image(
 
     `check_size(width, height)` is called before anything is decompressed, and may raise Filtered or Rejected.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if data is None:
         raise Rejected(RejectReason.MISSING_IMAGE, "no image file, member or column value")
@@ -111,22 +111,21 @@ def decode_image(
         raise Rejected(RejectReason.EMPTY_IMAGE, "0 bytes")
     try:
         with _open(data) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise Rejected(RejectReason.IMAGE_TOO_LARGE, f"{width}x{height} is over {max_pixels:,} pixels")
+            width, height = _checked_size(opened, max_pixels)
             if check_size is not None:
                 check_size(width, height)
             # A JPEG is decoded at a lower resolution, of at least twice the target size, which is faster.
             opened.draft(None, (2 * image_size, 2 * image_size))
             with _budget.reserve(_decoder_bytes(opened)):
                 opened.load()
+                if opened.format == "ICO":  # its image may have another size than its directory says
+                    width, height = _checked_size(opened, max_pixels)
                 orientation = _orientation(opened)
-                image = _to_small_rgb(opened, image_size)
-            if orientation in UPRIGHT:
-                image = image.transpose(Image.Transpose(UPRIGHT[orientation]))
+                square = _to_square(opened, image_size)
+            if orientation in UPRIGHT:  # a center crop is the same before and after the turn
+                square = square.transpose(Image.Transpose(UPRIGHT[orientation]))
             if orientation in (5, 6, 7, 8):
                 width, height = height, width
-            square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     except (Rejected, Filtered):
         raise
     except Image.DecompressionBombError as error:
@@ -139,7 +138,10 @@ def decode_image(
 @lru_cache(maxsize=1)
 def opened_formats() -> tuple[str, ...]:
     """Return the names of the formats that Pillow may open here, those of installed plugins included."""
-    formats = list(FORMATS)
+    from PIL import Image
+
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # MPO is opened as JPEG; Pillow may lack a codec
     with contextlib.suppress(ImportError):
         from pillow_heif import register_heif_opener
 
@@ -155,12 +157,12 @@ def opened_formats() -> tuple[str, ...]:
 def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:
     """Silence Pillow's warnings in this process: those that matter become reject reasons.
 
-    Pillow's own limit is lowered to ours, because an icon holds images of other sizes than it says.
+    Pillow's own limit, of twice this number, is set too: an icon may hold an image of another size than it says.
     """
     from PIL import Image
 
     warnings.filterwarnings("ignore", module="PIL")
-    Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)  # Pillow refuses images of more than twice as many
+    Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def _open(data: bytes) -> "PIL.Image.Image":
@@ -200,14 +202,34 @@ def _orientation(image: "PIL.Image.Image") -> int:
         return 1
 
 
-def _to_small_rgb(image: "PIL.Image.Image", image_size: int) -> "PIL.Image.Image":
-    """Convert a loaded image to RGB, reduced by a whole factor if it is many times as large as `image_size`.
+def _checked_size(image: "PIL.Image.Image", max_pixels: int) -> tuple[int, int]:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Rejected(RejectReason.IMAGE_TOO_LARGE, f"{width}x{height} is over {max_pixels:,} pixels")
+    return width, height
+
+
+def _to_square(image: "PIL.Image.Image", image_size: int) -> "PIL.Image.Image":
+    """Center-crop and resize a loaded image to a square in RGB."""
+    from PIL import Image
+
+    factor = max(1, min(image.size) // (REDUCING_GAP * image_size))
+    small = _to_small_rgb(image, factor)
+    # In fractions of a pixel: the last row and column of `small` may stand for less than the others.
+    width, height = image.width / factor, image.height / factor
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return small.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+
+
+def _to_small_rgb(image: "PIL.Image.Image", factor: int) -> "PIL.Image.Image":
+    """Convert a loaded image to RGB, averaged over squares of `factor` pixels.
 
     It is done strip by strip, so that no second image of the original size is ever in memory.
     """
     from PIL import Image
 
-    factor = max(1, min(image.size) // (REDUCING_GAP * image_size))
     convert = _converter(image)
     rows = max(1, STRIP_BYTES // (4 * image.width * factor)) * factor
     if image.height <= rows:

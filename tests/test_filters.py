@@ -51,7 +51,7 @@ def test_caption_lengths_are_counted_in_characters():
         ("aesthetic % 0 == 1", FilterReason.METADATA_MISSING),
         ("1 << count > 5", FilterReason.METADATA_MISSING),
         ("'%d' % lang == '5'", FilterReason.METADATA_MISSING),
-        ("long == 'x'", FilterReason.METADATA_MISSING),
+        ("long == 'x'", FilterReason.METADATA),
         ("lang * huge == 'x'", FilterReason.METADATA_MISSING),
         ("exif.camera.nothing() == 1", FilterReason.METADATA_MISSING),
         ("caption.startswith('a')", None),

@@ -417,6 +417,8 @@ def test_parquet_captions_of_every_arrow_type(tmp_path):
         "large": pa.array(["x", ""], pa.large_string()),
         "binary": pa.array([b"x", b"y"]),
         "not_utf8": latin1,
+        "list_not_utf8": pa.array([[b"caf\xe9"], [b"good"]]).cast(pa.list_(pa.binary())).view(pa.list_(pa.string())),
+        "fixed_list": pa.array([["a", "b"], ["c", "d"]], pa.list_(pa.string(), 2)),
     }
     captions_by_type = {}
     for name, captions in columns.items():
@@ -428,6 +430,8 @@ def test_parquet_captions_of_every_arrow_type(tmp_path):
         "large": [b"x", b""],
         "binary": [b"x", b"y"],
         "not_utf8": [b"caf\xe9", b"good"],
+        "list_not_utf8": [b"caf\xe9", b"good"],
+        "fixed_list": [b"a", b"c"],
     }
 
 

@@ -71,14 +71,14 @@ def encode_dataset(
             check_source(job.config.shards, job.read_options)
             if config.limit is not None:
                 job.samples_per_shard = samples_within_limit(job.config.shards, config.limit, job.read_options)
+        skipped = {} if already_complete else passed_over(sources, job.read_options)
         if dry_run:
             report = {"already_complete": True} if already_complete else plan_run(job, bytes_free)
-            report["passed_over"] = passed_over(sources, job.read_options)
+            report["passed_over"] = skipped
             return EncodeResult(None, report, already_complete)
         start = time.monotonic()
         if not already_complete:
             _run_graph(job)
-        skipped = {} if already_complete else passed_over(sources, job.read_options)
         return _finish(job, settings, None if already_complete else time.monotonic() - start, skipped)
 
 

@@ -168,8 +168,8 @@ def _captions(column: Any) -> list[Any]:
 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not is_list_type(column.type):
-        column = column.cast(pa.large_binary())
+    bytes_type = pa.large_list(pa.large_binary()) if is_list_type(column.type) else pa.large_binary()
+    column = column.cast(bytes_type)
     values: list[Any] = column.to_pylist()
     return values
 

@@ -24,7 +24,7 @@ class FileInfo(NamedTuple):
         """Parse an entry of an fsspec listing."""
         digest = next((str(info[name]).strip('"') for name in HASHES if info.get(name)), "")
         time = next((info[name] for name in TIMES if info.get(name)), "")
-        # To the nanosecond, as the operating system has it: a float of seconds would do if all file systems gave one.
+        # Local files: seconds as a float, which holds microseconds.
         text = str(round(time * 1e6)) if isinstance(time, float) else str(time)
         return cls(info.get("size"), digest, text, bool(info.get("islink")))
 

@@ -5,6 +5,7 @@ at any depth; images. What a pattern names and does not exist is skipped. `passe
 are not read.
 """
 
+import contextlib
 import glob
 import posixpath
 from collections import Counter
@@ -30,16 +31,8 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
     options = options or ReadOptions()
     shards: dict[str, None] = {}
     for source in sources:
-        list_one = hub.list_shards if source.startswith(hub.SCHEME) else _list_paths
-        try:
-            matches = list_one(source, options)
-        except Exception as error:
-            if isinstance(error, SourceError) or not (isinstance(error, OSError) or is_out_of_reach(error)):
-                raise
-            raise SourceError(
-                f"{path_of(source)!r} cannot be listed ({describe(error)}): check the path, your access rights and "
-                "--storage-option"
-            ) from error
+        with _listing(source):
+            matches = (hub.list_shards if source.startswith(hub.SCHEME) else _list_paths)(source, options)
         if not matches:
             raise SourceError(
                 f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
@@ -59,12 +52,27 @@ def passed_over(sources: Sequence[str], options: ReadOptions | None = None) -> d
     for source in sources:
         if source.startswith(hub.SCHEME):
             continue
-        for files, path, uri in _matches(source, options):
-            if not _is_shard(files, path, uri):
-                used = _used_files(files, path, uri, options)
-                listed = folder.list_files(uri, options.storage)
-                counts.update(_kind(name, info.is_link) for name, info in listed.items() if name not in used)
+        with _listing(source):
+            for files, path, uri in _matches(source, options):
+                if not _is_shard(files, path, uri):
+                    used = _used_files(files, path, uri, options)
+                    listed = folder.list_files(uri, options.storage)
+                    counts.update(_kind(name, info.is_link) for name, info in listed.items() if name not in used)
     return dict(counts.most_common())
+
+
+@contextlib.contextmanager
+def _listing(source: str) -> Iterator[None]:
+    """Raise SourceError for whatever a store answers while a source is listed."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SourceError) or not (isinstance(error, OSError) or is_out_of_reach(error)):
+            raise
+        raise SourceError(
+            f"{path_of(source)!r} cannot be listed ({describe(error)}): check the path, your access rights and "
+            "--storage-option"
+        ) from error
 
 
 def _kind(name: str, is_link: bool) -> str:
@@ -81,7 +89,7 @@ def _list_paths(source: str, options: ReadOptions) -> list[str]:
     for files, path, uri in _matches(source, options):
         if _is_shard(files, path, uri):
             shards.append(uri)
-        elif not uri.startswith(HTTP) and files.isdir(path):
+        elif files.isdir(path):
             shards += _list_folder(files, path, uri, options)
         else:
             name = path_of(uri)
@@ -105,7 +113,7 @@ def _matches(source: str, options: ReadOptions) -> Iterator[tuple[Any, str, str]
             raise SourceError(
                 f"{source!r} is not a brace pattern ({describe(error)}): use for instance 'data/{{00000..00009}}.tar'"
             ) from error
-    if source.startswith(HTTP):
+    if source.startswith(HTTP) and not glob.has_magic(path_of(source).replace("?", "")):
         yield from _http_files(patterns, options)
         return
     listings: dict[str, set[str]] | None = {} if len(patterns) > MAX_LOOKUPS else None
