@@ -100,6 +100,8 @@ class _DecodedBatch:
     """Samples by reason: one reject may stand for many."""
     uncounted: int = 0
     """Rejects that stand for an unknown number of samples, and count as one."""
+    offered: int = 0
+    """Samples that were read, or that the source promised."""
 
 
 class ShardEncoder:
@@ -123,7 +125,7 @@ class ShardEncoder:
         self.rejected: Counter[str] = Counter()
         self.uncounted = 0
         """Rejects that stand for an unknown number of samples, and count as one."""
-        self.unused_captions = 0
+        self.unused_captions = self.offered = 0
         self.filtered: Counter[str] = Counter()
         self.moments: Moments | None = None
         """Of the training rows."""
@@ -154,12 +156,14 @@ class ShardEncoder:
             self.rejects += decoded.rejects
             self.rejected += decoded.rejected
             self.uncounted += decoded.uncounted
+            self.offered += decoded.offered
             self.filtered += decoded.filtered
             if decoded.samples:
                 batch = self._encode(decoded.samples)
                 self.rows += len(batch)
                 yield batch
             start = time.perf_counter()
+        assert self.samples == self.offered, (self.shard, self.samples, self.offered)
 
     def _decode_batches(self) -> Iterator[_DecodedBatch]:
         runtime, size = self.job.runtime, self.job.runtime.batch_size
@@ -174,13 +178,14 @@ class ShardEncoder:
                     break
                 start = time.perf_counter()
                 for (_, sample), outcome in zip(chunk, pool.map(self._decode, chunk), strict=True):
+                    count = sample.count if isinstance(sample, Unreadable) else 1
+                    batch.offered += count or 1
                     if isinstance(outcome, _DecodedSample):
                         batch.samples.append(outcome)
                     elif isinstance(outcome, Filtered):
                         batch.filtered[outcome.reason] += 1
                     else:
                         batch.rejects.append(_reject_row(sample, outcome))
-                        count = sample.count if isinstance(sample, Unreadable) else 1
                         batch.rejected[str(outcome.reason)] += count or 1
                         batch.uncounted += count is None
                 self.seconds["decode"] += time.perf_counter() - start

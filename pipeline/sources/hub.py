@@ -8,6 +8,7 @@ path is inside the dataset, and is missing otherwise.
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -141,6 +142,8 @@ def identity(shard: str, options: ReadOptions) -> str:
         lfs = info.get("lfs") or {}
         digest = lfs.get("sha256") or info.get("blob_id") or FileInfo.of(info).state
         parts.append(f"{path.partition('::')[0] if '::' in path else ''} {digest}")
+    if not parts and uri.revision is None:  # of a local folder: nothing tells it from itself after a change
+        parts.append(f"{uuid.uuid4()}")
     text = "\n".join(parts) or f"{uri.revision} {uri.split} {uri.shard}"
     return hashlib.sha256(f"{uri.name} {uri.split}\n{text}".encode()).hexdigest()[:32]
 
@@ -152,6 +155,11 @@ def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadab
     index, _, total = (uri.shard or "").partition("/")
     stem = f"{uri.split}-{int(index):05d}-of-{int(total):05d}"
     position, columns = 0, None
+    if (
+        dataset.features is not None
+    ):  # in one order: rows of a streamed WebDataset differ in it, and would not fit together
+        columns = Columns.of(dataset.features.arrow_schema, options)
+        dataset = dataset.select_columns(columns.names)
     for rows in dataset.with_format("arrow").iter(ROWS_PER_READ):
         columns = columns or Columns.of(rows.schema, options)
         yield from columns.samples(
@@ -182,8 +190,8 @@ def _shard_of(uri: _HubURI) -> Any:
 def _files_of(dataset: Any) -> list[str]:
     """Return the files of a streamed dataset; empty if datasets does not tell them in the usual place."""
     arguments = getattr(getattr(dataset, "_ex_iterable", None), "kwargs", {})
-    found = arguments.get("files") or arguments.get("original_files") or []
-    return [str(each) for each in found] if isinstance(found, list | tuple) else []
+    found = next((arguments[name] for name in ("files", "original_files", "tar_paths") if arguments.get(name)), [])
+    return [str(each) for each in found] if all(isinstance(each, str) for each in found) else []
 
 
 def _not_loaded(path: str, error: Exception) -> SourceError:
