@@ -122,6 +122,7 @@ def decode_image(
                     width, height = _checked_size(opened, max_pixels)
                 orientation = _orientation(opened)
                 square = _to_square(opened, image_size)
+                opened.close()  # frees its pixels
             if orientation in UPRIGHT:  # a center crop is the same before and after the turn
                 square = square.transpose(Image.Transpose(UPRIGHT[orientation]))
             if orientation in (5, 6, 7, 8):

@@ -108,7 +108,7 @@ def bad(tmp_path_factory, write_tar, encode_shapes):
     )
     truncated = folder / "source" / "00001.tar"
     truncated.write_bytes(truncated.read_bytes()[: 5 * (512 + 4 * 1024 + 1024) + 700])
-    return encode_shapes(folder / "source", folder / "t.lance", max_reject_rate=0.9, max_sample_mb=1)
+    return encode_shapes(folder / "source", folder / "t.lance", max_reject_rate=0.9, max_sample_mb=1.0)
 
 
 @pytest.mark.parametrize("key", [*ENCODED, "upper", "dotted", "twice"])

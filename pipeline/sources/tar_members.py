@@ -36,7 +36,8 @@ class Group:
     """Content by extension; empty for extensions that are not read."""
     fault: Rejected | None = None
     """Why the sample cannot be read, although the tar can."""
-    bytes: int = 0
+    size: int = 0
+    """Of the content, in bytes."""
 
 
 def read_groups(file: Any, extensions: set[str], links: "Links", options: ReadOptions) -> Iterator[Group]:
@@ -93,9 +94,9 @@ def _content(stream: "Stream", info: tarfile.TarInfo, group: Group, links: "Link
             detail = f"{info.name} is a hard link to {info.linkname!r}, which the tar does not hold"
             raise Rejected(RejectReason.UNSUPPORTED_MEMBER, detail)
         size = found[1]
-    group.bytes += size
-    if group.bytes > options.max_sample_bytes:
-        raise Rejected(RejectReason.SAMPLE_TOO_LARGE, options.too_large(group.bytes))
+    group.size += size
+    if group.size > options.max_sample_bytes:
+        raise Rejected(RejectReason.SAMPLE_TOO_LARGE, options.too_large(group.size))
     return links.read(*found) if info.islnk() and found else stream.read_member(info)
 
 
