@@ -76,6 +76,8 @@ MAX_DECODED_BYTES = 768 * 2**20
 """Of all images that a process decodes at the same time; an image that needs more is decoded alone."""
 STRIP_BYTES = 8 * 2**20
 """Of the pixels that are converted at a time."""
+BLOCK_BYTES = 64 * 2**20
+"""Of memory that Pillow asks for at a time, at most."""
 REDUCING_GAP = 3
 """How many times the target size an image still has after whole rows and columns were averaged."""
 CODEC_FACTOR = {"PNG": 1, "BMP": 1, "DIB": 1, "PPM": 1, "TGA": 1, "JPEG2000": 4}
@@ -156,7 +158,7 @@ def opened_formats() -> tuple[str, ...]:
 
 
 def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:
-    """Silence Pillow's warnings in this process: those that matter become reject reasons.
+    """Set up Pillow in this process: silence its warnings, since those that matter become reject reasons.
 
     Pillow's own limit, of twice this number, is set too: an icon may hold an image of another size than it says.
     """
@@ -164,6 +166,8 @@ def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:
 
     warnings.filterwarnings("ignore", module="PIL")
     Image.MAX_IMAGE_PIXELS = max_pixels
+    # Blocks this large go back to the operating system when they are freed; smaller ones stay with the thread.
+    Image.core.set_block_size(BLOCK_BYTES)
 
 
 def _open(data: bytes) -> "PIL.Image.Image":
