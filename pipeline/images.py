@@ -167,7 +167,7 @@ def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:
     warnings.filterwarnings("ignore", module="PIL")
     Image.MAX_IMAGE_PIXELS = max_pixels
     # Blocks this large go back to the operating system when they are freed; smaller ones stay with the thread.
-    Image.core.set_block_size(BLOCK_BYTES)
+    Image.core.set_block_size(BLOCK_BYTES)  # type: ignore[attr-defined]
 
 
 def _open(data: bytes) -> "PIL.Image.Image":

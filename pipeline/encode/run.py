@@ -73,7 +73,7 @@ def encode_dataset(
                 job.samples_per_shard = samples_within_limit(job.config.shards, config.limit, job.read_options)
         skipped = {} if already_complete else passed_over(sources, job.read_options)
         if dry_run:
-            report = {"already_complete": True} if already_complete else plan_run(job, bytes_free)
+            report: dict[str, Any] = {"already_complete": True} if already_complete else plan_run(job, bytes_free)
             report["passed_over"] = skipped
             return EncodeResult(None, report, already_complete)
         start = time.monotonic()

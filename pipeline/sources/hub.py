@@ -190,7 +190,7 @@ def _shard_of(uri: _HubURI) -> Any:
 def _files_of(dataset: Any) -> list[str]:
     """Return the files of a streamed dataset; empty if datasets does not tell them in the usual place."""
     arguments = getattr(getattr(dataset, "_ex_iterable", None), "kwargs", {})
-    found = next((arguments[name] for name in ("files", "original_files", "tar_paths") if arguments.get(name)), [])
+    found: Any = next((arguments[name] for name in ("files", "original_files", "tar_paths") if arguments.get(name)), [])
     return [str(each) for each in found] if all(isinstance(each, str) for each in found) else []
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from index.errors import SourceError
 from index.table.storage import is_local
 from pipeline.sources import folder, hub, parquet, saved, tar
+from pipeline.sources.metadata import METADATA_FILES
 from pipeline.sources.reach import describe, is_out_of_reach, retried, status_of
 from pipeline.sources.sample import ReadOptions, path_of
 
@@ -197,5 +198,5 @@ def _shards_among(names: Iterable[str], folders: set[str]) -> list[str]:
     return [
         name
         for name in visible
-        if name.removesuffix(".parquet") not in with_metadata and name.rsplit("/", 1)[-1] not in folder.METADATA_FILES
+        if name.removesuffix(".parquet") not in with_metadata and name.rsplit("/", 1)[-1] not in METADATA_FILES
     ]

@@ -65,7 +65,7 @@ def _csv_rows(file: Any, name: str, options: ReadOptions, faults: list[str]) -> 
             return
         reader = csv.DictReader(text, columns[delimiter], delimiter=delimiter)
         for row in reader:
-            extra, line = row.pop(None, None), reader.line_num + 1  # type: ignore[call-overload]
+            extra, line = row.pop(None, None), reader.line_num + 1
             fault = f"line {line:,} of {name} has more fields than its header: quote the caption" if extra else None
             yield row, None, fault
 

@@ -116,7 +116,8 @@ class Stream(io.RawIOBase):
         while self._find_archive() or not self._position:  # of an empty file tarfile says what it misses
             with tarfile.open(fileobj=self, mode="r:") as archive:
                 for info in archive:
-                    archive.members = []  # or the headers of all members would stay in memory
+                    # Or the headers of all members would stay in memory.
+                    archive.members = []  # type: ignore[attr-defined]
                     if info.size < 0:
                         raise tarfile.ReadError(f"damaged at byte {info.offset:,}")
                     yield info
