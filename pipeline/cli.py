@@ -27,6 +27,7 @@ from index.terminal import print_columns, print_json, print_status, print_table,
 
 Geometry = Literal["sphere", "standard", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Captions = Literal["first", "all"]
 Dedup = Literal["image", "pair"]
 IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
 
@@ -91,6 +92,15 @@ def encode(
             metavar="KEY", help="Column, tar extension or JSON key of the caption.", show_default="the usual names"
         ),
     ] = None,
+    captions: Annotated[
+        Captions, typer.Option(help="Of an image with several captions: first, or all as one row each.")
+    ] = "first",
+    max_pixels: Annotated[
+        int, typer.Option(metavar="N", help="Reject images of more pixels, before they are decompressed.")
+    ] = 50_000_000,
+    max_sample_mb: Annotated[
+        float, typer.Option(metavar="MIB", help="Reject samples whose files are larger, without reading them.")
+    ] = 256.0,
     min_image_size: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
     ] = None,
@@ -181,6 +191,8 @@ def encode(
         image_size=image_size,
         image_key=image_key,
         caption_key=caption_key,
+        captions=captions,
+        max_sample_mb=max_sample_mb,
         filters=Filters(
             min_image_size=min_image_size,
             max_aspect_ratio=max_aspect_ratio,
@@ -188,6 +200,7 @@ def encode(
             max_caption_length=max_caption_length,
             filter=filter,
             dedup=dedup,
+            max_pixels=max_pixels,
         ),
         dtype=_encoder_dtype(dtype, device),
         desc_scale=desc_scale,
@@ -201,7 +214,7 @@ def encode(
     )
     sources = [part for part in source if part not in beam_options]
     config = replace(config, shards=tuple(list_shards(sources, runtime.read_options(config))))
-    encoded = encode_dataset(config, runtime, table, dry_run=dry_run)
+    encoded = encode_dataset(config, runtime, table, dry_run=dry_run, sources=sources)
     if as_json:
         return print_json(encoded.report)
     if append and not encoded.report.get("rows", dry_run):

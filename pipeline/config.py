@@ -9,7 +9,7 @@ from index.errors import OptionError
 from index.space.geometry import GEOMETRIES, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
-from pipeline.sources.sample import ReadOptions
+from pipeline.sources.sample import MAX_SAMPLE_BYTES, ReadOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"
@@ -31,6 +31,10 @@ class EncodeConfig:
     """Column or tar extension of the image; None tries the usual names."""
     caption_key: str | None = None
     """Column, tar extension or sidecar field of the caption; None tries the usual names."""
+    captions: str = "first"
+    """Of an image with several captions: first, or all as one sample each."""
+    max_sample_mb: float = MAX_SAMPLE_BYTES / 2**20
+    """Larger samples, in MiB of their files, are rejected without being read or decompressed."""
     filters: Filters = field(default_factory=Filters)
     dtype: str = "float32"
     """Of the encoders' computation; the table stores float16 in any case."""
@@ -69,6 +73,9 @@ class EncodeConfig:
         for option, fraction in (("val-fraction", self.val_fraction), ("max-reject-rate", self.max_reject_rate)):
             if not 0 <= fraction <= 1:
                 raise OptionError(f"--{option} {fraction:g} is out of range: use a number from 0 to 1")
+        ReadOptions(captions=self.captions, max_sample_bytes=int(self.max_sample_mb * 2**20))
+        if self.captions == "all" and self.filters.dedup == "image":
+            raise OptionError("--dedup image keeps one caption of each image, against --captions all: use --dedup pair")
         if self.image_size < MIN_IMAGE_SIZE:
             raise OptionError(f"--image-size {self.image_size} is too small: use at least {MIN_IMAGE_SIZE} pixels")
         if self.limit is not None and self.limit < 1:
@@ -104,4 +111,5 @@ class RuntimeConfig:
 
     def read_options(self, config: EncodeConfig) -> ReadOptions:
         """Return the options with which readers open the shards of `config`."""
-        return ReadOptions(config.image_key, config.caption_key, self.storage)
+        max_bytes = int(config.max_sample_mb * 2**20)
+        return ReadOptions(config.image_key, config.caption_key, self.storage, config.captions, max_bytes)

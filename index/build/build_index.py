@@ -83,7 +83,7 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
     """Lay a table out, select and build its index, and write the report to DB/NAME.reports/index.json.
 
     `build` makes the index itself, here or on a Beam runner. Until the new index is complete, the last complete version
-    serves. Raises TableError if the table has no training rows or has vectors that are not finite, or if another command
+    serves. Raises TableError if the table has no training rows or vectors that are not finite, or if another command
     writes to it, OptionError if an option does not fit the table.
     """
     with hold_lock(table.uri, table.storage, "build-index"):

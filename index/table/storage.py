@@ -77,8 +77,9 @@ class Storage:
             # Other processes write the files that we look for: a cached listing would hide them.
             client = {"region_name": region} if region else {}
             options = {**renamed, "use_listings_cache": False, "client_kwargs": client}
-        elif not is_local(uri):
-            options = dict(self.options)
+        elif not is_local(uri) and not uri.startswith(("http://", "https://")):
+            # The options of S3, which the environment may set, mean nothing to other stores.
+            options = {k: v for k, v in self.options if not k.startswith("aws_") and k != "allow_http"}
         try:
             files, path = url_to_fs(uri, **options)
         except (ImportError, ValueError) as error:

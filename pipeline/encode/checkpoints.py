@@ -49,6 +49,10 @@ class ShardCheckpoint:
     """Whether the shard was read to its end: not cut short by --limit, not damaged."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
     filtered_by_reason: dict[str, int] = field(default_factory=dict)
+    uncounted: int = 0
+    """Rejects that stand for the unknown number of samples in the rest of a shard, and count as one sample."""
+    unused_captions: int = 0
+    """Further captions of the images, which `--captions first` leaves out."""
     seconds_by_step: dict[str, float] = field(default_factory=dict)
     moments: dict[str, Any] | None = None
     """Of the training rows, JSON-ready; None if there are none."""
@@ -161,6 +165,8 @@ class SampleCounts:
     already_present: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
+    uncounted: int = 0
+    unused_captions: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, checkpoint: ShardCheckpoint) -> None:
@@ -170,6 +176,8 @@ class SampleCounts:
         self.already_present += checkpoint.already_present
         self.rejects.update(checkpoint.rejects_by_reason)
         self.filtered.update(checkpoint.filtered_by_reason)
+        self.uncounted += checkpoint.uncounted
+        self.unused_captions += checkpoint.unused_captions
         for step, seconds in checkpoint.seconds_by_step.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
@@ -190,6 +198,8 @@ class SampleCounts:
             text += f", {self.filtered.total():,} filtered{_reasons(self.filtered)}"
         if self.already_present:
             text += f", {self.already_present:,} are in the table already"
+        if self.uncounted:
+            text += f", and an unknown number in the rest of {self.uncounted:,} shards"
         return text
 
 

@@ -49,6 +49,8 @@ class RemainingWork:
     plan: dict[str, Any] = field(default_factory=dict)
     """What is written before the work starts, so that it can be resumed."""
     shards_already_present: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Files of the sources that are not read, by extension."""
     warnings: list[str] = field(default_factory=list)
 
 

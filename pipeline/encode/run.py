@@ -6,6 +6,7 @@ Rerunning the same command resumes where it was stopped, shard by shard; on a fi
 import contextlib
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.encode.monitor import monitor
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
 from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
 from pipeline.encode.resume import RemainingWork, State, begin, remaining_work
+from pipeline.sources.listing import passed_over
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
 
@@ -39,11 +41,19 @@ class EncodeResult:
     """Whether the table held all rows before, so that nothing was encoded."""
 
 
-def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, dry_run: bool = False) -> EncodeResult:
+def encode_dataset(
+    config: EncodeConfig,
+    runtime: RuntimeConfig,
+    table: str,
+    *,
+    dry_run: bool = False,
+    sources: Sequence[str] = (),
+) -> EncodeResult:
     """Encode all shards and publish the table; resumes an unfinished run of the same config.
 
     With `append`, add the samples that the table does not have. A dry run checks sources, encoders, device, target and
-    free space, encodes a few samples, and writes nothing.
+    free space, encodes a few samples, and writes nothing. The report
+    counts the files of the `sources` that are passed over.
 
     Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible, and
     TableError if the engine has ended and the table does not hold all rows: what is encoded is kept.
@@ -60,7 +70,9 @@ def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, 
         if work.job.base is None:
             check_source(work.job.config.shards, job.read_options)
         if dry_run:
-            return EncodeResult(None, plan_run(work.job, bytes_free))
+            report = plan_run(work.job, bytes_free)
+            return EncodeResult(None, report | {"passed_over": passed_over(sources, job.read_options)})
+        work.passed_over = passed_over(sources, job.read_options)
         begin(work)
         start = time.monotonic()
         _run_graph(work.job)
@@ -128,7 +140,10 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "filtered": counts.filtered.total(),
         "filtered_by_reason": dict(counts.filtered),
         "already_present": counts.already_present,
+        "uncounted_shards": counts.uncounted,
+        "unused_captions": counts.unused_captions,
         "success_rate": round(1 - counts.reject_rate, 4),
+        "passed_over": work.passed_over,
         "shards": counts.shards,
         "shards_already_present": work.shards_already_present,
         "seconds": seconds and round(seconds, 2),

@@ -26,7 +26,7 @@ from index.table.table import list_array, rejects_uri
 from pipeline.beam.write_lance import write_fragments
 from pipeline.encode.checkpoints import ShardCheckpoint
 from pipeline.encode.job import EncodeJob
-from pipeline.encode.ledger import shard_identity
+from pipeline.encode.ledger import content_identity
 from pipeline.encode.present import PresentRows
 from pipeline.filters import Filtered, FilterReason, Filters
 from pipeline.images import decode_image, quiet_pillow
@@ -44,7 +44,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
 
     `duplicates` are the positions of samples in the shard that --dedup excludes.
     """
-    identity = shard_identity(shard, job.read_options)
+    identity = content_identity(shard, job.read_options)
     encoder, storage = ShardEncoder(job, shard, duplicates=duplicates), job.runtime.storage
     interval = 0.5 if is_local(job.uri) else 5.0
     saved_at = compute_seconds = 0.0
@@ -74,6 +74,8 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         already_present=encoder.already_present,
         complete=encoder.complete,
         rejects_by_reason=encoder.rejects_by_reason,
+        unused_captions=encoder.unused_captions,
+        uncounted=encoder.uncounted,
         filtered_by_reason=encoder.filtered_by_reason,
         seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
         moments=to_json_dict(encoder.moments) if encoder.moments else None,
@@ -88,7 +90,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
 def finished_shard(job: EncodeJob, shard: str) -> ShardCheckpoint | None:
     """Return the checkpoint of a shard if it still holds: the shard has not changed since, and its files exist."""
     checkpoint, storage = job.checkpoints.load(shard), job.runtime.storage
-    if checkpoint is None or shard_identity(shard, job.read_options) not in ("", checkpoint.identity):
+    if checkpoint is None or content_identity(shard, job.read_options) not in ("", checkpoint.identity):
         return None
     written = {job.uri: checkpoint.fragments, rejects_uri(job.uri): checkpoint.reject_fragments}
     paths = [
@@ -118,11 +120,19 @@ class _DecodedSample:
 
 
 @dataclass(slots=True)
+class _Reject:
+    """A row of the rejects table, and the number of samples that it stands for; None if that is unknown."""
+
+    row: dict[str, str]
+    count: int | None = 1
+
+
+@dataclass(slots=True)
 class _DecodedBatch:
     """Samples to encode together, and those that were rejected or filtered among them."""
 
     samples: list[_DecodedSample]
-    rejects: list[dict[str, str]] = field(default_factory=list)
+    rejects: list[_Reject] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
     already_present: int = 0
 
@@ -150,6 +160,10 @@ class ShardEncoder:
         self.rows = 0
         self.already_present = 0
         self.rejects: list[dict[str, str]] = []
+        self.rejected: Counter[str] = Counter()
+        self.uncounted = 0
+        """Rejects that stand for an unknown number of samples, and count as one."""
+        self.unused_captions = 0
         self.filtered: Counter[str] = Counter()
         self.moments: Moments | None = None
         """Of the training rows."""
@@ -159,12 +173,12 @@ class ShardEncoder:
     @property
     def samples(self) -> int:
         """Number of samples of which the outcome is known so far."""
-        return self.rows + len(self.rejects) + self.filtered.total() + self.already_present
+        return self.rows + self.rejected.total() + self.filtered.total() + self.already_present
 
     @property
     def rejects_by_reason(self) -> dict[str, int]:
         """Number of rejected samples for each reason."""
-        return dict(Counter(reject["reason"] for reject in self.rejects))
+        return dict(self.rejected)
 
     @property
     def filtered_by_reason(self) -> dict[str, int]:
@@ -173,7 +187,7 @@ class ShardEncoder:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the shard's rows in the order of its samples."""
-        quiet_pillow()
+        quiet_pillow(self.job.config.filters.max_pixels)
         start = time.perf_counter()
         for decoded in prefetch(self._decode_batches(), PREFETCHED_BATCHES):
             self.seconds["wait"] += time.perf_counter() - start
@@ -198,10 +212,11 @@ class ShardEncoder:
                 self.seconds["read"] += time.perf_counter() - start
                 if not chunk:
                     break
-                self.samples_read += len(chunk)
                 is_damaged = is_damaged or any(not sample.key for _, sample in chunk)
                 start = time.perf_counter()
                 for (_, sample), outcome in zip(chunk, pool.map(self._decode, chunk), strict=True):
+                    count = sample.count if isinstance(sample, Unreadable) else 1
+                    self.samples_read += count or 1
                     if isinstance(outcome, _DecodedSample):
                         batch.samples.append(outcome)
                     elif isinstance(outcome, Filtered):
@@ -209,7 +224,7 @@ class ShardEncoder:
                     elif isinstance(outcome, _AlreadyPresent):
                         batch.already_present += 1
                     else:
-                        batch.rejects.append(_reject_row(sample, outcome))
+                        batch.rejects.append(_Reject(_reject_row(sample, outcome), count))
                 self.seconds["decode"] += time.perf_counter() - start
                 if len(batch.samples) >= size:
                     samples_left = batch.samples[size:]
@@ -235,7 +250,8 @@ class ShardEncoder:
                 return _AlreadyPresent()
             if position in self.duplicates or (image_bytes and self._is_copy_of_a_row(image_hash, caption)):
                 return Filtered(FilterReason.DUPLICATE)
-            image = decode_image(sample.image, config.image_size, config.filters.check_size)
+            filters = config.filters
+            image = decode_image(sample.image, config.image_size, filters.check_size, filters.max_pixels)
         except (Rejected, Filtered) as outcome:
             return outcome
         return _DecodedSample(sample, row_id, image_hash, caption, image.pixels, image.width, image.height)
@@ -253,11 +269,15 @@ class ShardEncoder:
             return False
         return self.present.has_image(image_hash) if dedup == "image" else self.present.has_pair(image_hash, caption)
 
-    def _add_rejects(self, rejects: list[dict[str, str]]) -> None:
+    def _add_rejects(self, rejects: list[_Reject]) -> None:
         """Add rejects; those that the rejects table has, because the shard is read again, are only counted."""
-        new = [each for each in rejects if self.present is None or not self.present.has_reject(each)]
-        self.rejects += new
-        self.already_present += len(rejects) - len(new)
+        for reject in rejects:
+            if self.present is not None and self.present.has_reject(reject.row):
+                self.already_present += reject.count or 1
+                continue
+            self.rejects.append(reject.row)
+            self.rejected[reject.row["reason"]] += reject.count or 1
+            self.uncounted += reject.count is None
 
     def _encode(self, samples: list[_DecodedSample]) -> pa.RecordBatch:
         start = time.perf_counter()
@@ -269,8 +289,9 @@ class ShardEncoder:
         for row, each in enumerate(samples):
             fault = _fault(latent[row], RejectReason.BAD_LATENT) or _fault(text[row], RejectReason.BAD_EMBEDDING)
             if fault is not None:
-                self._add_rejects([_reject_row(each.sample, fault)])
+                self._add_rejects([_Reject(_reject_row(each.sample, fault))])
                 valid[row] = False
+        self.unused_captions += sum(each.sample.unused_captions for each in samples)
         kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
         batch = self._record_batch(kept, text[valid], latent[valid])
         self.seconds["encode"] += time.perf_counter() - start
@@ -310,7 +331,7 @@ def valid_caption(sample: Sample, filters: Filters) -> str:
 
     Raises Rejected if its caption or metadata is invalid, Filtered if a filter on either excludes it.
     """
-    caption = decode_caption(sample.caption)
+    caption = decode_caption(sample.caption, sample.note)
     fields = decode_meta(sample.meta)
     filters.check_caption(caption)
     filters.check_meta(fields, caption)
