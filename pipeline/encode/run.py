@@ -52,8 +52,8 @@ def encode_dataset(
     """Encode all shards and publish the table; resumes an unfinished run of the same config.
 
     With `append`, add the samples that the table does not have. A dry run checks sources, encoders, device, target and
-    free space, encodes a few samples, and writes nothing. The report
-    counts the files of the `sources` that are passed over.
+    free space, encodes a few samples, and writes nothing. The report counts the files of the `sources` that are passed
+    over.
 
     Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible, and
     TableError if the engine has ended and the table does not hold all rows: what is encoded is kept.
