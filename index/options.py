@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from index.errors import OptionError
+from index.ranges import FRACTION, PIXELS, SEED, TOTAL, ranges_of
+
 TableArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Table, DB/NAME.lance or an object-store URI.")]
 SourceArgument = Annotated[
     list[str],
@@ -17,7 +20,7 @@ SourceArgument = Annotated[
         help="Tar or parquet shards, image folders, saved datasets or hf:NAME; globs, braces and fsspec URIs.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed; the same seed gives the same result.")]
+SeedOption = Annotated[int, SEED, typer.Option(help="Random seed; the same seed gives the same result.")]
 DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device: auto, cpu, cuda, cuda:1, mps, ...")]
 StorageOption = Annotated[
     list[str] | None,
@@ -26,9 +29,9 @@ StorageOption = Annotated[
         help="Object-store option in LanceDB's names, such as aws_region=eu-west-1. May be repeated.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Read only the first N samples.")]
-ValFractionOption = Annotated[float, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
-ImageSizeOption = Annotated[int, typer.Option(help="Side of the square images in pixels.")]
+LimitOption = Annotated[int | None, TOTAL, typer.Option(metavar="N", help="Read only the first N samples.")]
+ValFractionOption = Annotated[float, FRACTION, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
+ImageSizeOption = Annotated[int, PIXELS, typer.Option(help="Side of the square images in pixels.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 MAX_FLAGS = 70
@@ -36,7 +39,28 @@ MAX_FLAGS = 70
 
 
 class Command(TyperCommand):
-    """A typer command whose help keeps indented lines as they are and shows every value and default in one way."""
+    """A typer command that checks the ranges of its numeric options, and shows every value and default in one way.
+
+    Its help keeps indented lines as they are. A range is written in an option's annotation..
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; raise OptionError for a number that is none or is out of its option's range."""
+        given, ranges = list(args), dict(ranges_of(self.callback)) if self.callback else {}
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            param = error.param
+            if param is None or param.name not in ranges:
+                raise
+            text = self.make_parser(ctx).parse_args(args=given)[0][param.name]
+            kind = "whole number" if param.type_descriptor.annotation is int else "number"
+            raise OptionError(f"{param.opts[0]} {text!r} is not a {kind}: use {ranges[param.name]}") from None
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name)
+            if param.name in ranges and not isinstance(value, str) and not ctx.resilient_parsing:
+                ranges[param.name].check(param.opts[0], value)
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the usage line's parts: arguments by their metavar, in brackets if they are optional."""

@@ -23,6 +23,7 @@ from index.options import (
     ValFractionOption,
     make_app,
 )
+from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Geometry = Literal["sphere", "standard", "raw"]
@@ -33,7 +34,7 @@ IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_
 SmallDescScaleOption = Annotated[
     bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
 ]
-WorkersOption = Annotated[int, typer.Option(metavar="N", help="Local worker processes.")]
+WorkersOption = Annotated[int, PROCESSES, typer.Option(metavar="N", help="Local worker processes.")]
 
 app = make_app("From image-caption data to an indexed Lance table.")
 
@@ -53,7 +54,7 @@ def _parse_desc_scale(text: str) -> float | str:
 @app.command("demo-data", cls=Command)
 def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    num_samples: Annotated[int, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
+    num_samples: Annotated[int, TOTAL, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
     image_size: ImageSizeOption = 32,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -92,16 +93,16 @@ def encode(
         ),
     ] = None,
     min_image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
+        int | None, COUNT, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
     ] = None,
     max_aspect_ratio: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
+        float | None, Range(1), typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
     ] = None,
     min_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
     ] = None,
     max_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
     ] = None,
     filter: Annotated[
         str | None,
@@ -112,6 +113,7 @@ def encode(
     ] = None,
     desc_scale: Annotated[
         float | None,
+        POSITIVE,
         typer.Option(metavar="FLOAT", help="Weight of the text embedding in the search, above 1.", show_default="4"),
     ] = None,
     geometry: Annotated[
@@ -124,11 +126,11 @@ def encode(
     ] = False,
     limit: LimitOption = None,
     max_reject_rate: Annotated[
-        float, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
+        float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
     num_workers: WorkersOption = 1,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the encoders compute in; auto: bfloat16 on CUDA, else float32.")
@@ -220,6 +222,7 @@ def build_index(
     ] = None,
     desc_scale: Annotated[
         Any,
+        POSITIVE,
         typer.Option(
             metavar="FLOAT|auto",
             parser=_parse_desc_scale,
@@ -248,19 +251,23 @@ def build_index(
         ),
     ] = None,
     balance_time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
+        float, POSITIVE, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
     ] = 300.0,
     max_memory_gb: Annotated[
-        float, typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index.")
+        float,
+        Range(0, 2**20, above=True),
+        typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
     ] = 4.0,
     index_type: Annotated[
         IndexType, typer.Option(help="LanceDB index; none is exact search, auto reaches --target-recall.")
     ] = "auto",
     target_recall: Annotated[
-        float, typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents.")
+        float,
+        Range(0, 1, above=True),
+        typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents."),
     ] = 0.95,
     target_perplexity: Annotated[
-        float, typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
+        float, Range(1), typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
     ] = 100.0,
     allow_small_desc_scale: SmallDescScaleOption = False,
     seed: SeedOption = 0,

@@ -23,6 +23,7 @@ from index.options import (
     make_app,
     parse_integers,
 )
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, TOTAL
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -39,10 +40,11 @@ Dtype = Literal["float32", "bfloat16"]
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote.")]
 StepsOption = Annotated[
-    Any, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
+    Any, COUNT, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
 ]
 SamplesOption = Annotated[
     int | None,
+    COUNT,
     typer.Option(metavar="N", help="Images for each number of steps.", show_default="2000, at most 4 per held-out row"),
 ]
 ClipOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of a CLIPModel: adds the CLIP score.")]
@@ -66,14 +68,16 @@ def fit_autoencoder(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the autoencoder.")],
     size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Training steps.", show_default="1200 for image, 1400 for text")
+        int | None,
+        COUNT,
+        typer.Option(metavar="N", help="Training steps.", show_default="1200 for image, 1400 for text"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
+        int | None, COUNT, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
     ] = None,
     image_size: ImageSizeOption = 32,
-    latent_size: Annotated[int, typer.Option(help="Image: side of the latent grid.")] = 4,
-    latent_channels: Annotated[int, typer.Option(help="Image: channels of the latent.")] = 2,
+    latent_size: Annotated[int, COUNT, typer.Option(help="Image: side of the latent grid.")] = 4,
+    latent_channels: Annotated[int, COUNT, typer.Option(help="Image: channels of the latent.")] = 2,
     val_fraction: ValFractionOption = 0.05,
     limit: LimitOption = None,
     seed: SeedOption = 0,
@@ -123,40 +127,48 @@ def fit(
     size: Annotated[Size, typer.Option(help="Model size.")] = "small",
     num_tokens: Annotated[
         int | None,
+        COUNT_FROM_0,
         typer.Option(metavar="N", help="Token embeddings that a transformer attends to.", show_default="77"),
     ] = None,
-    images: Annotated[int, typer.Option(metavar="N", help="Training length in images (targets), over all steps.")] = (
-        1_000_000
-    ),
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per training step.")] = 256,
+    images: Annotated[
+        int, TOTAL, typer.Option(metavar="N", help="Training length in images (targets), over all steps.")
+    ] = (1_000_000),
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images per training step.")] = 256,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="by network and size")
+        float | None, POSITIVE, typer.Option(help="Peak learning rate.", show_default="by network and size")
     ] = None,
     seed: SeedOption = 0,
     search: Annotated[Search, typer.Option(help="LanceDB index, or exact search on the device.")] = "ann",
     condition: Annotated[
         Condition, typer.Option(help="Condition on the caption of the retrieved pair or of the query.")
     ] = "retrieved",
-    jitter: Annotated[float, typer.Option(help="Noise on query embeddings, relative to their norm.")] = 0.0,
+    jitter: Annotated[
+        float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")
+    ] = 0.0,
     reuse: Annotated[
         int | None,
+        COUNT,
         typer.Option(
             metavar="N", help="Steps that use each retrieved pair.", show_default="as many as hide the search time"
         ),
     ] = None,
-    num_neighbors: Annotated[int, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")] = 1,
+    num_neighbors: Annotated[
+        int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")
+    ] = 1,
     temperature: Annotated[
-        float, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
+        float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
     ] = 1.0,
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
     ] = "float32",
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
+        int, COUNT, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints.")] = 120.0,
-    keep_checkpoints: Annotated[int, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
+    checkpoint_seconds: Annotated[
+        float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
+    ] = 120.0,
+    keep_checkpoints: Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -210,13 +222,17 @@ def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or hub id.")],
     caption: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="One or more captions.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Image grid to write.")],
-    num_inference_steps: Annotated[int, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
-    num_images_per_prompt: Annotated[int, typer.Option(metavar="N", help="Images per caption.")] = 4,
+    num_inference_steps: Annotated[int, COUNT, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
+    num_images_per_prompt: Annotated[int, COUNT, typer.Option(metavar="N", help="Images per caption.")] = 4,
     guidance_scale: Annotated[
-        float, typer.Option(help="1 follows the caption as trained; larger values follow it more strongly.")
+        float,
+        NOT_NEGATIVE,
+        typer.Option(help="1 follows the caption as trained; larger values follow it more strongly."),
     ] = 1.0,
     redraws: Annotated[
-        int, typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept.")
+        int,
+        COUNT_FROM_0,
+        typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept."),
     ] = 0,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",

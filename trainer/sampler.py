@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32
 
 from index.errors import OptionError, RunError, one_line
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, SEED
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
@@ -114,7 +115,7 @@ class CoalescerPipeline:
             OptionError: there is no prompt, a prompt is blank, or a number is out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check_call(prompts, num_inference_steps, num_images_per_prompt, redraws)
+        _check_call(prompts, num_inference_steps, num_images_per_prompt, guidance_scale, redraws, seed)
         indices = [j for _ in prompts for j in range(num_images_per_prompt)]
         text = self.encode_prompt(prompts).repeat(num_images_per_prompt, axis=0)
         latents, confidences = [], []
@@ -194,17 +195,21 @@ class CoalescerPipeline:
         return [Image.fromarray(pixels) for batch in batches for pixels in batch]
 
 
-def _check_call(prompts: list[str], num_inference_steps: int, num_images_per_prompt: int, redraws: int) -> None:
+def _check_call(
+    prompts: list[str],
+    num_inference_steps: int,
+    num_images_per_prompt: int,
+    guidance_scale: float,
+    redraws: int,
+    seed: int,
+) -> None:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise OptionError("a prompt is empty: pass at least one caption")
-    least = {
-        "--num-inference-steps": (num_inference_steps, 1),
-        "--num-images-per-prompt": (num_images_per_prompt, 1),
-        "--redraws": (redraws, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise OptionError(f"{name} {value} is out of range: use {minimum} or more")
+    COUNT.check("--num-inference-steps", num_inference_steps)
+    COUNT.check("--num-images-per-prompt", num_images_per_prompt)
+    NOT_NEGATIVE.check("--guidance-scale", guidance_scale)
+    COUNT_FROM_0.check("--redraws", redraws)
+    SEED.check("--seed", seed)
 
 
 def _most_confident(

@@ -9,12 +9,13 @@ options and seed give the same report, except for times.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.errors import OptionError, RunError, TableError
+from index.errors import RunError, TableError
+from index.ranges import COUNT, MACHINE_LIMIT, SEED, Range, check_ranges
 from index.table.schema import HELDOUT, TRAIN
 from index.table.storage import write_json, write_text
 from index.table.table import Table, open_table
@@ -56,12 +57,12 @@ NO_IMAGES = "the table stores no images: encode it with --keep-images"
 class EvaluationConfig:
     """What is sampled and measured."""
 
-    num_inference_steps: list[int]
+    num_inference_steps: Annotated[list[int], COUNT]
     """Numbers of steps to evaluate, each with all prompts."""
-    num_samples: int | None = None
+    num_samples: Annotated[int | None, Range(MIN_ROWS, MACHINE_LIMIT)] = None
     """Samples for each number of steps. If there are more than held-out rows, captions repeat with other noise.
     None: 2,000, or four per held-out row if that is less."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of captions and noise."""
     clip: Path | None = None
     """Folder of a CLIPModel, for the CLIP score."""
@@ -72,11 +73,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Raise OptionError for values that cannot be evaluated, before anything is opened."""
-        if not self.num_inference_steps or min(self.num_inference_steps) < 1:
-            given = ",".join(map(str, self.num_inference_steps))
-            raise OptionError(f"--num-inference-steps {given!r} is out of range: use numbers from 1, such as 1,2,4,8")
-        if self.num_samples is not None and self.num_samples < MIN_ROWS:
-            raise OptionError(f"--num-samples {self.num_samples} is too small: use at least {MIN_ROWS}, such as 2000")
+        check_ranges(self)
 
 
 class RunEvaluation(NamedTuple):
