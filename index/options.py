@@ -4,6 +4,8 @@ Imports nothing heavy, so that `--help` answers at once.
 """
 
 import importlib.metadata
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +30,14 @@ StorageOption = Annotated[
         metavar="NAME=VALUE",
         help="Object-store option in LanceDB's names, such as aws_region=eu-west-1. May be repeated.",
     ),
+]
+ImageEncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the table's image encoder is now.", show_default="where it was"),
+]
+TextEncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the table's text encoder is now.", show_default="where it was"),
 ]
 LimitOption = Annotated[int | None, TOTAL, typer.Option(metavar="N", help="Read only the first N samples.")]
 ValFractionOption = Annotated[float, FRACTION, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
@@ -147,6 +157,31 @@ def _print_version(wanted: bool) -> bool:
         print(f"coalescer {importlib.metadata.version('coalescer')}")
         raise typer.Exit
     return wanted
+
+
+def check_folder(out: Path) -> None:
+    """Raise OptionError if `--out` cannot be a folder to write into; nothing is created."""
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {out} is a file: use the name of a folder")
+    _check_writable(out, out)
+
+
+def check_file(out: Path) -> None:
+    """Raise OptionError if `--out` cannot be a file to write; nothing is created."""
+    if out.is_dir():
+        raise OptionError(f"--out {out} is a folder: use the name of a file")
+    _check_writable(out, out.parent)
+
+
+def _check_writable(out: Path, folder: Path) -> None:
+    try:
+        nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    except OSError as error:  # a name that is too long, or a folder that cannot be looked into
+        raise OptionError(f"--out {out} cannot be written ({error.strerror}): use another folder") from error
+    if not nearest.is_dir():
+        raise OptionError(f"--out {out} is below {nearest}, which is a file: use another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OptionError(f"--out {out} cannot be written: {nearest} is read-only: use another folder")
 
 
 def parse_integers(text: str) -> list[int]:

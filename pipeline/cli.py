@@ -13,6 +13,7 @@ import typer
 from index.options import (
     Command,
     DeviceOption,
+    ImageEncoderOption,
     ImageSizeOption,
     JsonOption,
     LimitOption,
@@ -20,7 +21,9 @@ from index.options import (
     SourceArgument,
     StorageOption,
     TableArgument,
+    TextEncoderOption,
     ValFractionOption,
+    check_folder,
     make_app,
 )
 from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
@@ -65,6 +68,7 @@ def demo_data(
       pipeline demo-data data/shapes
       pipeline demo-data data/shapes --num-samples 1000 --image-size 64
     """
+    check_folder(out)
     print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
@@ -208,8 +212,10 @@ def encode(
         return print_json(encoded.report)
     if encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    hidden = ("table", "settings", "warnings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
+    for warning in encoded.report.get("warnings", ()):
+        print(f"\nwarning: {warning}")
     return None
 
 
@@ -280,6 +286,8 @@ def build_index(
             show_default="this process",
         ),
     ] = None,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -299,7 +307,7 @@ def build_index(
     from index.report.page import index_page, keeps_images
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.encoders import open_decoder
+    from pipeline.stored_encoders import open_decoder, point_encoders
 
     config = BuildConfig(
         desc_scale=desc_scale,
@@ -316,8 +324,12 @@ def build_index(
     )
     storage = Storage.of(storage_option or ())
     builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
-    built = run_build(open_table(table, storage=storage), config, builder)
+    opened = point_encoders(open_table(table, storage=storage), image_encoder, text_encoder)
+    built = run_build(opened, config, builder)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
+    if decode is None and not keeps_images(built.table):
+        ref = built.table.meta.image_encoder
+        print_status(f"pipeline build-index: the page shows no images: {ref.name} is not the table's image encoder")
     page = built.table.write_page("index", index_page(built.table, built.report, decode=decode))
     _print_report(table, asdict(built.report), as_json, page=page)
 
@@ -334,8 +346,10 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
+    from pipeline.stored_encoders import describe_encoders
 
-    _print_report(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
+    opened = open_table(table, storage=Storage.of(storage_option or ()))
+    _print_report(table, describe(opened) | describe_encoders(opened), as_json)
 
 
 def _encoder_dtype(dtype: Dtype, device: str) -> str:

@@ -13,13 +13,18 @@ import typer
 from index.options import (
     Command,
     DeviceOption,
+    ImageEncoderOption,
     ImageSizeOption,
     JsonOption,
     LimitOption,
     SeedOption,
     SourceArgument,
+    StorageOption,
     TableArgument,
+    TextEncoderOption,
     ValFractionOption,
+    check_file,
+    check_folder,
     make_app,
     parse_integers,
 )
@@ -81,6 +86,7 @@ def fit_autoencoder(
     val_fraction: ValFractionOption = 0.05,
     limit: LimitOption = None,
     seed: SeedOption = 0,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an image or a text autoencoder on a source.
@@ -90,13 +96,14 @@ def fit_autoencoder(
       trainer fit-autoencoder text data/shapes --out models/text
     """
     print_status(f"trainer fit-autoencoder: opening {', '.join(source)}")
-    from index.table.storage import write_json
+    check_folder(out)
+    from index.table.storage import Storage, write_json
     from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder
     from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder
 
     optional = {"steps": steps, "batch_size": batch_size, "limit": limit}
     shared: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
-    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed}
+    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed, "storage": Storage.of(storage_option or ())}
     if kind == "image":
         config = ImageAutoencoderConfig(
             image_size=image_size, latent_size=latent_size, latent_channels=latent_channels, **shared
@@ -170,7 +177,10 @@ def fit(
     ] = 120.0,
     keep_checkpoints: Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network on targets retrieved from a table.
@@ -180,10 +190,12 @@ def fit(
       trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
     print_status(f"trainer fit: opening {table}")
+    from index.table.storage import Storage
     from index.table.table import open_table
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
+    from trainer.run_folder import EncoderPlaces
 
     config = FitConfig(
         objective=objective,
@@ -211,8 +223,11 @@ def fit(
         compile=compile,
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
+        encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
     )
-    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, runtime=runtime)
+    check_folder(out)
+    opened = open_table(table, indexed=True, storage=Storage.of(storage_option or ()))
+    result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)
 
@@ -235,6 +250,8 @@ def sample(
         typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept."),
     ] = 0,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -251,11 +268,14 @@ def sample(
     from index.errors import OptionError
     from index.table.storage import write_json
     from trainer.grid import draw_grid
+    from trainer.run_folder import EncoderPlaces
     from trainer.sampler import CoalescerPipeline
 
     if out.suffix != ".png":
         raise OptionError(f"--out {out} is not a PNG file: use a name that ends in .png")
-    samples = CoalescerPipeline.from_pretrained(run, device=device)(
+    check_file(out)
+    encoders = EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder)
+    samples = CoalescerPipeline.from_pretrained(run, device=device, encoders=encoders)(
         caption,
         num_inference_steps=num_inference_steps,
         num_images_per_prompt=num_images_per_prompt,
@@ -287,7 +307,10 @@ def evaluate(
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     r"""Measure a run against held-out rows.
@@ -305,7 +328,10 @@ def evaluate(
     from trainer.evaluation.report import metrics_by_name
 
     out = out or run / "report"
-    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    config = _evaluation(
+        num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
+    )
+    check_folder(out)
     report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
@@ -327,7 +353,10 @@ def compare(
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     r"""Compare runs that were trained on the same table.
@@ -345,7 +374,10 @@ def compare(
     from trainer.evaluation.compare import compare as run_compare
     from trainer.evaluation.report import main_metrics
 
-    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    config = _evaluation(
+        num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
+    )
+    check_folder(out)
     report, page = run_compare(run, config, out, captions=caption or []), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
@@ -362,9 +394,14 @@ def _evaluation(
     inception: Path | None,
     seed: int,
     device: str,
+    image_encoder: str | None,
+    text_encoder: str | None,
+    storage_option: list[str] | None,
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
+    from index.table.storage import Storage
     from trainer.evaluation.protocol import EvaluationConfig
+    from trainer.run_folder import EncoderPlaces
 
     return EvaluationConfig(
         num_inference_steps=num_inference_steps,
@@ -373,6 +410,8 @@ def _evaluation(
         inception=inception,
         seed=seed,
         device=device,
+        encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
+        storage=Storage.of(storage_option or ()),
     )
 
 

@@ -8,6 +8,7 @@ from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, SEED, TOTA
 from trainer.models.base import SIZE_NAMES
 from trainer.models.registry import NETWORK_NAMES
 from trainer.objectives.registry import make_objective
+from trainer.run_folder import EncoderPlaces
 from trainer.stream import StreamConfig
 
 SEARCHES = ("ann", "exact")
@@ -100,6 +101,8 @@ class RuntimeConfig:
     """Seconds between two checkpoints."""
     keep_checkpoints: Annotated[int, COUNT] = 2
     """Number of latest checkpoints to keep."""
+    encoders: EncoderPlaces = field(default_factory=EncoderPlaces)
+    """Where the table's encoders are, if they were moved."""
 
     def __post_init__(self) -> None:
         """Raise OptionError if a number is out of range."""

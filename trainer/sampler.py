@@ -19,7 +19,7 @@ from trainer.models.base import Network
 from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, encoder_source, read_config
+from trainer.run_folder import NETWORK, NOT_MOVED, EncoderPlaces, open_encoders, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,10 +62,15 @@ class CoalescerPipeline:
         return self.meta.geometry
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "CoalescerPipeline":
+    def from_pretrained(
+        cls, name: str | Path, *, device: str = "auto", encoders: EncoderPlaces = NOT_MOVED
+    ) -> "CoalescerPipeline":
         """Open a run folder, or a hub repository with the same files; reads safetensors and JSON only.
 
+        `encoders` says where they are if they were moved.
+
         Raises:
+            EncoderError: an encoder is not where it was, or is not the one that the table was encoded with.
             RunError: the folder or repository is not a run, or its weights do not fit its config.
         """
         folder = _fetch(str(name))
@@ -73,21 +78,20 @@ class CoalescerPipeline:
         network = load_network(folder / NETWORK).to(device).eval().requires_grad_(False)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
-        return cls.from_network(network, objective, meta, folder, device)
+        return cls.from_network(network, objective, meta, folder, device, encoders)
 
     @classmethod
     def from_network(
-        cls, network: Network, objective: Objective, meta: TableMeta, folder: Path, device: str
+        cls,
+        network: Network,
+        objective: Objective,
+        meta: TableMeta,
+        folder: Path,
+        device: str,
+        encoders: EncoderPlaces = NOT_MOVED,
     ) -> "CoalescerPipeline":
         """Combine a network, such as one in training, with the encoders of its run folder."""
-        return cls(
-            network,
-            objective,
-            meta,
-            DiffusersAutoencoder(encoder_source(folder, meta, "image_encoder"), device),
-            TransformersTextEncoder(encoder_source(folder, meta, "text_encoder"), device),
-            device,
-        )
+        return cls(network, objective, meta, *open_encoders(folder, meta, encoders, device), device)
 
     def __call__(
         self,

@@ -31,6 +31,8 @@ class ShardCheckpoint:
 
     shard: str
     rows: int = 0
+    truncated_captions: int = 0
+    """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
     filtered_by_reason: dict[str, int] = field(default_factory=dict)
     seconds_by_step: dict[str, float] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class SampleCounts:
 
     shards: int = 0
     rows: int = 0
+    truncated_captions: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -127,6 +130,7 @@ class SampleCounts:
         """Add one shard."""
         self.shards += 1
         self.rows += checkpoint.rows
+        self.truncated_captions += checkpoint.truncated_captions
         self.rejects.update(checkpoint.rejects_by_reason)
         self.filtered.update(checkpoint.filtered_by_reason)
         for step, seconds in checkpoint.seconds_by_step.items():

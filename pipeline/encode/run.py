@@ -25,6 +25,7 @@ from pipeline.encode.graph import EncodeToTable
 from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.monitor import monitor
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run, samples_within_limit
+from pipeline.stored_encoders import check_encoder
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
 SHOWN_CHARACTERS = 40
@@ -111,6 +112,7 @@ def _planned_shards(job: EncodeJob) -> list[str] | None:
 def _check_appendable(job: EncodeJob, table: Table) -> None:
     """Raise TableError if rows of this job would differ in kind from those of the table."""
     meta, config = table.meta, job.config
+    check_encoder(meta.text_encoder, replace(job.text_ref, digest=meta.text_encoder.digest), "text")
     geometry = meta.geometry
     stored = {
         "image-encoder": meta.image_encoder.digest,
@@ -190,6 +192,7 @@ def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict
         "rejects_by_reason": dict(counts.rejects),
         "filtered": counts.filtered.total(),
         "filtered_by_reason": dict(counts.filtered),
+        "truncated_captions": counts.truncated_captions,
         "success_rate": round(1 - counts.reject_rate, 4),
         "shards": counts.shards,
         "seconds": seconds and round(seconds, 2),
@@ -199,9 +202,19 @@ def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict
         "text_encoder": to_json_dict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
+        "warnings": _warnings(job, counts),
         "run_id": job.run_id,
         "num_workers": job.runtime.num_workers,
         "device": job.runtime.device,
         "beam_options": list(job.runtime.beam_options),
         "versions": {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},
     }
+
+
+def _warnings(job: EncodeJob, counts: SampleCounts) -> list[str]:
+    if not counts.truncated_captions:
+        return []
+    return [
+        f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {job.max_tokens} tokens that "
+        "the text encoder reads, and were truncated: use shorter captions, or another --text-encoder"
+    ]

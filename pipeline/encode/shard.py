@@ -65,6 +65,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
     checkpoint = ShardCheckpoint(
         shard,
         rows=encoder.rows,
+        truncated_captions=encoder.truncated_captions,
         rejects_by_reason=encoder.rejects_by_reason,
         filtered_by_reason=encoder.filtered_by_reason,
         seconds_by_step={k: round(value, 3) for k, value in {**encoder.seconds, "write": write_seconds}.items()},
@@ -112,7 +113,7 @@ class ShardEncoder:
         self.max_samples = job.samples_per_shard.get(shard) if max_samples is None else max_samples
         self.duplicates = duplicates
         self.image_encoder, self.text_encoder = job.load_encoders()
-        self.rows = 0
+        self.rows = self.truncated_captions = 0
         self.rejects: list[dict[str, str]] = []
         self.filtered: Counter[str] = Counter()
         self.moments: Moments | None = None
@@ -191,7 +192,7 @@ class ShardEncoder:
     def _encode(self, samples: list[_DecodedSample]) -> pa.RecordBatch:
         start = time.perf_counter()
         latent = self.image_encoder.encode(np.stack([each.pixels for each in samples])).reshape(len(samples), -1)
-        text = self.text_encoder.encode([each.caption for each in samples])
+        text, truncated = self.text_encoder.encode_counted([each.caption for each in samples])
         with np.errstate(over="ignore"):
             latent, text = latent.astype(np.float16), text.astype(np.float16)
         valid = np.ones(len(samples), bool)
@@ -200,6 +201,7 @@ class ShardEncoder:
             if fault is not None:
                 self.rejects.append(_reject_row(each.sample, fault))
                 valid[row] = False
+        self.truncated_captions += int((truncated & valid).sum())
         kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
         batch = self._record_batch(kept, text[valid], latent[valid])
         self.seconds["encode"] += time.perf_counter() - start

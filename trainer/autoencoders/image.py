@@ -61,7 +61,12 @@ class ImageAutoencoderConfig(TrainConfig):
 def fit_image_autoencoder(sources: list[str], config: ImageAutoencoderConfig, out: Path) -> dict[str, Any]:
     """Train an autoencoder, save it to `out`, and return its metrics; PSNR is None if no images are held out."""
     images = load_images(
-        sources, config.image_size, val_fraction=config.val_fraction, limit=config.limit, log=out / "log.jsonl"
+        sources,
+        config.image_size,
+        val_fraction=config.val_fraction,
+        limit=config.limit,
+        storage=config.storage,
+        log=out / "log.jsonl",
     )
     torch.manual_seed(config.seed)
     model = make_image_autoencoder(config)

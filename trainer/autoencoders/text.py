@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TOTAL, Range
-from pipeline.encoders import mean_pool, quiet_libraries
+from pipeline.encoders import mean_pool
+from pipeline.model_files import quiet_libraries
 from trainer.autoencoders.data import load_captions
 from trainer.autoencoders.train import TrainConfig, train
 from trainer.objectives.base import Loss
@@ -69,7 +70,9 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
 
     Token accuracy is the fraction of tokens of held-out captions that are decoded; None if no captions are held out.
     """
-    captions = load_captions(sources, val_fraction=config.val_fraction, limit=config.limit, log=out / "log.jsonl")
+    captions = load_captions(
+        sources, val_fraction=config.val_fraction, limit=config.limit, storage=config.storage, log=out / "log.jsonl"
+    )
     tokenizer = train_tokenizer(captions.train, config)
     torch.manual_seed(config.seed)
     model = make_text_autoencoder(config, tokenizer)

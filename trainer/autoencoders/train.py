@@ -1,7 +1,7 @@
 """The training loop of both autoencoders: AdamW and averaged weights over random batches, on the CPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from index.errors import OptionError
 from index.ranges import COUNT, FRACTION, POSITIVE, SEED, TOTAL, check_ranges
+from index.table.storage import Storage
 from trainer.models.base import SIZE_NAMES
 from trainer.objectives.base import Loss
 from trainer.optimizer import Optimizer
@@ -35,6 +36,8 @@ class TrainConfig:
     val_fraction: Annotated[float, FRACTION] = 0.05
     """Fraction of samples that are held out to measure on."""
     seed: Annotated[int, SEED] = 0
+    storage: Storage = field(default_factory=Storage.of)
+    """How to reach sources on object stores."""
 
     def __post_init__(self) -> None:
         """Raise OptionError if the size is unknown or a number out of range."""
