@@ -3,8 +3,10 @@
 Imports nothing heavy, so that `--help` answers at once.
 """
 
+import contextlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,27 +163,35 @@ def _print_version(wanted: bool) -> bool:
 
 def check_folder(out: Path) -> None:
     """Raise OptionError if `--out` cannot be a folder to write into; nothing is created."""
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"--out {out} is a file: use the name of a folder")
-    _check_writable(out, out)
+    with _accessing(out):
+        if out.exists() and not out.is_dir():
+            raise OptionError(f"--out {out} is a file: use the name of a folder")
+        _check_writable(out, out)
 
 
 def check_file(out: Path) -> None:
     """Raise OptionError if `--out` cannot be a file to write; nothing is created."""
-    if out.is_dir():
-        raise OptionError(f"--out {out} is a folder: use the name of a file")
-    _check_writable(out, out.parent)
+    with _accessing(out):
+        if out.is_dir():
+            raise OptionError(f"--out {out} is a folder: use the name of a file")
+        _check_writable(out, out.parent)
 
 
 def _check_writable(out: Path, folder: Path) -> None:
-    try:
-        nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    except OSError as error:  # a name that is too long, or a folder that cannot be looked into
-        raise OptionError(f"--out {out} cannot be written ({error.strerror}): use another folder") from error
+    nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not nearest.is_dir():
         raise OptionError(f"--out {out} is below {nearest}, which is a file: use another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OptionError(f"--out {out} cannot be written: {nearest} is read-only: use another folder")
+
+
+@contextlib.contextmanager
+def _accessing(out: Path) -> Iterator[None]:
+    """Turn the errors of names that are too long and folders that cannot be looked into into an OptionError."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"--out {out} cannot be written ({error.strerror}): use another folder") from error
 
 
 def parse_integers(text: str) -> list[int]:

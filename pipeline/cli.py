@@ -164,12 +164,14 @@ def encode(
     """
     print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
+    from index.table.table import table_uri
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
     from pipeline.encoders import resolve_device
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
+    table_uri(table)
     device = resolve_device(device)
     # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
@@ -261,7 +263,7 @@ def build_index(
     ] = 300.0,
     max_memory_gb: Annotated[
         float,
-        Range(0, 2**20, above=True),
+        Range(0, 2**16, above=True),
         typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
     ] = 4.0,
     index_type: Annotated[

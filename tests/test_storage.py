@@ -177,7 +177,7 @@ def test_options_are_named_as_lance_names_them():
         "aws_endpoint": "http://x",
         "aws_region": "r",
         "aws_secret_access_key": "s",
-        "other": "1",
+        "timeout": "1s",
     }
     with pytest.raises(OptionError, match="--storage-option 'region' is not of the form name=value"):
         Storage.of(["region"])

@@ -192,6 +192,7 @@ def fit(
     print_status(f"trainer fit: opening {table}")
     from index.table.storage import Storage
     from index.table.table import open_table
+    from pipeline.encoders import resolve_device
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
@@ -226,6 +227,7 @@ def fit(
         encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
     )
     check_folder(out)
+    resolve_device(device)
     opened = open_table(table, indexed=True, storage=Storage.of(storage_option or ()))
     result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -267,6 +269,7 @@ def sample(
     print_status(f"trainer sample: opening {run}")
     from index.errors import OptionError
     from index.table.storage import write_json
+    from pipeline.encoders import resolve_device
     from trainer.grid import draw_grid
     from trainer.run_folder import EncoderPlaces
     from trainer.sampler import CoalescerPipeline
@@ -274,6 +277,7 @@ def sample(
     if out.suffix != ".png":
         raise OptionError(f"--out {out} is not a PNG file: use a name that ends in .png")
     check_file(out)
+    resolve_device(device)
     encoders = EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder)
     samples = CoalescerPipeline.from_pretrained(run, device=device, encoders=encoders)(
         caption,
@@ -400,9 +404,11 @@ def _evaluation(
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
     from index.table.storage import Storage
+    from pipeline.encoders import resolve_device
     from trainer.evaluation.protocol import EvaluationConfig
     from trainer.run_folder import EncoderPlaces
 
+    resolve_device(device)
     return EvaluationConfig(
         num_inference_steps=num_inference_steps,
         num_samples=num_samples,

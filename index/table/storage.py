@@ -8,6 +8,7 @@ environment variables and credential files.
 import hashlib
 import json
 import os
+import re
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ S3_NAMES = {
     "aws_region": "region_name",
 }
 """Lance's name of an option -> that of s3fs."""
-SHOWN = 24
-"""Characters of a malformed option that an error shows: it may be a secret."""
+OPTION_NAME = re.compile(r"[A-Za-z]+(_[A-Za-z]+)*")
+"""What an error shows of a malformed option; anything else may be a secret."""
 
 
 PREFIXES = ("aws_", "azure_storage_", "azure_", "google_")
@@ -83,8 +84,7 @@ class Storage:
             name, equals, value = text.partition("=")
             if not (name and equals):
                 raise OptionError(
-                    f"--storage-option {name[:SHOWN]!r} is not of the form name=value: for instance "
-                    "aws_region=eu-west-1"
+                    f"--storage-option {_shown(name)} is not of the form name=value: for instance aws_region=eu-west-1"
                 )
             _check_name(name.lower())
             options[_canonical(name.lower())] = value
@@ -188,7 +188,11 @@ def _check_name(name: str) -> None:
     family = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "aws_")
     listed = ", ".join(prefix + each for prefix in (family, "") for each in KNOWN[prefix].split())
     hint = f"did you mean {near[0]}? " if near else ""
-    raise OptionError(f"--storage-option {name} is unknown: {hint}use one of {listed}")
+    raise OptionError(f"--storage-option {_shown(name)} is unknown: {hint}use one of {listed}")
+
+
+def _shown(name: str) -> str:
+    return repr(name) if OPTION_NAME.fullmatch(name) else "(not shown)"
 
 
 def _hidden(name: str, value: str) -> tuple[str, bool]:
