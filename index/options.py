@@ -53,7 +53,7 @@ MAX_FLAGS = 70
 class Command(TyperCommand):
     """A typer command that checks the ranges of its numeric options, and shows every value and default in one way.
 
-    Its help keeps indented lines as they are. A range is written in an option's annotation..
+    Its help keeps indented lines as they are. A range is written in an option's annotation.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -62,12 +62,12 @@ class Command(TyperCommand):
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            param = error.param
-            if param is None or param.name not in ranges:
+            wrong: Any = error.param
+            if wrong is None or wrong.name not in ranges:
                 raise
-            text = self.make_parser(ctx).parse_args(args=given)[0][param.name]
-            kind = "whole number" if param.type_descriptor.annotation is int else "number"
-            raise OptionError(f"{param.opts[0]} {text!r} is not a {kind}: use {ranges[param.name]}") from None
+            text = self.make_parser(ctx).parse_args(args=given)[0][wrong.name]
+            kind = "whole number" if wrong.type_descriptor.annotation is int else "number"
+            raise OptionError(f"{wrong.opts[0]} {text!r} is not a {kind}: use {ranges[wrong.name]}") from None
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
             if param.name in ranges and not isinstance(value, str) and not ctx.resilient_parsing:

@@ -139,7 +139,7 @@ class TransformersTextEncoder:
         with _encoding(self.ref):
             named = self.tokenizer.model_max_length < UNLIMITED
             # A limit that no tokenizer names is tried here, and not by the first long caption of a run.
-            return self.encode(["a", "a" + " a" * (0 if named else min(self.max_length, TRIAL_TOKENS))]).shape[1]
+            return int(self.encode(["a", "a" + " a" * (0 if named else min(self.max_length, TRIAL_TOKENS))]).shape[1])
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
         """Return pooled embeddings, not normalized; a caption that repeats is encoded once."""

@@ -158,7 +158,11 @@ def _loading(name: str, role: str) -> Iterator[None]:
     except EncoderError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
-        fix = "save it with save_pretrained" if Path(name).is_dir() else "check the hub id and the connection"
+        fix = (
+            "save it with save_pretrained"
+            if Path(name).is_dir()
+            else "there is no such folder: check the path, or the hub id and the connection"
+        )
         raise EncoderError(f"{name} cannot be loaded as {role} ({one_line(error)}): {fix}") from error
 
 

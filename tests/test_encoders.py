@@ -233,15 +233,13 @@ def text_model(kind, tokenizer, folder):
 
 
 def test_a_text_model_that_cannot_encode_is_one_line(tmp_path, tokenizer):
-    from transformers import LayoutLMv2Config, ViTConfig, ViTModel
+    from transformers import ViTConfig, ViTModel
 
-    assert LayoutLMv2Config
     folder = tmp_path / "vit"
-    ViTModel(
-        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    ).save_pretrained(folder)
+    shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ViTModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(EncoderError, match=r"^ViTModel .* cannot encode \(TypeError: .*\): use another encoder$"):
+    with pytest.raises(EncoderError, match=r"^ViTModel .* cannot encode \(\w+Error: .*\): use another encoder$"):
         TransformersTextEncoder(str(folder)).text_dim()
 
 
@@ -250,7 +248,7 @@ def test_a_text_encoder_without_a_tokenizer_is_refused(text_encoder, tmp_path):
     shutil.copytree(text_encoder, folder)
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(EncoderError, match="no tokenizer in|cannot be loaded as a text encoder"):
+    with pytest.raises(EncoderError, match=r"no tokenizer in|cannot be loaded as a text encoder"):
         TransformersTextEncoder(str(folder))
 
 

@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_network_is_refused(run, indexed, tmp_path):
 
 def test_encoders_that_have_changed_are_refused(indexed, tmp_path, changed_encoder):
     changed = replace(indexed.meta.image_encoder, name=changed_encoder)
-    with pytest.raises(EncoderError, match="are not those that the table was encoded with"):
+    with pytest.raises(EncoderError, match="are not those that the table is encoded with"):
         fit(replace(indexed, meta=replace(indexed.meta, image_encoder=changed)), CONFIG, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,11 +1,16 @@
 """Numeric options of every command: their ranges, checked before anything is read; `--out`, devices, and secrets."""
 
+import base64
+import bz2
 import dataclasses
 import math
+import os
 import pickle
 import re
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -266,3 +271,58 @@ def test_storage_options_are_checked_by_every_command_that_takes_them(refused):
     for program, command in taking:
         line = refused(program, command, *needed(program, command), "--storage-option", "aws_regoin=x")
         assert "--storage-option 'aws_regoin' is unknown: did you mean aws_region?" in line
+
+
+@pytest.mark.slow
+def test_a_secret_is_in_no_output_report_log_or_graph(tmp_path, shapes, image_encoder, text_encoder, monkeypatch):
+    """With the real script and worker processes: a run that succeeds, and one whose workers end in a traceback."""
+    folders = {"TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    secret = ["--storage-option", f"aws_secret_access_key={SECRET}", "--storage-option", "aws_access_key_id=key"]
+    argv = ["pipeline", "encode", shapes, "--table", "t.lance", "--image-size", "32", "--num-workers", "2", *secret]
+    argv = [*argv, "--image-encoder", image_encoder, "--text-encoder", text_encoder]
+    script = Path(sys.executable).parent
+    bug = "import pipeline.encode.shard as s; s.decode_image = None; from pipeline.cli import main; main()"
+    for command in ([script / "pipeline"], [sys.executable, "-c", bug]):
+        arguments = [*command, *argv[1:]]
+        if command[0] == sys.executable:
+            arguments[arguments.index("t.lance")] = "u.lance"
+            arguments[arguments.index("2")] = "1"
+        environment = {**os.environ, **folders}
+        done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == (0 if command[0] != sys.executable else 1), done.stderr
+        assert ("Traceback" in done.stderr) == (command[0] == sys.executable)
+        assert "planted" not in done.stdout + done.stderr
+    read = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(read) > 10
+    assert not any(b"planted" in content for content in read)
+
+
+def test_a_secret_is_in_no_job_graph(tmp_path, shapes, encode_shapes, monkeypatch):
+    """Neither as it is nor as Beam packs it."""
+    import apache_beam as beam
+
+    from pipeline.encode.graph import EncodeToTable
+    from pipeline.encode.job import EncodeJob
+
+    jobs = []
+    create = EncodeJob.create
+    monkeypatch.setattr(EncodeJob, "create", lambda *given: jobs.append(create(*given)) or jobs[0])
+    storage = Storage.of([f"aws_secret_access_key={SECRET}"])
+    encode_shapes(shapes, tmp_path / "t.lance", dry_run=True, storage=storage)
+    assert dict(jobs[0].runtime.storage.options)["aws_secret_access_key"] == SECRET
+    assert "planted" not in repr(jobs[0])
+    graph = beam.Pipeline()
+    graph | beam.Create(list(map(str, shapes.glob("*.tar")))) | EncodeToTable(jobs[0])
+    proto = graph.to_runner_api()
+    payloads = [each.spec.payload for each in proto.components.transforms.values()] + [proto.SerializeToString()]
+    for payload in payloads:
+        unpacked = [payload]
+        for text in re.findall(rb"[A-Za-z0-9+/=_-]{40,}", payload):
+            for unpack in (bz2.decompress, zlib.decompress, bytes):
+                try:
+                    unpacked.append(unpack(base64.b64decode(text)))
+                except (OSError, ValueError, zlib.error):
+                    continue
+        assert not any(b"planted" in each for each in unpacked)
+    assert any(b"EncodeJob" in payload or len(payload) > 200 for payload in payloads)
