@@ -13,6 +13,7 @@ import typer
 from index.options import (
     Command,
     DeviceOption,
+    ImageEncoderOption,
     ImageSizeOption,
     JsonOption,
     LimitOption,
@@ -20,9 +21,12 @@ from index.options import (
     SourceArgument,
     StorageOption,
     TableArgument,
+    TextEncoderOption,
     ValFractionOption,
+    check_folder,
     make_app,
 )
+from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Geometry = Literal["sphere", "standard", "raw"]
@@ -34,7 +38,7 @@ IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_
 SmallDescScaleOption = Annotated[
     bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
 ]
-WorkersOption = Annotated[int, typer.Option(metavar="N", help="Local worker processes.")]
+WorkersOption = Annotated[int, PROCESSES, typer.Option(metavar="N", help="Local worker processes.")]
 
 app = make_app("From image-caption data to an indexed Lance table.")
 
@@ -54,7 +58,7 @@ def _parse_desc_scale(text: str) -> float | str:
 @app.command("demo-data", cls=Command)
 def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    num_samples: Annotated[int, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
+    num_samples: Annotated[int, TOTAL, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
     image_size: ImageSizeOption = 32,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -65,6 +69,7 @@ def demo_data(
       pipeline demo-data data/shapes
       pipeline demo-data data/shapes --num-samples 1000 --image-size 64
     """
+    check_folder(out)
     print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
@@ -102,16 +107,16 @@ def encode(
         float, typer.Option(metavar="MIB", help="Reject samples whose files are larger, without reading them.")
     ] = 256.0,
     min_image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
+        int | None, COUNT, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
     ] = None,
     max_aspect_ratio: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
+        float | None, Range(1), typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
     ] = None,
     min_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
     ] = None,
     max_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
     ] = None,
     filter: Annotated[
         str | None,
@@ -122,6 +127,7 @@ def encode(
     ] = None,
     desc_scale: Annotated[
         float | None,
+        POSITIVE,
         typer.Option(metavar="FLOAT", help="Weight of the text embedding in the search, above 1.", show_default="4"),
     ] = None,
     geometry: Annotated[
@@ -134,11 +140,11 @@ def encode(
     ] = False,
     limit: LimitOption = None,
     max_reject_rate: Annotated[
-        float, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
+        float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
     num_workers: WorkersOption = 1,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the encoders compute in; auto: bfloat16 on CUDA, else float32.")
@@ -168,12 +174,14 @@ def encode(
     """
     print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
+    from index.table.table import table_uri
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
     from pipeline.encoders import resolve_device
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
+    table_uri(table)
     device = resolve_device(device)
     # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
@@ -221,10 +229,10 @@ def encode(
         print(f"{table}: nothing to add")
     elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    for warning in encoded.report.get("warnings", ()):
-        print(f"warning: {warning}")
     hidden = ("warnings", "table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
+    for warning in encoded.report.get("warnings", ()):
+        print(f"\nwarning: {warning}")
     return None
 
 
@@ -237,6 +245,7 @@ def build_index(
     ] = None,
     desc_scale: Annotated[
         Any,
+        POSITIVE,
         typer.Option(
             metavar="FLOAT|auto",
             parser=_parse_desc_scale,
@@ -265,19 +274,23 @@ def build_index(
         ),
     ] = None,
     balance_time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
+        float, POSITIVE, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
     ] = 300.0,
     max_memory_gb: Annotated[
-        float, typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index.")
+        float,
+        Range(0, 2**16, above=True),
+        typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
     ] = 4.0,
     index_type: Annotated[
         IndexType, typer.Option(help="LanceDB index; none is exact search, auto reaches --target-recall.")
     ] = "auto",
     target_recall: Annotated[
-        float, typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents.")
+        float,
+        Range(0, 1, above=True),
+        typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents."),
     ] = 0.95,
     target_perplexity: Annotated[
-        float, typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
+        float, Range(1), typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
     ] = 100.0,
     allow_small_desc_scale: SmallDescScaleOption = False,
     seed: SeedOption = 0,
@@ -290,6 +303,8 @@ def build_index(
             show_default="this process",
         ),
     ] = None,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -309,7 +324,7 @@ def build_index(
     from index.report.page import index_page, keeps_images
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.encoders import open_decoder
+    from pipeline.stored_encoders import open_decoder, point_encoders
 
     config = BuildConfig(
         desc_scale=desc_scale,
@@ -326,8 +341,12 @@ def build_index(
     )
     storage = Storage.of(storage_option or ())
     builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
-    built = run_build(open_table(table, storage=storage), config, builder)
+    opened = point_encoders(open_table(table, storage=storage), image_encoder, text_encoder)
+    built = run_build(opened, config, builder)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
+    if decode is None and not keeps_images(built.table):
+        ref = built.table.meta.image_encoder
+        print_status(f"pipeline build-index: the page shows no images: {ref.name} is not the table's image encoder")
     page = built.table.write_page(
         "index", index_page(built.table, built.report, decode=decode, memory=config.max_memory)
     )
@@ -346,8 +365,10 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
+    from pipeline.stored_encoders import describe_encoders
 
-    _print_report(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
+    opened = open_table(table, storage=Storage.of(storage_option or ()))
+    _print_report(table, describe(opened) | describe_encoders(opened), as_json)
 
 
 @app.command(cls=Command)

@@ -364,9 +364,9 @@ def refuse(error, message, run, out, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": [0, 1]}, "--num-inference-steps '0,1' is out of range"),
+        ({"num_inference_steps": [0, 1]}, "--num-inference-steps 0,1 is out of range"),
         ({"num_inference_steps": []}, "--num-inference-steps '' is out of range"),
-        ({"num_samples": 7}, "--num-samples 7 is too small: use at least 8"),
+        ({"num_samples": 7}, "--num-samples 7 is out of range: use 8 or more"),
         ({"clip": Path("nowhere")}, r"--clip nowhere has no config\.json"),
         ({"inception": Path("nowhere.pt")}, r"--inception nowhere\.pt is not a file"),
         ({"device": "abacus"}, "--device abacus"),

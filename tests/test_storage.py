@@ -158,13 +158,13 @@ def test_an_unreachable_store_is_one_line(s3, monkeypatch):
 
 
 def test_options_are_named_as_lance_names_them():
-    storage = Storage.of(["endpoint=http://x", "aws_secret_access_key=s", "region=r", "other=1"])
+    storage = Storage.of(["endpoint=http://x", "aws_secret_access_key=s", "region=r", "timeout=1s"])
     assert dict(storage.options) == {
         "allow_http": "true",
         "aws_endpoint": "http://x",
         "aws_region": "r",
         "aws_secret_access_key": "s",
-        "other": "1",
+        "timeout": "1s",
     }
     with pytest.raises(OptionError, match="--storage-option 'region' is not of the form name=value"):
         Storage.of(["region"])

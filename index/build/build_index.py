@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from index.build.layout import MAX_TARGET_PERPLEXITY, choose_geometry, lay_out
 from index.build.select import INDEX_TYPES, Builder, Selection, index_bytes, select_index
 from index.errors import OptionError, TableError
+from index.ranges import POSITIVE, SEED, Range, check_ranges
 from index.report.hubness import Hubness, measure_hubness, num_hubness_queries
 from index.report.integrity import VectorIntegrity, check_vectors, explain_nonfinite
 from index.report.recall import Recall, evaluation_queries, find_ground_truth
@@ -38,37 +39,25 @@ class BuildConfig:
     """Regress latents on text embeddings and search the residuals."""
     balance: bool | None = None
     """Fit dual potentials, so that every row is retrieved equally often; resumes from those that the table has."""
-    balance_time_limit: float = 300.0
+    balance_time_limit: Annotated[float, POSITIVE] = 300.0
     """Seconds that the fit may take."""
-    max_memory: int = 4 * 2**30
+    max_memory: Annotated[int, POSITIVE] = 4 * 2**30
     """Bytes of vectors held in memory at a time. A larger table is read again for each pass and gets an index of lower
     precision."""
     index_type: str = "auto"
     """auto: exact search for small tables, otherwise IVF_RQ, or IVF_FLAT if that misses the target recall."""
-    target_recall: float = 0.95
+    target_recall: Annotated[float, Range(0, 1, above=True)] = 0.95
     """recall@1 against exact search, on held-out captions with random R."""
-    target_perplexity: float = 100.0
+    target_perplexity: Annotated[float, Range(1, MAX_TARGET_PERPLEXITY, above=True)] = 100.0
     """For desc_scale `auto`: the number of targets that R chooses among for one caption."""
     allow_small_desc_scale: bool = False
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         """Raise OptionError for values out of range, before anything is read."""
         if self.index_type not in INDEX_TYPES:
             raise OptionError(f"--index-type {self.index_type!r} is unknown: choose one of {', '.join(INDEX_TYPES)}")
-        if not 0 < self.target_recall <= 1:
-            raise OptionError(
-                f"--target-recall {self.target_recall:g} is out of range: use a number above 0 and at most 1"
-            )
-        if not 1 < self.target_perplexity <= MAX_TARGET_PERPLEXITY:
-            raise OptionError(
-                f"--target-perplexity {self.target_perplexity:g} is out of range: use a number above 1 and at most "
-                f"{MAX_TARGET_PERPLEXITY}, the largest that can be measured"
-            )
-        if not self.balance_time_limit > 0:
-            raise OptionError(f"--balance-time-limit {self.balance_time_limit:g} is out of range: use a number above 0")
-        if not self.max_memory > 0:
-            raise OptionError(f"--max-memory-gb {self.max_memory / 2**30:g} is out of range: use a number above 0")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -37,11 +37,15 @@ class EncoderRef:
     """Which encoder wrote a column: enough to load it again and to notice that it has changed."""
 
     name: str
-    """Folder or hub id, as the user typed it."""
+    """Absolute folder, or hub id without its revision."""
     class_name: str
     """Class that loads it, such as AutoencoderKL or BertModel."""
     digest: str
     """SHA-256 of the weights, in hex."""
+    tokenizer_digest: str | None = None
+    """SHA-256 of a text encoder's tokenizer, in hex; None for image encoders and tables of version 1."""
+    revision: str | None = None
+    """Commit of a hub id; None for a folder."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 

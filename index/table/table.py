@@ -4,6 +4,8 @@ A `Table` is pinned to a version, so a later commit changes nothing that a reade
 `index.table.commit`.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 LANCE_STORES = ("s3://", "gs://", "az://")
 VECTOR_INDEX = "vector_idx"
 """Lance's name of the vector index."""
+TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+"""LanceDB's rule."""
 INDEXED = "index-v"
 """Prefix of the tags of versions with a complete index; the version's number follows."""
 
@@ -215,14 +219,23 @@ def table_uri(path: str | Path) -> str:
 
     Raises TableError if it does not name a table, or names one in a store that Lance does not write to.
     """
-    text = str(path)
+    text = str(path).rstrip("/")
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
     if is_local(text) and text.partition("/")[0].endswith(":"):
         raise TableError(f"{text!r} has lost a slash: pass the URI as a str, not as a pathlib.Path")
     if not is_local(text) and not text.startswith(LANCE_STORES):
         raise TableError(f"{text!r} has a scheme that Lance does not write to: use a path, {', '.join(LANCE_STORES)}")
-    if not text.endswith(".lance") or text.rpartition("/")[2] == ".lance":
+    name = text.rpartition("/")[2]
+    if not name.endswith(".lance") or name == ".lance":
         raise TableError(
             f"{text!r} is not the name of a table: use the form DB/NAME.lance, for instance data/pairs.lance"
+        )
+    if not TABLE_NAME.fullmatch(name):
+        example = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+        raise TableError(
+            f"{text!r} is not a table name that LanceDB takes: use letters, digits, `_`, `-` and `.`, for instance "
+            f"{example}"
         )
     return str(Path(text).absolute()) if is_local(text) else text
 

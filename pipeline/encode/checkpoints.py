@@ -47,6 +47,8 @@ class ShardCheckpoint:
     """Samples of which the table has the row, or the rejects table the reject."""
     complete: bool = False
     """Whether the shard was read to its end: not cut short by --limit, not damaged."""
+    truncated_captions: int = 0
+    """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
     filtered_by_reason: dict[str, int] = field(default_factory=dict)
     uncounted: int = 0
@@ -163,6 +165,7 @@ class SampleCounts:
     shards: int = 0
     rows: int = 0
     already_present: int = 0
+    truncated_captions: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
     uncounted: int = 0
@@ -174,6 +177,7 @@ class SampleCounts:
         self.shards += 1
         self.rows += checkpoint.rows
         self.already_present += checkpoint.already_present
+        self.truncated_captions += checkpoint.truncated_captions
         self.rejects.update(checkpoint.rejects_by_reason)
         self.filtered.update(checkpoint.filtered_by_reason)
         self.uncounted += checkpoint.uncounted

@@ -20,6 +20,7 @@ from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.ledger import shard_identities, shards_to_read, source_of
 from pipeline.encode.plan import samples_within_limit
 from pipeline.encode.present import can_hash_images
+from pipeline.stored_encoders import check_encoder
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
 SHOWN_CHARACTERS = 40
@@ -211,6 +212,7 @@ def _has_grown(stored: Sequence[str], given: Sequence[str]) -> bool:
 def _check_appendable(job: EncodeJob, table: Table) -> None:
     """Raise TableError if rows of this job would differ in kind from those of the table."""
     meta, config = table.meta, job.config
+    check_encoder(meta.text_encoder, replace(job.text_ref, digest=meta.text_encoder.digest), "text")
     geometry = meta.geometry
     stored = {
         "image-encoder": meta.image_encoder.digest,

@@ -86,7 +86,9 @@ def _nothing_to_do(work: RemainingWork, *, dry_run: bool) -> EncodeResult:
         return EncodeResult(None, {"already_complete": True}, already_complete=True)
     table = job.open_table()
     if not job.config.append:
-        return EncodeResult(table, (table.report("encode") or {}) | _warnings(work), already_complete=True)
+        report = table.report("encode") or {}
+        report["warnings"] = [*report.get("warnings", ()), *work.warnings]
+        return EncodeResult(table, report, already_complete=True)
     return EncodeResult(table, _report(work, SampleCounts(), None), already_complete=True)
 
 
@@ -126,8 +128,14 @@ def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str
     return table, table.report("encode")
 
 
-def _warnings(work: RemainingWork) -> dict[str, Any]:
-    return {"warnings": work.warnings} if work.warnings else {}
+def _warnings(work: RemainingWork, counts: SampleCounts) -> list[str]:
+    if not counts.truncated_captions:
+        return work.warnings
+    return [
+        *work.warnings,
+        f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {work.job.max_tokens} tokens that "
+        "the text encoder reads, and were truncated: use shorter captions, or another --text-encoder",
+    ]
 
 
 def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) -> dict[str, Any]:
@@ -142,6 +150,7 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "already_present": counts.already_present,
         "uncounted_shards": counts.uncounted,
         "unused_captions": counts.unused_captions,
+        "truncated_captions": counts.truncated_captions,
         "success_rate": round(1 - counts.reject_rate, 4),
         "passed_over": work.passed_over,
         "shards": counts.shards,
@@ -153,9 +162,10 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "text_encoder": to_json_dict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
+        "warnings": _warnings(work, counts),
         "run_id": job.run_id,
         "num_workers": job.runtime.num_workers,
         "device": job.runtime.device,
         "beam_options": list(job.runtime.beam_options),
         "versions": {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},
-    } | _warnings(work)
+    }

@@ -73,6 +73,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         rows=encoder.rows,
         already_present=encoder.already_present,
         complete=encoder.complete,
+        truncated_captions=encoder.truncated_captions,
         rejects_by_reason=encoder.rejects_by_reason,
         unused_captions=encoder.unused_captions,
         uncounted=encoder.uncounted,
@@ -157,7 +158,7 @@ class ShardEncoder:
         self.samples_read = 0
         self.complete = False
         """Whether the shard was read to its end."""
-        self.rows = 0
+        self.rows = self.truncated_captions = 0
         self.already_present = 0
         self.rejects: list[dict[str, str]] = []
         self.rejected: Counter[str] = Counter()
@@ -282,7 +283,7 @@ class ShardEncoder:
     def _encode(self, samples: list[_DecodedSample]) -> pa.RecordBatch:
         start = time.perf_counter()
         latent = self.image_encoder.encode(np.stack([each.pixels for each in samples])).reshape(len(samples), -1)
-        text = self.text_encoder.encode([each.caption for each in samples])
+        text, truncated = self.text_encoder.encode_counted([each.caption for each in samples])
         with np.errstate(over="ignore"):
             latent, text = latent.astype(np.float16), text.astype(np.float16)
         valid = np.ones(len(samples), bool)
@@ -292,6 +293,7 @@ class ShardEncoder:
                 self._add_rejects([_Reject(_reject_row(each.sample, fault))])
                 valid[row] = False
         self.unused_captions += sum(each.sample.unused_captions for each in samples)
+        self.truncated_captions += int((truncated & valid).sum())
         kept = [each for each, is_valid in zip(samples, valid, strict=True) if is_valid]
         batch = self._record_batch(kept, text[valid], latent[valid])
         self.seconds["encode"] += time.perf_counter() - start
