@@ -20,6 +20,7 @@ from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
+from pipeline.beam.gather import Gather
 from pipeline.beam.runner import run_beam
 from pipeline.config import RuntimeConfig
 
@@ -85,7 +86,7 @@ class BuildSegments(beam.PTransform):  # type: ignore[misc]
             groups
             | "Spread" >> beam.Reshuffle()
             | "Build" >> beam.ParDo(_BuildSegment(self.table, self.plan_uri))
-            | "Gather" >> beam.combiners.ToList()
+            | "Gather" >> Gather()
             | "Commit" >> beam.ParDo(_CommitSegments(self.table))
         )
 

@@ -18,6 +18,7 @@ from index.table.commit import append_rows, commit_fragments, neutral_balance, p
 from index.table.schema import REJECTS
 from index.table.storage import unwritable
 from index.table.table import rejects_uri
+from pipeline.beam.gather import Gather
 from pipeline.beam.layout import Layout, LayOutVectors, PlacedFragment
 from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.encode.checkpoints import LAYOUT, REJECT_FRAGMENTS, STOP, ShardCheckpoint
@@ -45,10 +46,10 @@ class EncodeToTable(beam.PTransform):  # type: ignore[misc]
         return (
             shards
             | "Write shards" >> beam.ParDo(_WriteShard(job))
-            | "Gather shards" >> beam.combiners.ToList()
+            | "Gather shards" >> Gather()
             | "Plan layout" >> beam.ParDo(_PlanLayout(job))
             | "Lay out vectors" >> LayOutVectors(job.uri, job.schema, layout_uri, job.runtime.storage)
-            | "Gather fragments" >> beam.combiners.ToList()
+            | "Gather fragments" >> Gather()
             | "Commit" >> beam.ParDo(_Commit(job))
         )
 
