@@ -20,6 +20,7 @@ from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
+from pipeline.beam.engine import check_engine
 from pipeline.beam.gather import Gather
 from pipeline.beam.runner import run_beam
 from pipeline.config import RuntimeConfig
@@ -30,13 +31,14 @@ ROWS_PER_SEGMENT = 2**20
 def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
     """Return the function with which `build_index` builds an index on Beam.
 
-    Raises OptionError if segments of this index type cannot be merged.
+    Raises OptionError if segments of this index type cannot be merged, or the runner or its options are wrong.
     """
     if index_type not in ("auto", "none", *MERGEABLE):
         raise OptionError(
             f"--index-type {index_type} can only be built by one process: use one of {', '.join(MERGEABLE)}, "
             "or leave out --num-workers and --runner"
         )
+    check_engine(runtime)
 
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)

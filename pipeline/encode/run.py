@@ -18,6 +18,7 @@ from index.errors import TableError
 from index.table.codec import to_json_dict
 from index.table.lock import hold_lock
 from index.table.table import Table, is_table, log_of, shards_of, table_uri
+from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encode.checkpoints import PLAN, STOP, SampleCounts
@@ -51,6 +52,7 @@ def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, 
     Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible.
     """
     uri = table_uri(table)
+    check_engine(runtime)
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
     settings = job.settings
