@@ -45,40 +45,44 @@ class Stopped(KeyboardInterrupt):
 def run(app: Callable[..., Any]) -> NoReturn:
     """Run a typer app on the command line's arguments and exit; without arguments, show its help.
 
-    The exit code is 0 for success, 2 after a line `error: ...` for what the user can fix, 130 after Ctrl-C and 143 after
-    SIGTERM. Any other exception keeps its traceback and ends the process with exit code 1.
+    The exit code is 0 for success, 2 after a line `error: ...` for what the user can fix, 130 after Ctrl-C and 143
+    after SIGTERM. Any other exception keeps its traceback and ends the process with exit code 1.
     """
-    from typer import TyperException
-
-    is_program = sys._getframe(2).f_globals.get("__name__") == "__main__"
+    caller = sys._getframe(1)
+    is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
     stops = _raise_on_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
-    except CoalescerError as error:
-        code = _fail(str(error))
-    except TyperException as error:
-        code = _fail(_usage(error))
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
-    except Exception as error:
-        if stops:  # what came of the signal on its way
-            code = 0
-        elif is_program:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        else:
-            raise
+    except (Exception, KeyboardInterrupt) as error:
+        # After a signal, an error is only what became of it on its way.
+        code = 1 if stops else _report(error, is_program)
     if stops:
         code = 128 + stops[0]
     if code and is_program:
         _end(code, kill=bool(stops))
     sys.exit(code or 0)
+
+
+def _report(error: BaseException, is_program: bool) -> int:
+    """Print an error as the user needs it and return the exit code; raise a bug's error in a program that goes on."""
+    from typer import TyperException
+
+    if isinstance(error, CoalescerError):
+        return _fail(str(error))
+    if isinstance(error, TyperException):
+        return _fail(_usage(error))
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    if not is_program:
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
 
 
 def _raise_on_signals() -> list[int]:

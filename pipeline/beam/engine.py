@@ -20,6 +20,8 @@ ENGINE_MODULES = ("asyncio", "concurrent", "distributed", "grpc")
 """Packages whose exceptions tell of an engine, not of our code."""
 IN_OUR_CODE = "[while running "
 """Beam writes this behind an exception that a step raised."""
+PARTITION_OPTIONS, DASK_PARTITIONS = ("--dask_npartitions", "--dask_partition_size"), 32
+"""Beam's default of up to 128 elements in a partition would leave all work to one worker."""
 WRITTEN = "options of Beam follow `--` and are written --name=value"
 
 
@@ -34,8 +36,10 @@ def check_engine(runtime: RuntimeConfig) -> Any:
     if runtime.num_workers > 1:
         texts += [f"--direct_num_workers={runtime.num_workers}", "--direct_running_mode=multi_processing"]
     texts += runtime.beam_options  # the last of equal options counts
+    name = PipelineOptions(texts).view_as(StandardOptions).runner
+    if name.endswith("DaskRunner") and not any(text.startswith(PARTITION_OPTIONS) for text in texts):
+        texts.append(f"{PARTITION_OPTIONS[0]}={DASK_PARTITIONS}")
     options = PipelineOptions(texts)
-    name = options.view_as(StandardOptions).runner
     _check_runner(name)
     _check_values(options, runtime.beam_options, name)
     _check_addresses(options.get_all_options(), name)
@@ -131,4 +135,3 @@ def is_dask_without_workers(result: Any) -> bool:
     """Return whether a result waits for a Dask scheduler that has no worker."""
     client = getattr(result, "client", None)
     return client is not None and not client.scheduler_info(n_workers=-1)["workers"]
-

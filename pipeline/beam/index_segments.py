@@ -45,17 +45,21 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
         table.storage.write_json(plan_uri, to_json_dict(plan))
         groups = fragment_groups(table, runtime.num_workers)
-        with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
-            run_beam(
-                lambda pipeline: (
-                    pipeline | "Fragments" >> beam.Create(groups) | "Build segments" >> BuildSegments(table, plan_uri)
-                ),
-                runtime,
-                table.uri,
-                memory_advice="fewer --num-workers",
-            )
-            bar.advance(len(groups))
-        table.storage.remove(plan_uri)
+        try:
+            with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
+                run_beam(
+                    lambda pipeline: (
+                        pipeline
+                        | "Fragments" >> beam.Create(groups)
+                        | "Build segments" >> BuildSegments(table, plan_uri)
+                    ),
+                    runtime,
+                    table.uri,
+                    memory_advice="fewer --num-workers",
+                )
+                bar.advance(len(groups))
+        finally:
+            table.storage.remove(plan_uri)
         return newest(table)
 
     return build

@@ -6,9 +6,10 @@ Workers write rows to files that no reader sees; one commit at the end makes all
 bundle leaves files that no commit refers to; a retried commit is recognized by its run id. Beam has sinks for many
 stores, but none for Lance.
 
-A bundle's last rows can be written only when it finishes, and not every runner passes on what a bundle emits then (Dask's
-does not). So what travels is one count per batch, and each bundle leaves its fragments in a small file beside the table.
-The commit reads the files of those bundles that the runner let pass, and refuses if they hold other numbers of rows.
+A bundle's last rows can be written only when it finishes, and not every runner passes on what a bundle emits then
+(Dask's does not). So what travels is one count per batch, and each bundle leaves its fragments in a small file beside
+the table. The commit reads the files of those bundles that the runner let pass, and refuses if they hold other numbers
+of rows.
 """
 
 import json
@@ -153,7 +154,9 @@ def _check_columns(uri: str, current: "lance.LanceDataset", schema: pa.Schema) -
 
     stored = current.schema.remove_metadata()
     if stored != schema.remove_metadata():
-        raise TableError(f"{uri} has other columns ({_difference(stored, schema)}): append rows with the table's columns")
+        raise TableError(
+            f"{uri} has other columns ({_difference(stored, schema)}): append rows with the table's columns"
+        )
     # Files refer to columns by number, and those of a table that lost a column differ from those of new files.
     if _numbers(current.lance_schema.fields()) != _numbers(LanceSchema.from_pyarrow(schema).fields()):
         raise TableError(
@@ -165,7 +168,9 @@ def _check_columns(uri: str, current: "lance.LanceDataset", schema: pa.Schema) -
 def _difference(stored: pa.Schema, given: pa.Schema) -> str:
     """Return the first column that differs, with both types."""
     for name in dict.fromkeys((*stored.names, *given.names)):
-        there, here = (f"{schema.field(name).type}" if name in schema.names else "missing" for schema in (stored, given))
+        there, here = (
+            str(schema.field(name).type) if name in schema.names else "missing" for schema in (stored, given)
+        )
         if there != here:
             return f"{name}: {there} there, {here} here"
     if stored.names != given.names:
