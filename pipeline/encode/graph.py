@@ -16,6 +16,7 @@ import apache_beam as beam
 
 from index.errors import SourceError
 from index.table.commit import neutral_balance
+from pipeline.beam.gather import Gather
 from pipeline.beam.layout import Layout, LayOutVectors, PlacedFragment
 from pipeline.encode.checkpoints import FRAGMENTS, LAYOUT, PLAN, STOP, ShardCheckpoint, not_finished
 from pipeline.encode.dedup import FindDuplicates
@@ -42,10 +43,10 @@ class EncodeToFragments(beam.PTransform):  # type: ignore[misc]
         return (
             shards
             | "Write shards" >> beam.ParDo(_WriteShard(job))
-            | "Gather shards" >> beam.combiners.ToList()
+            | "Gather shards" >> Gather()
             | "Plan layout" >> beam.ParDo(_PlanLayout(job))
             | "Lay out vectors" >> LayOutVectors(job.uri, job.schema, layout_uri, job.runtime.storage)
-            | "Gather fragments" >> beam.combiners.ToList()
+            | "Gather fragments" >> Gather()
             | "Save fragments" >> beam.ParDo(_SaveFragments(job))
         )
 

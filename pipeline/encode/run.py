@@ -15,6 +15,7 @@ import apache_beam as beam
 from index.table.codec import to_json_dict
 from index.table.lock import hold_lock
 from index.table.table import Table, log_of, table_uri
+from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encode.checkpoints import FRAGMENTS, STOP, SampleCounts, runs_folder
@@ -59,6 +60,7 @@ def encode_dataset(
     TableError if the engine has ended and the table does not hold all rows: what is encoded is kept.
     """
     uri = table_uri(table)
+    check_engine(runtime)
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
     with contextlib.nullcontext() if dry_run else hold_lock(runs_folder(uri), runtime.storage):
@@ -133,8 +135,8 @@ def _warnings(work: RemainingWork, counts: SampleCounts) -> list[str]:
         return work.warnings
     return [
         *work.warnings,
-        f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {work.job.max_tokens} tokens that "
-        "the text encoder reads, and were truncated: use shorter captions, or another --text-encoder",
+        f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {work.job.max_tokens} tokens "
+        "that the text encoder reads, and were truncated: use shorter captions, or another --text-encoder",
     ]
 
 
