@@ -48,7 +48,7 @@ def test_an_unknown_runner_is_refused_with_those_that_there_are(name):
         (["--direct_num_workers=x"], "argument --direct_num_workers: invalid int value: 'x': options of Beam follow"),
         (["--direct_worker=2"], "--direct_worker=2 is no option of FnApiRunner"),
         (["--runner=PortableRunner"], r"needs the address of a job service: add -- --job_endpoint=HOST:PORT"),
-        (["--runner=PortableRunner", "--job_endpoint=here"], "--job_endpoint=here is no address: use HOST:PORT"),
+        (["--runner=PortableRunner", "--job_endpoint=here"], "--job_endpoint=here is not an address: use HOST:PORT"),
     ],
 )
 def test_options_of_beam_are_checked(options, message):
