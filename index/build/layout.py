@@ -123,7 +123,7 @@ def _auto_desc_scale(
     low, high, between = find(np.arange(-4.0 if allow_small else 0.0, 7.0))
     if low < high:
         _, _, between = find(np.linspace(low, high, 9))
-    scale = 2.0**between
+    scale = float(2.0**between)
     return round(scale if allow_small else max(scale, 1.01), 2)
 
 
