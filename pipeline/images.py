@@ -81,7 +81,7 @@ BLOCK_BYTES = 64 * 2**20
 REDUCING_GAP = 3
 """How many times the target size an image still has after whole rows and columns were averaged."""
 CODEC_FACTOR = {"PNG": 1, "BMP": 1, "DIB": 1, "PPM": 1, "TGA": 1, "JPEG2000": 4}
-"""How many times the decoded bytes a decoder needs at most, measured; 3 for all others."""
+"""How many times the decoded bytes a decoder is assumed to need, 3 for all others; checked for PNG only."""
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """EXIF orientation -> the `PIL.Image.Transpose` that undoes it."""
 
