@@ -70,7 +70,8 @@ class Command(TyperCommand):
             raise OptionError(f"{wrong.opts[0]} {text!r} is not a {kind}: use {ranges[wrong.name]}") from None
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
-            if param.name in ranges and not isinstance(value, str) and not ctx.resilient_parsing:
+            is_unset = isinstance(value, str) or (param.multiple and not value)
+            if param.name in ranges and not is_unset and not ctx.resilient_parsing:
                 ranges[param.name].check(param.opts[0], value)
         return rest
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
 from index.errors import OptionError
-from index.ranges import COUNT, FRACTION, PIXELS, PROCESSES, TOTAL, check_ranges
+from index.ranges import COUNT, FRACTION, PIXELS, POSITIVE, PROCESSES, TOTAL, check_ranges
 from index.space.geometry import GEOMETRIES, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
@@ -33,7 +33,7 @@ class EncodeConfig:
     """Column, tar extension or sidecar field of the caption; None tries the usual names."""
     captions: str = "first"
     """Of an image with several captions: first, or all as one sample each."""
-    max_sample_mb: float = MAX_SAMPLE_BYTES / 2**20
+    max_sample_mb: Annotated[float, POSITIVE] = MAX_SAMPLE_BYTES / 2**20
     """Larger samples, in MiB of their files, are rejected without being read or decompressed."""
     filters: Filters = field(default_factory=Filters)
     dtype: str = "float32"

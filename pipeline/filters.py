@@ -8,9 +8,10 @@ import ast
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 from index.errors import OptionError, one_line
+from index.ranges import COUNT, TOTAL, Range, check_ranges
 
 DEDUP = ("image", "pair")
 MAX_PIXELS = 50_000_000
@@ -51,33 +52,25 @@ class Filtered(Exception):
 class Filters:
     """The conditions that a sample must meet; None switches a condition off."""
 
-    min_image_size: int | None = None
+    min_image_size: Annotated[int | None, COUNT] = None
     """Minimum of the original image's shorter side, in pixels."""
-    max_aspect_ratio: float | None = None
+    max_aspect_ratio: Annotated[float | None, Range(1)] = None
     """Maximum of longer side over shorter side."""
-    min_caption_length: int | None = None
+    min_caption_length: Annotated[int | None, COUNT] = None
     """Minimum length of the caption, in characters."""
-    max_caption_length: int | None = None
+    max_caption_length: Annotated[int | None, COUNT] = None
     """Maximum length of the caption, in characters."""
     filter: str | None = None
     """A Python expression over the fields of the JSON sidecar and `caption`, such as
     `aesthetic > 5 and pwatermark < 0.8`. A sample that lacks one of the fields is filtered out."""
     dedup: str | None = None
     """image: keep the first of samples with equal image bytes. pair: with equal image bytes and equal captions."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Annotated[int, TOTAL] = MAX_PIXELS
     """An image of more pixels is rejected before it is decompressed."""
 
     def __post_init__(self) -> None:
         """Raise OptionError if a value is out of range, or if the expression cannot be evaluated for any sample."""
-        for name in ("min_image_size", "min_caption_length", "max_caption_length", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {value} is out of range: use a whole number above 0")
-        if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
-            raise OptionError(
-                f"--max-aspect-ratio {self.max_aspect_ratio:g} is out of range: "
-                "use longer side over shorter side, 1 or more"
-            )
+        check_ranges(self)
         if self.dedup is not None and self.dedup not in DEDUP:
             raise OptionError(f"--dedup {self.dedup!r} is unknown: choose one of {', '.join(DEDUP)}")
         if self.filter is not None:

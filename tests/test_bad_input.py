@@ -147,18 +147,22 @@ def test_width_and_height_are_those_of_the_original_image(bad, content):
 
 
 @pytest.mark.parametrize(
-    ("encoder", "reason"), [(DiffusersAutoencoder, "bad_latent"), (TransformersTextEncoder, "bad_embedding")]
+    ("encoder", "method", "reason"),
+    [(DiffusersAutoencoder, "encode", "bad_latent"), (TransformersTextEncoder, "encode_counted", "bad_embedding")],
 )
-def test_bad_encoder_outputs_are_rejected(shapes, encode_shapes, rejects, tmp_path, monkeypatch, encoder, reason):
-    encode = encoder.encode
+def test_bad_encoder_outputs_are_rejected(
+    shapes, encode_shapes, rejects, tmp_path, monkeypatch, encoder, method, reason
+):
+    encode = getattr(encoder, method)
 
     def corrupted(self, batch):
-        out = np.array(encode(self, batch))
+        output = encode(self, batch)
+        out = output[0] if isinstance(output, tuple) else output
         if len(out) > 4:
             out[1], out[2], out[3] = np.nan, 0, 1e6
-        return out
+        return output
 
-    monkeypatch.setattr(encoder, "encode", corrupted)
+    monkeypatch.setattr(encoder, method, corrupted)
     result = encode_shapes(shapes, tmp_path / "t.lance", limit=32)
     rows = rejects(result.table)
     assert [row["reason"] for row in rows] == [reason] * 3

@@ -100,8 +100,8 @@ def test_an_expression_is_parsed_once(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_pixels": 0}, "--max-pixels 0 is out of range: use a whole number above 0"),
-        ({"min_image_size": 0}, "--min-image-size 0 is out of range: use a whole number above 0"),
+        ({"max_pixels": 0}, "--max-pixels 0 is out of range: use 1 or more"),
+        ({"min_image_size": 0}, "--min-image-size 0 is out of range: use 1 or more"),
         ({"max_aspect_ratio": 0.5}, "--max-aspect-ratio 0.5 is out of range: .* 1 or more"),
         ({"max_caption_length": -1}, "--max-caption-length -1 is out of range"),
         ({"dedup": "url"}, "--dedup 'url' is unknown: choose one of image, pair"),

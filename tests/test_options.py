@@ -302,7 +302,7 @@ def test_a_secret_is_in_no_job_graph(tmp_path, shapes, encode_shapes, monkeypatc
     """Neither as it is nor as Beam packs it."""
     import apache_beam as beam
 
-    from pipeline.encode.graph import EncodeToTable
+    from pipeline.encode.graph import EncodeToFragments
     from pipeline.encode.job import EncodeJob
 
     jobs = []
@@ -313,7 +313,7 @@ def test_a_secret_is_in_no_job_graph(tmp_path, shapes, encode_shapes, monkeypatc
     assert dict(jobs[0].runtime.storage.options)["aws_secret_access_key"] == SECRET
     assert "planted" not in repr(jobs[0])
     graph = beam.Pipeline()
-    graph | beam.Create(list(map(str, shapes.glob("*.tar")))) | EncodeToTable(jobs[0])
+    graph | beam.Create(list(map(str, shapes.glob("*.tar")))) | EncodeToFragments(jobs[0])
     proto = graph.to_runner_api()
     payloads = [each.spec.payload for each in proto.components.transforms.values()] + [proto.SerializeToString()]
     for payload in payloads:

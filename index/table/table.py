@@ -163,8 +163,9 @@ def open_table(
         dataset = lance.dataset(uri, version=version, storage_options=storage.lance)
     except (ValueError, OSError) as error:
         if version is not None and version not in (kept := _versions(uri, storage)):
+            last = ", ".join(map(str, kept[-9:]))
             raise TableError(
-                f"{path} has no version {version} any more, it was pruned (kept: {', '.join(map(str, kept))}): "
+                f"{path} has no version {version} any more, it was pruned (the last are {last}): "
                 "use a run on a version that is kept, or train again"
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
