@@ -334,20 +334,20 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
 @app.command(cls=Command)
 def prune(
     table: TableArgument,
-    keep: Annotated[
-        list[int] | None, typer.Option(metavar="VERSION", help="Keep this version too; can be repeated.")
+    keep_version: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Keep this version too. May be repeated.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed and stop.")] = False,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove old versions of a table and the files that only they need.
+    """Remove old versions of a table and their files.
 
     Kept are the newest version, the last with a complete index, and versions that unfinished training runs began with.
 
     Examples:
       pipeline prune db/shapes.lance --dry-run
-      pipeline prune db/shapes.lance --keep 4
+      pipeline prune db/shapes.lance --keep-version 4
     """
     print_status(f"pipeline prune: opening {table}")
     from index.table.prune import prune as run_prune
@@ -355,7 +355,7 @@ def prune(
     from index.table.table import open_table
 
     opened = open_table(table, storage=Storage.of(storage_option or ()))
-    _print_report(table, asdict(run_prune(opened, keep=keep or (), dry_run=dry_run)), as_json)
+    _print_report(table, asdict(run_prune(opened, keep=keep_version or (), dry_run=dry_run)), as_json)
 
 
 def _encoder_dtype(dtype: Dtype, device: str) -> str:

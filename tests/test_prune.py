@@ -11,7 +11,7 @@ import pytest
 
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, TableError
-from index.table.commit import rewrite_vectors, update_meta
+from index.table.commit import committed_by, rewrite_vectors, update_meta
 from index.table.lock import hold_lock
 from index.table.prune import PruneReport, prune
 from index.table.readers import needed_by, readers_of
@@ -70,6 +70,8 @@ def test_the_newest_and_the_last_indexed_version_are_kept(old, content):
 def test_a_pruned_table_is_indexed_and_pruned_again(old):
     prune(old)
     built = build_index(open_table(old.uri), BuildConfig(index_type="ivf_flat", desc_scale=2.0)).table
+    # Transactions of removed versions are gone; those of the others still tell what was committed.
+    assert not committed_by(built.dataset(), "another run")
     again = prune(built)
     assert (again.kept_versions, built.dataset().count_rows()) == ([built.version], 359)
     assert built.lancedb().index_stats("vector_idx").num_unindexed_rows == 0
@@ -78,9 +80,9 @@ def test_a_pruned_table_is_indexed_and_pruned_again(old):
 def test_versions_that_are_named_or_tagged_are_kept(old):
     old.dataset().tags.create("mine", 2)
     done = prune(old, keep=[3])
-    assert {"2": "tag mine", "3": "--keep"}.items() <= done.kept_because.items()
+    assert {"2": "tag mine", "3": "--keep-version"}.items() <= done.kept_because.items()
     assert open_table(old.uri, version=3).dataset().count_rows() == 360
-    with pytest.raises(OptionError, match=r"--keep 1: there is no such version, but 2, 3, "):
+    with pytest.raises(OptionError, match=r"--keep-version 1: there is no such version, but 2, 3, "):
         prune(old, keep=[1])
 
 
@@ -96,7 +98,7 @@ def test_the_version_of_an_unfinished_training_run_is_kept(old, tmp_path):
         pass
     assert not Path(readers_of(old.uri)).exists()
     assert first.version in prune(old).removed_versions
-    with pytest.raises(TableError, match=rf"has no version {first.version} any more, it was pruned \(kept: "):
+    with pytest.raises(TableError, match=rf"has no version {first.version} any more, it was pruned \(the last are "):
         open_table(old.uri, version=first.version)
 
 

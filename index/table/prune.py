@@ -51,7 +51,9 @@ def prune(table: Table, *, keep: Iterable[int] = (), dry_run: bool = False) -> P
         dataset = lance.dataset(table.uri, storage_options=table.storage.lance)
         versions = sorted(int(each["version"]) for each in dataset.versions())
         if unknown := sorted(set(keep) - set(versions)):
-            raise OptionError(f"--keep {unknown[0]}: there is no such version, but {', '.join(map(str, versions))}")
+            raise OptionError(
+                f"--keep-version {unknown[0]}: there is no such version, but {', '.join(map(str, versions))}"
+            )
         _check_unfinished(table, [dataset, *_companions(table)])
         lock.check()
         reasons = _reasons(table, dataset, keep)
@@ -92,7 +94,7 @@ def _reasons(table: Table, dataset: "lance.LanceDataset", keep: Iterable[int]) -
     runs = needed_versions(table.uri, table.storage)
     reasons = {version: f"needed by the training run {run}" for version, run in runs.items()}
     reasons |= {tag["version"]: f"tag {name}" for name, tag in tags.items() if not name.startswith(INDEXED)}
-    reasons |= dict.fromkeys(keep, "--keep")
+    reasons |= dict.fromkeys(keep, "--keep-version")
     if indexed:
         reasons[max(indexed)] = "the last complete index"
     reasons[int(dataset.version)] = "the newest"

@@ -157,8 +157,8 @@ def open_table(
     except (ValueError, OSError) as error:
         if version is not None and version not in (kept := _versions(uri, storage)):
             raise TableError(
-                f"{path} has no version {version} any more, it was pruned (kept: {', '.join(map(str, kept))}): "
-                "use a run on a version that is kept, or train again"
+                f"{path} has no version {version} any more, it was pruned (the last are "
+                f"{', '.join(map(str, kept[-9:]))}): use a run on a version that is kept, or train again"
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
