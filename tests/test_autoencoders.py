@@ -16,7 +16,7 @@ from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencode
 
 @pytest.mark.slow
 def test_image_autoencoder_learns_and_is_an_ordinary_diffusers_folder(shapes, tmp_path):
-    report = fit_image_autoencoder([str(shapes)], ImageAutoencoderConfig(steps=60), tmp_path)
+    report = fit_image_autoencoder([str(shapes)], ImageAutoencoderConfig(steps=150), tmp_path)
     images = load_images([str(shapes)], 32, val_fraction=0.05, limit=10**6)
     assert report["heldout_images"] == len(images.heldout)
     assert report["train_images"] + report["heldout_images"] == 360

@@ -172,7 +172,7 @@ def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(
     assert references["reconstructions"].keys() == references["train rows"].keys()
     assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
     # The autoencoder has fresh weights: its images show which class a latent is of, but do not look like originals.
-    assert references["retrieved pairs"]["class_accuracy"] > 0.9
+    assert references["retrieved pairs"]["class_accuracy"] > 0.8
     assert references["noise"]["class_accuracy"] < 0.7
     assert references["train rows"]["feature_frechet"] < references["reconstructions"]["feature_frechet"]
 

@@ -80,12 +80,17 @@ def _check_values(options: Any, given: tuple[str, ...], runner: str) -> None:
         raise OptionError(f"{shown} is no option of {runner.rpartition('.')[2]}: {WRITTEN}")
 
 
-def _check_addresses(values: dict[str, Any], runner: str) -> None:
+def _check_addresses(values: dict[str, str | None], runner: str) -> None:
     if runner.lower() in ("portable", "portablerunner") and not values.get("job_endpoint"):
         raise OptionError(f"--runner {runner} needs the address of a job service: add -- --job_endpoint=HOST:PORT")
-    addresses = {"job_endpoint": values.get("job_endpoint"), "dask_client_address": values.get("address")}
+    addresses: dict[str, str | None] = {
+        "job_endpoint": values.get("job_endpoint"),
+        "dask_client_address": values.get("address"),
+    }
     for name, address in addresses.items():
-        parts = urlsplit(address if "://" in (address or "") else f"//{address or ''}")
+        parts = urlsplit(address if address and "://" in address else f"//{address or ''}")
+        host: str | None
+        port: int | None
         try:
             host, port = parts.hostname, parts.port
         except ValueError:

@@ -43,9 +43,9 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
-        table.storage.write_json(plan_uri, to_json_dict(plan))
         groups = fragment_groups(table, runtime.num_workers)
         try:
+            table.storage.write_json(plan_uri, to_json_dict(plan))
             with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
                 run_beam(
                     lambda pipeline: (

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.beam.engine import (
@@ -13,7 +14,7 @@ from pipeline.beam.engine import (
     user_error,
 )
 from pipeline.beam.log import Unfinished, engine_log
-from pipeline.beam.workers import WorkerDied, watch_workers
+from pipeline.beam.workers import WorkerDied, num_local_workers, watch_workers
 from pipeline.config import RuntimeConfig
 
 DASK_POLL_MILLISECONDS = 10_000
@@ -36,13 +37,10 @@ def run_beam(
     Raises a worker's CoalescerError as it was raised there, OptionError if the runner or its options are wrong, and
     TableError if the engine or a worker process dies. Returns only if the whole graph was run.
     """
-    import apache_beam as beam
-
     options = check_engine(runtime)
     with engine_log(), monitor or contextlib.nullcontext():
         try:
-            with watch_workers():
-                pipeline = beam.Pipeline(options=options)
+            with watch_workers(num_local_workers(options)), _new_pipeline(options) as pipeline:
                 graph(pipeline)
                 _wait(pipeline.run())
         except WorkerDied:
@@ -59,6 +57,18 @@ def run_beam(
                     "see that it runs, then rerun the same command to resume"
                 ) from None
             raise
+
+
+@contextlib.contextmanager
+def _new_pipeline(options: Any) -> Iterator[Any]:
+    """Yield a pipeline, and remove its folder for temporary files, which Beam leaves if it is interrupted."""
+    import apache_beam as beam
+
+    pipeline = beam.Pipeline(options=options)
+    try:
+        yield pipeline
+    finally:
+        shutil.rmtree(pipeline.local_tempdir, ignore_errors=True)
 
 
 def _wait(result: Any) -> None:

@@ -1,15 +1,17 @@
 """The worker processes of Beam's local runner: notice that one died, and let none outlive the command.
 
-Beam itself waits for a dead worker forever. At the regular end of a run workers end one after another within moments,
-so a worker counts as dead if it is gone, others are not, or the run goes on, and nothing has changed for a while.
+Beam itself waits for a dead worker forever. It starts all workers at once, and ends them one after another when it has
+finished; so if fewer live than there should be, and their number has not changed for a while, one of them died.
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -18,6 +20,8 @@ from index.background import repeat
 COMMAND = "sdk_worker_main"
 """Beam's module that a worker process runs, part of its command line."""
 POLL_SECONDS, QUIET_SECONDS = 0.5, 5.0
+START_SECONDS = 120.0
+"""How long Beam may take before it starts its workers."""
 
 
 class WorkerDied(BaseException):
@@ -25,19 +29,24 @@ class WorkerDied(BaseException):
 
 
 class LocalWorkers:
-    """The worker processes that this process has started so far."""
+    """The `expected` worker processes of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
         self._seen: dict[int, psutil.Process] = {}
-        self._gone, self._since = 0, time.monotonic()
+        self._alive, self._since = 0, time.monotonic()
 
     def has_lost_one(self) -> bool:
-        """Return whether a worker is gone, and that was so `QUIET_SECONDS` ago."""
+        """Return whether fewer live than expected, as many as some time ago."""
+        if not self.expected:
+            return False
         self._look()
-        gone = sum(not _is_alive(process) for process in self._seen.values())
-        if gone != self._gone:
-            self._gone, self._since = gone, time.monotonic()
-        return gone > 0 and time.monotonic() - self._since >= QUIET_SECONDS
+        # A worker may be the child of a shell: count those that this process has started itself.
+        alive = sum(_is_alive(process) for process in self._seen.values() if _parent(process) == os.getpid())
+        if alive != self._alive:
+            self._alive, self._since = alive, time.monotonic()
+        patience = QUIET_SECONDS if self._seen else START_SECONDS
+        return alive < self.expected and time.monotonic() - self._since >= patience
 
     def kill(self) -> None:
         """Kill all of them, at work or not: what they have not finished is done again by the next run."""
@@ -53,16 +62,33 @@ class LocalWorkers:
                     self._seen[process.pid] = process
 
 
+def num_local_workers(options: Any) -> int:
+    """Return how many worker processes Beam's options ask the local runner for; 0 for other runners."""
+    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+
+    direct = options.view_as(DirectOptions)
+    if options.view_as(StandardOptions).runner != "FnApiRunner" or direct.direct_running_mode != "multi_processing":
+        return 0
+    return int(direct.direct_num_workers or os.cpu_count() or 1)
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
+
+
 def _is_alive(process: psutil.Process) -> bool:
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
         return False
 
 
 @contextlib.contextmanager
-def watch_workers() -> Iterator[None]:
-    """Raise WorkerDied in the main thread if a worker process of the local runner dies while the block runs.
+def watch_workers(expected: int) -> Iterator[None]:
+    """Raise WorkerDied in the main thread if one of `expected` worker processes dies while the block runs.
 
     A signal that ends the command (Ctrl-C, SIGTERM) kills the workers first, since Beam would wait for their work, and
     leaves the block as the exception that its handler raises, whatever Beam makes of it on the way.
@@ -70,7 +96,7 @@ def watch_workers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
-    workers, interrupts, leaving = LocalWorkers(), list[BaseException](), False
+    workers, interrupts, leaving = LocalWorkers(expected), list[BaseException](), False
 
     def check() -> None:
         if workers.has_lost_one():
