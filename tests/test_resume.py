@@ -141,7 +141,7 @@ def start_encode(source: Path, table: Path, image_encoder: str, text_encoder: st
 
 def holds_lock(folder: Path, process: int) -> bool:
     """Return whether a process holds the lock of a run, that is, has started to work."""
-    owner = folder / "owner.json"
+    owner = folder / "lock"
     return owner.exists() and owner.read_text().find(f'"process": {process},') >= 0
 
 
