@@ -103,6 +103,7 @@ def test_samples_are_tracked_with_every_checkpoint_and_change_nothing(short, tra
     assert same_weights(short, traced)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_no_step_twice(traced, indexed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -251,6 +252,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(i
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_train_as_the_whole_batch_does(indexed, tmp_path):
     """At a learning rate that does not amplify rounding."""
     gentle, trained = replace(SHORT, learning_rate=5e-4), []
@@ -324,6 +326,7 @@ def test_runtime_options_are_checked(options):
         RuntimeConfig(**options)
 
 
+@pytest.mark.slow
 def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run, tmp_path):
     flow = FitConfig(objective="flow_matching", size="tiny", images=320, batch_size=32, coupling="independent")
     fit(indexed, flow, tmp_path / "flow")

@@ -176,6 +176,7 @@ def test_the_report_is_the_same_in_memory_or_read_in_blocks(table):
     assert settings(held) == settings(read)
 
 
+@pytest.mark.slow
 def test_a_small_memory_budget_lowers_the_precision_of_the_index(table):
     built = build_index(table, BuildConfig(index_type="ivf_rq", max_memory=4_000, target_recall=1.0))
     assert built.table.meta.index.num_bits == 5

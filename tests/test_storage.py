@@ -104,6 +104,7 @@ def test_two_workers_append_to_a_table_in_a_bucket(uploaded, s3, encode_shapes, 
     assert (added.report["rows"], len(content(added.table))) == (240, 360)
 
 
+@pytest.mark.slow
 def test_the_command_line_reaches_a_bucket(uploaded, s3, endpoint, image_encoder, text_encoder, capsys):
     from typer.testing import CliRunner
 
