@@ -83,7 +83,7 @@ def test_encode_ends_and_resumes(many_shapes, image_encoder, text_encoder, tmp_p
     argv = ["pipeline", "encode", many_shapes, "--table", "t.lance", "--image-size", 32, "--batch-size", 8]
     argv += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--num-workers", num_workers]
     command = Command(tmp_path, *argv)
-    command.wait_for(lambda: len(list(tmp_path.glob("t.encode/*.json"))) >= 4)
+    command.wait_for(lambda: len(list(tmp_path.glob("t.encode/**/*.json"))) >= 4)
     status = "pipeline encode: listing the shards and loading the encoders\n"
     assert command.stop(number, group=group) == (code, "", status)
     again = Command(tmp_path, *argv).process
