@@ -179,7 +179,7 @@ def encode(
     from index.table.table import table_uri
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
@@ -326,7 +326,7 @@ def build_index(
     from index.report.page import index_page, keeps_images
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.stored_encoders import open_decoder, point_encoders
+    from pipeline.encoders.stored import open_decoder, point_encoders
 
     config = BuildConfig(
         desc_scale=desc_scale,
@@ -367,7 +367,7 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.stored_encoders import describe_encoders
+    from pipeline.encoders.stored import describe_encoders
 
     opened = open_table(table, storage=Storage.of(storage_option or ()))
     _print_report(table, describe(opened) | describe_encoders(opened), as_json)

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from index.errors import EncoderError, OptionError
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
+from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 
 
 def autoencoder(class_name: str):

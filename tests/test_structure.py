@@ -15,17 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = {
     "index": ["errors", "ranges", "options", "background", "terminal", "space", "table", "search", "report", "build"],
     "pipeline": [
-        *(
-            "rejects",
-            "filters",
-            "images",
-            "sources",
-            "config",
-            "tokenizers",
-            "model_files",
-            "encoders",
-            "stored_encoders",
-        ),
+        *("rejects", "filters", "images", "sources", "config", "encoders"),
         *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [

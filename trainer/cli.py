@@ -192,7 +192,7 @@ def fit(
     print_status(f"trainer fit: opening {table}")
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
@@ -269,7 +269,7 @@ def sample(
     print_status(f"trainer sample: opening {run}")
     from index.errors import OptionError
     from index.table.storage import write_json
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.grid import draw_grid
     from trainer.run_folder import EncoderPlaces
     from trainer.sampler import CoalescerPipeline
@@ -404,7 +404,7 @@ def _evaluation(
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
     from index.table.storage import Storage
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.evaluation.protocol import EvaluationConfig
     from trainer.run_folder import EncoderPlaces
 

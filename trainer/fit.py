@@ -22,7 +22,7 @@ from index.search.ann import open_search
 from index.table.readers import needed_by
 from index.table.storage import write_json
 from index.table.table import Table, open_table
-from pipeline.encoders import resolve_device
+from pipeline.encoders.devices import resolve_device
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.models.base import Network, count_flops
 from trainer.models.registry import make_network

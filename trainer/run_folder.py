@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from index.errors import RunError, one_line
 from index.table.schema import TableMeta
 from index.table.storage import write_json
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-from pipeline.stored_encoders import open_image_encoder, open_text_encoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.stored import open_image_encoder, open_text_encoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.models.base import Network
 from trainer.optimizer import Optimizer
 

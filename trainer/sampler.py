@@ -14,7 +14,9 @@ from index.errors import OptionError, RunError, one_line
 from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, SEED
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
+from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.models.base import Network
 from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput

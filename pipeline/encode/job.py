@@ -20,10 +20,12 @@ from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
 from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint, runs_folder
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
-from pipeline.model_files import find_encoder
+from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.files import find_encoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.stored import check_encoder
+from pipeline.encoders.text import TransformersTextEncoder
 from pipeline.sources.sample import ReadOptions
-from pipeline.stored_encoders import check_encoder
 
 Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 

@@ -20,7 +20,7 @@ from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.ledger import shard_identities, shards_to_read, source_of
 from pipeline.encode.plan import samples_within_limit
 from pipeline.encode.present import can_hash_images
-from pipeline.stored_encoders import check_encoder
+from pipeline.encoders.stored import check_encoder
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
 SHOWN_CHARACTERS = 40

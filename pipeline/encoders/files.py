@@ -1,4 +1,4 @@
-"""Find and load the files of an encoder: a folder by its absolute path, a hub id by its commit.
+"""Find the files of an encoder: a folder by its absolute path, a hub id by its commit.
 
 Weights are read from safetensors only, and remote code is never run. The libraries load weights that do not match the
 model with a mere warning and then encode wrongly, so missing, unexpected and mismatched weights are refused here.
@@ -13,31 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from index.errors import EncoderError, one_line
-from index.table.schema import EncoderRef
-from pipeline.tokenizers import prepare_tokenizer, tokenizer_digest_of, tokenizer_place
 
 if TYPE_CHECKING:
     import torch
-
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-TEXT_MODELS = {
-    "clip": "CLIPTextModel",
-    "clip_text_model": "CLIPTextModel",
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-    "siglip": "SiglipTextModel",
-    "siglip_text_model": "SiglipTextModel",
-    "siglip2": "Siglip2TextModel",
-    "siglip2_text_model": "Siglip2TextModel",
-}
-"""Classes by `model_type` of config.json, for models of which only the text encoder is used; all others: AutoModel."""
-UNUSED_WEIGHTS = (
-    *("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "logit_bias"),
-    *("decoder.", "lm_head.", "cls.", "pooler.", "final_logits_bias"),
-    *("embeddings.position_ids", "text_model.embeddings.position_ids"),
-)
-"""Prefixes of weights that a checkpoint holds and its text encoder does not use: other towers, decoders, heads."""
 
 
 class Place(NamedTuple):
@@ -75,52 +53,9 @@ def locate(name: str, revision: str | None = None) -> Place:
 
 def find_encoder(name: str, role: str) -> tuple[str, str | None]:
     """Return the absolute folder of an encoder and None, or its hub id and commit. Raises EncoderError."""
-    with _loading(name, f"the {role} encoder"):
+    with loading(name, f"the {role} encoder"):
         place = locate(name)
     return place.name, place.revision
-
-
-def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef]:
-    """Load a diffusers autoencoder; raises EncoderError if there is none or its weights do not match its config."""
-    import diffusers
-
-    with _loading(name, "an image encoder"):
-        place = locate(name, revision)
-        where: dict[str, Any] = {"subfolder": place.subfolder or None, "revision": place.revision}
-        class_name = diffusers.AutoencoderKL.load_config(place.path, **where).get("_class_name")
-        if class_name not in AUTOENCODERS:
-            raise EncoderError(f"{name} is a {class_name}, not an autoencoder: use one of {', '.join(AUTOENCODERS)}")
-        model, info = getattr(diffusers, class_name).from_pretrained(
-            place.path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **where
-        )
-    _check_weights(name, info)
-    digest = digest_of(model)
-    return model, EncoderRef(name=place.name, class_name=class_name, digest=digest, revision=place.revision)
-
-
-def load_text_model(name: str, revision: str | None) -> tuple[Any, Any, EncoderRef]:
-    """Load a transformers text model and its tokenizer; raises EncoderError as `load_autoencoder` does."""
-    import transformers
-
-    with _loading(name, "a text encoder"):
-        place = locate(name, revision)
-        where: dict[str, Any] = {"revision": place.revision or "main", "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(place.path, subfolder=place.subfolder, **where)
-        model, info = getattr(transformers, TEXT_MODELS.get(config.model_type, "AutoModel")).from_pretrained(
-            place.path, subfolder=place.subfolder, use_safetensors=True, output_loading_info=True, **where
-        )
-        path, subfolder = tokenizer_place(place.path, place.subfolder, on_hub=place.revision is not None)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=subfolder, **where)
-    _check_weights(name, info, exclude=UNUSED_WEIGHTS)
-    prepare_tokenizer(name, tokenizer)
-    ref = EncoderRef(
-        name=place.name,
-        class_name=type(model).__name__,
-        digest=digest_of(model, exclude=UNUSED_WEIGHTS),
-        tokenizer_digest=tokenizer_digest_of(tokenizer),
-        revision=place.revision,
-    )
-    return model, tokenizer, ref
 
 
 def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
@@ -150,7 +85,7 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str, role: str) -> Iterator[None]:
+def loading(name: str, role: str) -> Iterator[None]:
     """Turn the exceptions of the model libraries into an EncoderError."""
     quiet_libraries()
     try:
@@ -166,7 +101,7 @@ def _loading(name: str, role: str) -> Iterator[None]:
         raise EncoderError(f"{name} cannot be loaded as {role} ({one_line(error)}): {fix}") from error
 
 
-def _check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
+def check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
     """Raise EncoderError if `from_pretrained` reported weights that do not match the model."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(problem) or () if not str(key).startswith(exclude))

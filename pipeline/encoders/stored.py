@@ -13,7 +13,8 @@ from index.errors import EncoderError
 from index.table.commit import update_meta
 from index.table.schema import EncoderRef
 from index.table.table import Table
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 
 
 def open_image_encoder(
