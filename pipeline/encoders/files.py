@@ -17,38 +17,45 @@ from index.errors import EncoderError, one_line
 if TYPE_CHECKING:
     import torch
 
+UNREAD_FILES = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.tflite", "onnx/*", "*.md"]
+"""Files of a hub repository that are never read: other formats of the same weights."""
+
 
 class Place(NamedTuple):
-    """Where the libraries find the files of an encoder."""
+    """Where the files of an encoder are."""
 
     name: str
     """Absolute folder, or hub id without its revision, as it is stored with a table."""
-    path: str
-    """Folder, or hub repository."""
-    subfolder: str
-    """In a hub repository, else empty."""
+    folder: Path
+    """On this machine: of a hub id the folder in the cache, with the other parts of its pipeline beside it."""
     revision: str | None
     """Commit of a hub repository; None for a folder."""
 
 
 def locate(name: str, revision: str | None = None) -> Place:
-    """Find a folder, or the commit of a hub id `ORG/NAME`, `ORG/NAME/SUBFOLDER` with or without `@REVISION`.
+    """Find a folder, or fetch what is needed of a hub id `ORG/NAME`, `ORG/NAME/SUBFOLDER`, `...@REVISION`.
 
     Raises EncoderError if there is no such folder and the name is no hub id, or what the hub client raises.
     """
     folder = os.path.abspath(os.path.expanduser(name))
     if Path(folder).is_dir():
-        return Place(folder, folder, "", None)
+        return Place(folder, Path(folder), None)
     if name.startswith((".", "/", "~")) or name.count("/") < 1:
         raise EncoderError(f"no folder {name}: use a folder with config.json and model weights, or a hub id ORG/NAME")
     hub_id, _, typed = name.partition("@")
     organization, repository, *subfolders = hub_id.split("/")
-    path, subfolder = f"{organization}/{repository}", "/".join(subfolders)
-    from huggingface_hub import hf_hub_download
+    subfolder = "/".join(subfolders)
+    from huggingface_hub import snapshot_download
 
-    config = hf_hub_download(path, "config.json", subfolder=subfolder or None, revision=revision or typed or None)
-    # The cache keeps it as .../snapshots/COMMIT/[SUBFOLDER/]config.json.
-    return Place(hub_id, path, subfolder, Path(config).parents[len(subfolders)].name)
+    beside = subfolder.replace("text_encoder", "tokenizer")
+    cached = snapshot_download(
+        f"{organization}/{repository}",
+        revision=revision or typed or None,
+        allow_patterns=[f"{part}/*" for part in {subfolder, beside}] if subfolder else None,
+        ignore_patterns=UNREAD_FILES,
+    )
+    # The cache keeps it as .../snapshots/COMMIT.
+    return Place(hub_id, Path(cached) / subfolder, Path(cached).name)
 
 
 def find_encoder(name: str, role: str) -> tuple[str, str | None]:

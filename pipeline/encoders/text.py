@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32
 from index.table.schema import EncoderRef
 from pipeline.encoders.devices import encoding, prepare
 from pipeline.encoders.files import check_weights, digest_of, loading, locate
-from pipeline.encoders.tokenizers import UNLIMITED, max_length, prepare_tokenizer, tokenizer_digest_of, tokenizer_place
+from pipeline.encoders.tokenizers import UNLIMITED, max_length, prepare_tokenizer, tokenizer_digest_of, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -133,13 +133,11 @@ def load_text_model(name: str, revision: str | None) -> tuple[Any, Any, EncoderR
 
     with loading(name, "a text encoder"):
         place = locate(name, revision)
-        where: dict[str, Any] = {"revision": place.revision or "main", "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(place.path, subfolder=place.subfolder, **where)
+        config = transformers.AutoConfig.from_pretrained(place.folder)
         model, info = getattr(transformers, TEXT_MODELS.get(config.model_type, "AutoModel")).from_pretrained(
-            place.path, subfolder=place.subfolder, use_safetensors=True, output_loading_info=True, **where
+            place.folder, use_safetensors=True, output_loading_info=True
         )
-        path, subfolder = tokenizer_place(place.path, place.subfolder, on_hub=place.revision is not None)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=subfolder, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(place.folder))
     check_weights(name, info, exclude=UNUSED_WEIGHTS)
     prepare_tokenizer(name, tokenizer)
     ref = EncoderRef(

@@ -21,14 +21,11 @@ PROBES = (
 """Texts whose tokens tell one tokenizer from another with the same vocabulary."""
 
 
-def tokenizer_place(path: str, subfolder: str, *, on_hub: bool) -> tuple[str, str]:
-    """Return path and subfolder of a tokenizer: in a diffusers pipeline that of text_encoder_2 is in tokenizer_2."""
-    if on_hub:
-        return path, subfolder.replace("text_encoder", "tokenizer")
-    folder = Path(path)
+def tokenizer_folder(folder: Path) -> Path:
+    """Return the folder of a model's tokenizer: of a pipeline's text_encoder_2, tokenizer_2 beside it."""
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
     own = any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.model"))
-    return str(beside if beside.is_dir() and not own else folder), ""
+    return beside if beside.is_dir() and not own else folder
 
 
 def prepare_tokenizer(name: str, tokenizer: Any) -> None:
