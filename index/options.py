@@ -3,11 +3,18 @@
 Imports nothing heavy, so that `--help` answers at once.
 """
 
+import contextlib
 import importlib.metadata
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from index.errors import OptionError
+from index.ranges import FRACTION, PIXELS, SEED, TOTAL, ranges_of
 
 TableArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Table, DB/NAME.lance or an object-store URI.")]
 SourceArgument = Annotated[
@@ -17,7 +24,7 @@ SourceArgument = Annotated[
         help="Tar or parquet shards, image folders, saved datasets or hf:NAME; globs, braces and fsspec URIs.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed; the same seed gives the same result.")]
+SeedOption = Annotated[int, SEED, typer.Option(help="Random seed; the same seed gives the same result.")]
 DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device: auto, cpu, cuda, cuda:1, mps, ...")]
 StorageOption = Annotated[
     list[str] | None,
@@ -26,9 +33,17 @@ StorageOption = Annotated[
         help="Object-store option in LanceDB's names, such as aws_region=eu-west-1. May be repeated.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Read only the first N samples.")]
-ValFractionOption = Annotated[float, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
-ImageSizeOption = Annotated[int, typer.Option(help="Side of the square images in pixels.")]
+ImageEncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the table's image encoder is now.", show_default="where it was"),
+]
+TextEncoderOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the table's text encoder is now.", show_default="where it was"),
+]
+LimitOption = Annotated[int | None, TOTAL, typer.Option(metavar="N", help="Read only the first N samples.")]
+ValFractionOption = Annotated[float, FRACTION, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
+ImageSizeOption = Annotated[int, PIXELS, typer.Option(help="Side of the square images in pixels.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 MAX_FLAGS = 70
@@ -36,7 +51,29 @@ MAX_FLAGS = 70
 
 
 class Command(TyperCommand):
-    """A typer command whose help keeps indented lines as they are and shows every value and default in one way."""
+    """A typer command that checks the ranges of its numeric options, and shows every value and default in one way.
+
+    Its help keeps indented lines as they are. A range is written in an option's annotation.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; raise OptionError for a number that is none or is out of its option's range."""
+        given, ranges = list(args), dict(ranges_of(self.callback)) if self.callback else {}
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            wrong: Any = error.param
+            if wrong is None or wrong.name not in ranges:
+                raise
+            text = self.make_parser(ctx).parse_args(args=given)[0][wrong.name]
+            kind = "whole number" if wrong.type_descriptor.annotation is int else "number"
+            raise OptionError(f"{wrong.opts[0]} {text!r} is not a {kind}: use {ranges[wrong.name]}") from None
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name)
+            is_unset = isinstance(value, str) or (param.multiple and not value)
+            if param.name in ranges and not is_unset and not ctx.resilient_parsing:
+                ranges[param.name].check(param.opts[0], value)
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the usage line's parts: arguments by their metavar, in brackets if they are optional."""
@@ -123,6 +160,39 @@ def _print_version(wanted: bool) -> bool:
         print(f"coalescer {importlib.metadata.version('coalescer')}")
         raise typer.Exit
     return wanted
+
+
+def check_folder(out: Path) -> None:
+    """Raise OptionError if `--out` cannot be a folder to write into; nothing is created."""
+    with _accessing(out):
+        if out.exists() and not out.is_dir():
+            raise OptionError(f"--out {out} is a file: use the name of a folder")
+        _check_writable(out, out)
+
+
+def check_file(out: Path) -> None:
+    """Raise OptionError if `--out` cannot be a file to write; nothing is created."""
+    with _accessing(out):
+        if out.is_dir():
+            raise OptionError(f"--out {out} is a folder: use the name of a file")
+        _check_writable(out, out.parent)
+
+
+def _check_writable(out: Path, folder: Path) -> None:
+    nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise OptionError(f"--out {out} is below {nearest}, which is a file: use another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OptionError(f"--out {out} cannot be written: {nearest} is read-only: use another folder")
+
+
+@contextlib.contextmanager
+def _accessing(out: Path) -> Iterator[None]:
+    """Turn the errors of names that are too long and folders that cannot be looked into into an OptionError."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"--out {out} cannot be written ({error.strerror}): use another folder") from error
 
 
 def parse_integers(text: str) -> list[int]:

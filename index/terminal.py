@@ -11,7 +11,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,33 +32,91 @@ PIPE_WIDTH = 140
 """Characters of a line where standard output is not a terminal and COLUMNS is not set."""
 MIN_COLUMN_WIDTH = 9
 """Narrower columns are not readable: the table is printed as a list instead."""
-INTERRUPTED, BROKEN_PIPE = 130, 141
-"""Exit codes of a shell for commands that SIGINT or SIGPIPE ended."""
+BROKEN_PIPE = 141
+"""Exit code of a shell for commands that SIGPIPE ended."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command; its exit code is 128 and their number, as in a shell."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread by a signal that ends the command."""
 
 
 def run(app: Callable[..., Any]) -> NoReturn:
     """Run a typer app on the command line's arguments and exit; without arguments, show its help.
 
-    The exit code is 0 for success, 2 after a line `error: ...` for what the user can fix, and 130 after Ctrl-C. Any
-    other exception keeps its traceback and ends the process with exit code 1.
+    The exit code is 0 for success, 2 after a line `error: ...` for what the user can fix, 130 after Ctrl-C and 143
+    after SIGTERM. Any other exception keeps its traceback and ends the process with exit code 1.
     """
-    from typer import TyperException
-
+    caller = sys._getframe(1)
+    is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
+    stops = _raise_on_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
-    except CoalescerError as error:
-        code = _fail(str(error))
-    except TyperException as error:
-        code = _fail(_usage(error))
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:
+    except (Exception, KeyboardInterrupt) as error:
+        # After a signal, an error is only what became of it on its way.
+        code = 1 if stops else _report(error, is_program)
+    if stops:
+        code = 128 + stops[0]
+    if code and is_program:
+        _end(code, kill=bool(stops))
+    sys.exit(code or 0)
+
+
+def _report(error: BaseException, is_program: bool) -> int:
+    """Print an error as the user needs it and return the exit code; raise a bug's error in a program that goes on."""
+    from typer import TyperException
+
+    if isinstance(error, CoalescerError):
+        return _fail(str(error))
+    if isinstance(error, TyperException):
+        return _fail(_usage(error))
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
         # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
-    sys.exit(code or 0)
+        return BROKEN_PIPE
+    if not is_program:
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
+
+
+def _raise_on_signals() -> list[int]:
+    """Let the first signal that ends the command raise Stopped; return the list to which its number is added."""
+    stops: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        stops.append(number)
+        if len(stops) == 1:
+            raise Stopped
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where it is ignored
+                signal.signal(number, on_signal)
+    return stops
+
+
+def _end(code: int, *, kill: bool) -> NoReturn:
+    """End the process at once, after a failure: with `kill`, its child processes too.
+
+    Threads that are still at work in Torch, Lance or Beam abort a process (exit code 134) that waits for Python's own
+    end, and print what no one can use.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if kill:
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    os._exit(code)
 
 
 def _usage(error: Any) -> str:

@@ -13,6 +13,7 @@ import typer
 from index.options import (
     Command,
     DeviceOption,
+    ImageEncoderOption,
     ImageSizeOption,
     JsonOption,
     LimitOption,
@@ -20,20 +21,24 @@ from index.options import (
     SourceArgument,
     StorageOption,
     TableArgument,
+    TextEncoderOption,
     ValFractionOption,
+    check_folder,
     make_app,
 )
+from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Geometry = Literal["sphere", "standard", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Captions = Literal["first", "all"]
 Dedup = Literal["image", "pair"]
 IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
 
 SmallDescScaleOption = Annotated[
     bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
 ]
-WorkersOption = Annotated[int, typer.Option(metavar="N", help="Local worker processes.")]
+WorkersOption = Annotated[int, PROCESSES, typer.Option(metavar="N", help="Local worker processes.")]
 
 app = make_app("From image-caption data to an indexed Lance table.")
 
@@ -53,7 +58,7 @@ def _parse_desc_scale(text: str) -> float | str:
 @app.command("demo-data", cls=Command)
 def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    num_samples: Annotated[int, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
+    num_samples: Annotated[int, TOTAL, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
     image_size: ImageSizeOption = 32,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -64,6 +69,7 @@ def demo_data(
       pipeline demo-data data/shapes
       pipeline demo-data data/shapes --num-samples 1000 --image-size 64
     """
+    check_folder(out)
     print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
@@ -91,17 +97,28 @@ def encode(
             metavar="KEY", help="Column, tar extension or JSON key of the caption.", show_default="the usual names"
         ),
     ] = None,
+    captions: Annotated[
+        Captions, typer.Option(help="Of an image with several captions: first, or all as one row each.")
+    ] = "first",
+    max_pixels: Annotated[
+        int, TOTAL, typer.Option(metavar="N", help="Reject images of more pixels, before they are decompressed.")
+    ] = 50_000_000,
+    max_sample_mb: Annotated[
+        float,
+        POSITIVE,
+        typer.Option(metavar="MIB", help="Reject samples whose files are larger, without reading them."),
+    ] = 256.0,
     min_image_size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
+        int | None, COUNT, typer.Option(metavar="PIXELS", help="Filter: shorter side of at least this.")
     ] = None,
     max_aspect_ratio: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
+        float | None, Range(1), typer.Option(metavar="RATIO", help="Filter: longer over shorter side of at most this.")
     ] = None,
     min_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at least N characters of caption.")
     ] = None,
     max_caption_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
+        int | None, COUNT, typer.Option(metavar="N", help="Filter: at most N characters of caption.")
     ] = None,
     filter: Annotated[
         str | None,
@@ -112,6 +129,7 @@ def encode(
     ] = None,
     desc_scale: Annotated[
         float | None,
+        POSITIVE,
         typer.Option(metavar="FLOAT", help="Weight of the text embedding in the search, above 1.", show_default="4"),
     ] = None,
     geometry: Annotated[
@@ -124,11 +142,11 @@ def encode(
     ] = False,
     limit: LimitOption = None,
     max_reject_rate: Annotated[
-        float, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
+        float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
     num_workers: WorkersOption = 1,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the encoders compute in; auto: bfloat16 on CUDA, else float32.")
@@ -158,12 +176,14 @@ def encode(
     """
     print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
+    from index.table.table import table_uri
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
     from pipeline.encoders import resolve_device
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
+    table_uri(table)
     device = resolve_device(device)
     # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
@@ -181,6 +201,8 @@ def encode(
         image_size=image_size,
         image_key=image_key,
         caption_key=caption_key,
+        captions=captions,
+        max_sample_mb=max_sample_mb,
         filters=Filters(
             min_image_size=min_image_size,
             max_aspect_ratio=max_aspect_ratio,
@@ -188,6 +210,7 @@ def encode(
             max_caption_length=max_caption_length,
             filter=filter,
             dedup=dedup,
+            max_pixels=max_pixels,
         ),
         dtype=_encoder_dtype(dtype, device),
         desc_scale=desc_scale,
@@ -201,13 +224,17 @@ def encode(
     )
     sources = [part for part in source if part not in beam_options]
     config = replace(config, shards=tuple(list_shards(sources, runtime.read_options(config))))
-    encoded = encode_dataset(config, runtime, table, dry_run=dry_run)
+    encoded = encode_dataset(config, runtime, table, dry_run=dry_run, sources=sources)
     if as_json:
         return print_json(encoded.report)
-    if encoded.already_complete:
+    if append and not encoded.report.get("rows", dry_run):
+        print(f"{table}: nothing to add")
+    elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    hidden = ("table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    hidden = ("warnings", "table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
+    for warning in encoded.report.get("warnings", ()):
+        print(f"\nwarning: {warning}")
     return None
 
 
@@ -220,6 +247,7 @@ def build_index(
     ] = None,
     desc_scale: Annotated[
         Any,
+        POSITIVE,
         typer.Option(
             metavar="FLOAT|auto",
             parser=_parse_desc_scale,
@@ -248,19 +276,23 @@ def build_index(
         ),
     ] = None,
     balance_time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
+        float, POSITIVE, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
     ] = 300.0,
     max_memory_gb: Annotated[
-        float, typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index.")
+        float,
+        Range(0, 2**16, above=True),
+        typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
     ] = 4.0,
     index_type: Annotated[
         IndexType, typer.Option(help="LanceDB index; none is exact search, auto reaches --target-recall.")
     ] = "auto",
     target_recall: Annotated[
-        float, typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents.")
+        float,
+        Range(0, 1, above=True),
+        typer.Option(help="recall@1 to reach against exact search, on held-out captions with random latents."),
     ] = 0.95,
     target_perplexity: Annotated[
-        float, typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
+        float, Range(1), typer.Option(help="Number of targets that a caption chooses among, for --desc-scale auto.")
     ] = 100.0,
     allow_small_desc_scale: SmallDescScaleOption = False,
     seed: SeedOption = 0,
@@ -273,6 +305,8 @@ def build_index(
             show_default="this process",
         ),
     ] = None,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -292,7 +326,7 @@ def build_index(
     from index.report.page import index_page, keeps_images
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.encoders import open_decoder
+    from pipeline.stored_encoders import open_decoder, point_encoders
 
     config = BuildConfig(
         desc_scale=desc_scale,
@@ -309,9 +343,15 @@ def build_index(
     )
     storage = Storage.of(storage_option or ())
     builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
-    built = run_build(open_table(table, storage=storage), config, builder)
+    opened = point_encoders(open_table(table, storage=storage), image_encoder, text_encoder)
+    built = run_build(opened, config, builder)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
-    page = built.table.write_page("index", index_page(built.table, built.report, decode=decode))
+    if decode is None and not keeps_images(built.table):
+        ref = built.table.meta.image_encoder
+        print_status(f"pipeline build-index: the page shows no images: {ref.name} is not the table's image encoder")
+    page = built.table.write_page(
+        "index", index_page(built.table, built.report, decode=decode, memory=config.max_memory)
+    )
     _print_report(table, asdict(built.report), as_json, page=page)
 
 
@@ -327,8 +367,37 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
+    from pipeline.stored_encoders import describe_encoders
 
-    _print_report(table, describe(open_table(table, storage=Storage.of(storage_option or ()))), as_json)
+    opened = open_table(table, storage=Storage.of(storage_option or ()))
+    _print_report(table, describe(opened) | describe_encoders(opened), as_json)
+
+
+@app.command(cls=Command)
+def prune(
+    table: TableArgument,
+    keep_version: Annotated[
+        list[int] | None, COUNT, typer.Option(metavar="VERSION", help="Keep this version too. May be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed and stop.")] = False,
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions of a table and their files.
+
+    Kept are the newest version, the last with a complete index, and versions that unfinished training runs began with.
+
+    Examples:
+      pipeline prune db/shapes.lance --dry-run
+      pipeline prune db/shapes.lance --keep-version 4
+    """
+    print_status(f"pipeline prune: opening {table}")
+    from index.table.prune import prune as run_prune
+    from index.table.storage import Storage
+    from index.table.table import open_table
+
+    opened = open_table(table, storage=Storage.of(storage_option or ()))
+    _print_report(table, asdict(run_prune(opened, keep=keep_version or (), dry_run=dry_run)), as_json)
 
 
 def _encoder_dtype(dtype: Dtype, device: str) -> str:

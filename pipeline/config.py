@@ -3,17 +3,17 @@
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from index.errors import OptionError
+from index.ranges import COUNT, FRACTION, PIXELS, POSITIVE, PROCESSES, TOTAL, check_ranges
 from index.space.geometry import GEOMETRIES, check_desc_scale
 from index.table.storage import Storage
 from pipeline.filters import Filters
-from pipeline.sources.sample import ReadOptions
+from pipeline.sources.sample import MAX_SAMPLE_BYTES, ReadOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"
-MIN_IMAGE_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +25,16 @@ class EncodeConfig:
     """Folder or hub id of a diffusers autoencoder."""
     text_encoder: str
     """Folder or hub id of a transformers text model."""
-    image_size: int
+    image_size: Annotated[int, PIXELS]
     """Side of the square image that is encoded, in pixels."""
     image_key: str | None = None
     """Column or tar extension of the image; None tries the usual names."""
     caption_key: str | None = None
     """Column, tar extension or sidecar field of the caption; None tries the usual names."""
+    captions: str = "first"
+    """Of an image with several captions: first, or all as one sample each."""
+    max_sample_mb: Annotated[float, POSITIVE] = MAX_SAMPLE_BYTES / 2**20
+    """Larger samples, in MiB of their files, are rejected without being read or decompressed."""
     filters: Filters = field(default_factory=Filters)
     dtype: str = "float32"
     """Of the encoders' computation; the table stores float16 in any case."""
@@ -40,13 +44,13 @@ class EncodeConfig:
     """Accept a `desc_scale` of 1 or less."""
     geometry: str | None = None
     """sphere, standard or raw; None: sphere, or the table's own with `append`."""
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, FRACTION] = 0.05
     """Fraction of rows held out from training."""
     keep_images: bool = False
     """Store the original image bytes with each row."""
-    limit: int | None = None
+    limit: Annotated[int | None, TOTAL] = None
     """Number of samples to read in total; None reads all."""
-    max_reject_rate: float = 0.5
+    max_reject_rate: Annotated[float, FRACTION] = 0.5
     """A larger fraction of rejected samples stops the run before the table is published."""
     append: bool = False
     """Add the shards that an existing table does not hold; its geometry stays."""
@@ -66,13 +70,10 @@ class EncodeConfig:
             raise OptionError(f"--geometry {self.geometry!r} is unknown: use one of {', '.join(GEOMETRIES)}")
         if self.dtype not in DTYPES:
             raise OptionError(f"--dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-        for option, fraction in (("val-fraction", self.val_fraction), ("max-reject-rate", self.max_reject_rate)):
-            if not 0 <= fraction <= 1:
-                raise OptionError(f"--{option} {fraction:g} is out of range: use a number from 0 to 1")
-        if self.image_size < MIN_IMAGE_SIZE:
-            raise OptionError(f"--image-size {self.image_size} is too small: use at least {MIN_IMAGE_SIZE} pixels")
-        if self.limit is not None and self.limit < 1:
-            raise OptionError(f"--limit {self.limit} is out of range: use at least 1 sample")
+        check_ranges(self)
+        ReadOptions(captions=self.captions, max_sample_bytes=int(self.max_sample_mb * 2**20))
+        if self.captions == "all" and self.filters.dedup == "image":
+            raise OptionError("--dedup image keeps one caption of each image, against --captions all: use --dedup pair")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,9 +87,9 @@ class EncodeConfig:
 class RuntimeConfig:
     """How the work is done; the table does not depend on it."""
 
-    num_workers: int = 1
+    num_workers: Annotated[int, PROCESSES] = 1
     """Processes of Beam's local runner, one torch thread each."""
-    batch_size: int = 64
+    batch_size: Annotated[int, COUNT] = 64
     """Images or captions encoded at a time."""
     device: str = "auto"
     """Torch device of the encoders; auto prefers a GPU."""
@@ -97,6 +98,10 @@ class RuntimeConfig:
     beam_options: tuple[str, ...] = ()
     """Beam's own options as `--name=value`; they override those that `num_workers` implies."""
 
+    def __post_init__(self) -> None:
+        """Raise OptionError if a number is out of range."""
+        check_ranges(self)
+
     @property
     def decode_threads(self) -> int:
         """Threads of each process that decode images while the encoders run."""
@@ -104,4 +109,5 @@ class RuntimeConfig:
 
     def read_options(self, config: EncodeConfig) -> ReadOptions:
         """Return the options with which readers open the shards of `config`."""
-        return ReadOptions(config.image_key, config.caption_key, self.storage)
+        max_bytes = int(config.max_sample_mb * 2**20)
+        return ReadOptions(config.image_key, config.caption_key, self.storage, config.captions, max_bytes)

@@ -1,40 +1,30 @@
 """Image and text encoders: diffusers autoencoders and transformers text models, from a folder or the hub.
 
-Weights are read from safetensors only, and remote code is never run. The libraries load weights that do not match the
-model with a mere warning and then encode wrongly, so missing, unexpected and mismatched weights are refused here.
+Those that made a table are opened again by pipeline/stored_encoders.py.
 """
 
 import contextlib
-import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
 from index.errors import EncoderError, OptionError, one_line
 from index.table.schema import EncoderRef
+from pipeline.model_files import load_autoencoder, load_text_model
+from pipeline.tokenizers import UNLIMITED, max_length
 
 if TYPE_CHECKING:
     import torch
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-TEXT_MODELS = {
-    "clip": "CLIPTextModel",
-    "clip_text_model": "CLIPTextModel",
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-}
-"""Classes by `model_type` of config.json, for models of which only the text encoder is used; all others: AutoModel."""
-UNUSED_WEIGHTS = (
-    *("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
-    *("decoder.", "lm_head.", "cls.", "pooler."),
-    *("embeddings.position_ids", "text_model.embeddings.position_ids"),
-)
-"""Prefixes of weights that a checkpoint holds and its text encoder does not use: other towers, decoders, heads."""
+POOLING_MODELS = ("CLIP", "Siglip")
+"""Prefixes of classes whose own pooled output is the text embedding; all others: the mean over tokens."""
+PADDED_MODELS = ("Siglip",)
+"""Prefixes of classes that were trained on captions padded to the maximum length, without an attention mask."""
+TRIAL_TOKENS = 1024
+"""Longer captions are not tried before a run."""
 CPU_BATCH_PIXELS = 2**17
 """A CPU takes larger batches in parts: activations that leave its caches cost a tenth of the speed."""
 
@@ -64,13 +54,36 @@ class TextEncoder(Protocol):
 class DiffusersAutoencoder:
     """AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; the latent is the mode of a distribution."""
 
-    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
-        """Load a folder or hub id (`org/name` or `org/name/subfolder`), to compute in `dtype`.
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", *, revision: str | None = None) -> None:
+        """Load a folder or hub id (`ORG/NAME`, `ORG/NAME/SUBFOLDER`, `...@REVISION`), to compute in `dtype`.
 
         Raises EncoderError if it cannot be loaded or its weights do not match its config.
         """
-        self.model, self.ref = _load_autoencoder(name)
+        self.model, self.ref = load_autoencoder(name, revision)
         self.device, self.dtype = device, _prepare(self.model, device, dtype)
+
+    @property
+    def factor(self) -> int:
+        """By how much the sides of a latent are smaller than those of its image."""
+        config = self.model.config
+        channels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return int(2 ** (len(channels) - 1))
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return C, H, W of the latent of a square image, measured on a blank one.
+
+        Raises OptionError if the side is no multiple of `factor`, EncoderError if the model cannot encode.
+        """
+        below = image_size // self.factor * self.factor
+        if below != image_size:
+            fits = [str(size) for size in (below, below + self.factor) if size]
+            raise OptionError(
+                f"--image-size {image_size} does not fit {self.ref.class_name} {self.ref.name}, which shrinks images "
+                f"by {self.factor}: use {' or '.join(fits)}"
+            )
+        with _encoding(self.ref):
+            _, channels, height, width = self.encode(np.zeros((1, image_size, image_size, 3), np.uint8)).shape
+        return channels, height, width
 
     def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
         """Return latents without the scaling factor; a batch that exceeds the device's memory is split."""
@@ -103,55 +116,89 @@ class DiffusersAutoencoder:
 
 
 class TransformersTextEncoder:
-    """A CLIP text model, pooled by itself, or a T5 encoder or BERT-like model, pooled by the mean over tokens."""
+    """A CLIP or SigLIP text model, pooled by itself, or another text encoder, pooled by the mean over tokens.
 
-    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32") -> None:
+    Of a model with encoder and decoder, such as BART, the encoder is used.
+    """
+
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", *, revision: str | None = None) -> None:
         """Load a folder or hub id that holds a text model and its tokenizer, to compute in `dtype`.
 
         Raises EncoderError if it cannot be loaded or its weights do not match its config.
         """
-        self.model, self.tokenizer, self.ref = _load_text_model(name)
-        self.device = device
-        _prepare(self.model, device, dtype)
-        limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None))
-        self.max_length = min(limit for limit in limits if limit)
+        self.model, self.tokenizer, self.ref = load_text_model(name, revision)
+        self._saved_dtype, self.device = self.model.dtype, device
+        self._encoder = (
+            self.model.get_encoder() if getattr(self.model.config, "is_encoder_decoder", False) else self.model
+        )
+        _prepare(self._encoder, device, dtype)
+        self.max_length = max_length(self.model, self.tokenizer)
+
+    def text_dim(self) -> int:
+        """Return the dimensions of a text embedding; raises EncoderError if the model cannot encode."""
+        with _encoding(self.ref):
+            named = self.tokenizer.model_max_length < UNLIMITED
+            # A limit that no tokenizer names is tried here, and not by the first long caption of a run.
+            return int(self.encode(["a", "a" + " a" * (0 if named else min(self.max_length, TRIAL_TOKENS))]).shape[1])
 
     def encode(self, captions: Sequence[str]) -> Float32[np.ndarray, "B T"]:
         """Return pooled embeddings, not normalized; a caption that repeats is encoded once."""
         return self.encode_tokens(captions, num_tokens=0)[:, 0]
 
+    def encode_counted(self, captions: Sequence[str]) -> tuple[Float32[np.ndarray, "B T"], Bool[np.ndarray, "B"]]:
+        """Return pooled embeddings, and which captions were truncated to `max_length` tokens."""
+        embeddings, inputs = self._encode(captions, 0)
+        full = {caption for caption, length in inputs.items() if length >= self.max_length}
+        return embeddings[:, 0], np.array([caption in full and self._exceeds(caption) for caption in captions], bool)
+
     def encode_tokens(self, captions: Sequence[str], *, num_tokens: int) -> Float32[np.ndarray, "B 1+{num_tokens} T"]:
         """Return the pooled embedding and then the first `num_tokens` token embeddings, padded with zeros."""
+        return self._encode(captions, num_tokens)[0]
+
+    def _encode(
+        self, captions: Sequence[str], num_tokens: int
+    ) -> tuple[Float32[np.ndarray, "B 1+{num_tokens} T"], dict[str, int]]:
+        """Return embeddings, and the number of tokens of each distinct caption after truncation."""
         import torch
         from torch.nn.functional import pad
 
         unique = list(dict.fromkeys(captions))
-        inputs = self.tokenizer(
-            unique, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
-        mask = inputs["attention_mask"]
+        ids, mask = self._tokenize(unique)
         with torch.inference_mode():
-            outputs = self.model(input_ids=inputs["input_ids"], attention_mask=mask)
+            masked = {} if self._is_one_of(PADDED_MODELS) else {"attention_mask": mask}
+            outputs = self._encoder(input_ids=ids, **masked)
             states = outputs.last_hidden_state
-            pooled = outputs.pooler_output if self.ref.class_name.startswith("CLIP") else mean_pool(states, mask)
+            pooled = outputs.pooler_output if self._is_one_of(POOLING_MODELS) else mean_pool(states, mask)
             tokens = (states * mask[..., None])[:, :num_tokens]
             embeddings = torch.cat([pooled[:, None], pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))], 1)
         position = {caption: i for i, caption in enumerate(unique)}
-        return np.asarray(embeddings.float().cpu())[[position[caption] for caption in captions]]
+        lengths = dict(zip(unique, mask.sum(1).tolist(), strict=True))
+        return np.asarray(embeddings.float().cpu())[[position[caption] for caption in captions]], lengths
+
+    def _tokenize(self, captions: list[str]) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Return token ids and mask, on the device."""
+        inputs = self.tokenizer(
+            captions,
+            padding="max_length" if self._is_one_of(PADDED_MODELS) else True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        return inputs["input_ids"], inputs["attention_mask"]
+
+    def _exceeds(self, caption: str) -> bool:
+        return len(self.tokenizer([caption], verbose=False)["input_ids"][0]) > self.max_length
+
+    def _is_one_of(self, prefixes: tuple[str, ...]) -> bool:
+        return self.ref.class_name.startswith(prefixes)
 
     def save(self, folder: Path) -> None:
-        """Write a transformers folder with the tokenizer in it."""
-        self.model.save_pretrained(folder)
+        """Write a transformers folder with the tokenizer in it, in the data type of the weights as they were read."""
+        dtype = self._encoder.dtype
+        self.model.to(self._saved_dtype).save_pretrained(folder)
+        self._encoder.to(dtype)
         self.tokenizer.save_pretrained(folder)
-
-
-def open_decoder(ref: EncoderRef) -> Callable[[Float32[np.ndarray, "B C h w"]], UInt8[np.ndarray, "B H W 3"]] | None:
-    """Return the decoder of the autoencoder that made a table; None if it cannot be opened or its weights changed."""
-    try:
-        autoencoder = DiffusersAutoencoder(ref.name)
-    except EncoderError:
-        return None
-    return autoencoder.decode if autoencoder.ref.digest == ref.digest else None
 
 
 def latent_of(encoded: Any) -> "torch.Tensor":
@@ -165,19 +212,6 @@ def mean_pool(states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
     """Return the mean (B, T) of the token states (B, tokens, T) at which the mask (B, tokens) is 1."""
     weight = mask[..., None].to(states.dtype)
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
-    """Return the SHA-256, in hex, of the names and bytes of all weights except those with an excluded prefix."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(exclude):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def resolve_device(device: str = "auto") -> str:
@@ -201,92 +235,15 @@ def resolve_device(device: str = "auto") -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def quiet_libraries() -> None:
-    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
-
-
-def _load_autoencoder(name: str) -> tuple[Any, EncoderRef]:
-    import diffusers
-
-    with _loading(name, "an image encoder"):
-        path, subfolder = _locate(name)
-        class_name = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder or None).get("_class_name")
-        if class_name not in AUTOENCODERS:
-            raise EncoderError(f"{name} is a {class_name}, not an autoencoder: use one of {', '.join(AUTOENCODERS)}")
-        model, info = getattr(diffusers, class_name).from_pretrained(
-            path,
-            subfolder=subfolder or None,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    _check_weights(name, info)
-    return model, EncoderRef(name=name, class_name=class_name, digest=digest_of(model))
-
-
-def _load_text_model(name: str) -> tuple[Any, Any, EncoderRef]:
-    import transformers
-
-    with _loading(name, "a text encoder"):
-        path, subfolder = _locate(name)
-        config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
-        model, info = getattr(transformers, TEXT_MODELS.get(config.model_type, "AutoModel")).from_pretrained(
-            path,
-            subfolder=subfolder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        # In a diffusers pipeline the tokenizer of text_encoder_2 is in tokenizer_2.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
-        )
-    _check_weights(name, info, exclude=UNUSED_WEIGHTS)
-    digest = digest_of(model, exclude=UNUSED_WEIGHTS)
-    return model, tokenizer, EncoderRef(name=name, class_name=type(model).__name__, digest=digest)
-
-
-def _locate(name: str) -> tuple[str, str]:
-    """Return a folder or hub repository, and the subfolder that a hub id of more than two parts names (else empty)."""
-    if Path(name).is_dir():
-        return name, ""
-    if name.startswith((".", "/", "~")) or name.count("/") < 1:
-        raise EncoderError(f"no folder {name}: use a folder with config.json and model weights, or a hub id ORG/NAME")
-    organization, repository, *subfolders = name.split("/")
-    return f"{organization}/{repository}", "/".join(subfolders)
-
-
 @contextlib.contextmanager
-def _loading(name: str, role: str) -> Iterator[None]:
-    """Turn the exceptions of the model libraries into an EncoderError."""
-    quiet_libraries()
+def _encoding(ref: EncoderRef) -> Iterator[None]:
+    """Turn the exceptions of a first encoding into an EncoderError: models raise those of any class."""
     try:
         yield
-    except EncoderError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        fix = "save it with save_pretrained" if Path(name).is_dir() else "check the hub id and the connection"
-        raise EncoderError(f"{name} cannot be loaded as {role} ({one_line(error)}): {fix}") from error
-
-
-def _check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
-    """Raise EncoderError if `from_pretrained` reported weights that do not match the model."""
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(problem) or () if not str(key).startswith(exclude))
-        if keys:
-            raise EncoderError(
-                f"the weights of {name} do not match its config ({len(keys)} {problem.replace('_', ' ')}, such as "
-                f"{keys[0]}): save it again with save_pretrained"
-            )
+    except Exception as error:
+        raise EncoderError(
+            f"{ref.class_name} {ref.name} cannot encode ({one_line(error, typed=True)}): use another encoder"
+        ) from error
 
 
 def _prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":

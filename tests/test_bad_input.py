@@ -66,7 +66,7 @@ REJECTED = {
     "header_only": ({"png": PNG[:20]}, "unreadable_image"),
     "zero_bytes": ({"png": b""}, "empty_image"),
     "html": ({"jpg": b"<html>404</html>"}, "unreadable_image"),
-    "svg": ({"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, "unreadable_image"),
+    "svg": ({"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, "unsupported_format"),
     "large": ({"png": png_with_header(11_000, 11_000)}, "image_too_large"),
     "huge": ({"png": png_with_header(60_000, 60_000)}, "image_too_large"),
     "absurd": ({"png": png_with_header(2_000_000_000, 1)}, "image_too_large"),
@@ -76,6 +76,8 @@ REJECTED = {
     "blank_caption": ({"txt": b" \n\t"}, "empty_caption"),
     "latin_caption": ({"txt": b"caf\xe9"}, "caption_not_utf8"),
     "truncated_json": ({"json": b'{"url": '}, "unreadable_metadata"),
+    "number_caption": ({"txt": None, "json": b'{"caption": 7}'}, "caption_not_text"),
+    "sample_over_the_cap": ({"x": None, "json": b'{"a": "' + b"x" * 1_200_000 + b'"}'}, "sample_too_large"),
     "json_list": ({"json": b"[1, 2]"}, "unreadable_metadata"),
     "json_not_utf8": ({"json": b'{"a": "\xe9"}'}, "unreadable_metadata"),
     "deep_json": ({"json": b'{"a":' * 100_000}, "unreadable_metadata"),
@@ -106,7 +108,7 @@ def bad(tmp_path_factory, write_tar, encode_shapes):
     )
     truncated = folder / "source" / "00001.tar"
     truncated.write_bytes(truncated.read_bytes()[: 5 * (512 + 4 * 1024 + 1024) + 700])
-    return encode_shapes(folder / "source", folder / "t.lance", max_reject_rate=0.9)
+    return encode_shapes(folder / "source", folder / "t.lance", max_reject_rate=0.9, max_sample_mb=1.0)
 
 
 @pytest.mark.parametrize("key", [*ENCODED, "upper", "dotted", "twice"])
@@ -145,18 +147,22 @@ def test_width_and_height_are_those_of_the_original_image(bad, content):
 
 
 @pytest.mark.parametrize(
-    ("encoder", "reason"), [(DiffusersAutoencoder, "bad_latent"), (TransformersTextEncoder, "bad_embedding")]
+    ("encoder", "method", "reason"),
+    [(DiffusersAutoencoder, "encode", "bad_latent"), (TransformersTextEncoder, "encode_counted", "bad_embedding")],
 )
-def test_bad_encoder_outputs_are_rejected(shapes, encode_shapes, rejects, tmp_path, monkeypatch, encoder, reason):
-    encode = encoder.encode
+def test_bad_encoder_outputs_are_rejected(
+    shapes, encode_shapes, rejects, tmp_path, monkeypatch, encoder, method, reason
+):
+    encode = getattr(encoder, method)
 
     def corrupted(self, batch):
-        out = np.array(encode(self, batch))
+        output = encode(self, batch)
+        out = output[0] if isinstance(output, tuple) else output
         if len(out) > 4:
             out[1], out[2], out[3] = np.nan, 0, 1e6
-        return out
+        return output
 
-    monkeypatch.setattr(encoder, "encode", corrupted)
+    monkeypatch.setattr(encoder, method, corrupted)
     result = encode_shapes(shapes, tmp_path / "t.lance", limit=32)
     rows = rejects(result.table)
     assert [row["reason"] for row in rows] == [reason] * 3
@@ -178,6 +184,7 @@ def test_too_many_rejects_stop_the_run_before_it_commits(shapes, write_tar, enco
 
 def test_every_reject_reason_is_tested():
     elsewhere = {RejectReason.UNREADABLE_SHARD, RejectReason.BAD_LATENT, RejectReason.BAD_EMBEDDING}
+    elsewhere |= {RejectReason.NOT_GROUPED, RejectReason.UNSUPPORTED_MEMBER}  # tests/test_accounting.py
     assert {reason for _, reason in REJECTED.values()} | elsewhere == set(RejectReason)
 
 

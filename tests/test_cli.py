@@ -266,7 +266,9 @@ def test_mistakes_end_in_one_line_and_exit_code_2(refused, tmp_path, shapes, enc
     assert "--image-size 33" in refused(
         tmp_path, "trainer", "fit-autoencoder", "image", shapes, "--out", "a", "--image-size", "33"
     )
-    assert "--num-samples 3 is too small" in refused(tmp_path, "trainer", "evaluate", "nowhere", "--num-samples", "3")
+    assert "--num-samples 3 is out of range: use 8 or more" in refused(
+        tmp_path, "trainer", "evaluate", "nowhere", "--num-samples", "3"
+    )
 
 
 def test_ctrl_c_ends_a_command_quietly(tmp_path):

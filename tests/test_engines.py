@@ -1,18 +1,30 @@
-"""Beam runners other than the local one, each with services in processes of their own, write the same table."""
+"""Beam runners other than the local one, each with services in processes of their own, write the same table.
+
+An engine that dies ends the command in one line with exit code 2, and the same command again finishes the table.
+"""
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import lance
+import psutil
 import pytest
 
+from index.table.storage import Storage
 from index.table.table import Table, open_table
+from pipeline.beam.layout import Layout
+from pipeline.demo.shapes import write_demo_data
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +32,19 @@ BIN = Path(sys.executable).parent
 # A job server starts its workers as `python`. One thread each, so that sums are added in the same order.
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
+PRISM = Path(os.environ.get("PRISM", Path(__file__).parents[2] / "shared" / "bin" / "prism"))
+SAMPLES, SHARDS = 2000, 40
+"""Of a source that is long enough for a kill in the middle."""
+
+
+@dataclass
+class Engine:
+    """A running engine, and what `pipeline encode` needs to use it."""
+
+    options: list[str]
+    service: subprocess.Popen
+    worker: Callable[[], psutil.Process]
+    """Returns a process that does the work."""
 
 
 @contextlib.contextmanager
@@ -80,9 +105,19 @@ def worker_pool(tmp_path) -> Iterator[str]:
     assert "Starting worker with command" in log.read_text()
 
 
+@dataclass
+class Dask:
+    """A Dask scheduler with two single-threaded workers."""
+
+    scheduler: subprocess.Popen
+    address: str
+    client: object
+    workers: list[subprocess.Popen]
+
+
 @pytest.fixture
-def dask_client(tmp_path):
-    """A client of a Dask scheduler with two single-threaded workers."""
+def dask(tmp_path) -> Iterator[Dask]:
+    """A Dask scheduler with two single-threaded workers, and a client of it."""
     distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install dask distributed")
     file = tmp_path / "scheduler.json"
     listen = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", file)
@@ -92,32 +127,44 @@ def dask_client(tmp_path):
             service(tmp_path / "scheduler.log", "-m", "distributed.cli.dask_scheduler", *listen)
         )
         address = wait_for(scheduler, file, r'"address": "(tcp://[^"]+)"')
+        workers = []
         for name in ("one", "two"):
             argv = ("-m", "distributed.cli.dask_worker", address, "--name", name, *worker_options)
-            stack.enter_context(service(tmp_path / f"{name}.log", *argv))
+            workers.append(stack.enter_context(service(tmp_path / f"{name}.log", *argv)))
         client = stack.enter_context(distributed.Client(address, set_as_default=False))
         client.wait_for_workers(2, timeout=60)
-        yield client
+        yield Dask(scheduler, address, client, workers)
 
 
 @pytest.fixture
-def encode_on(shapes, image_encoder, text_encoder, tmp_path):
-    """A function that runs `pipeline encode` with a Beam runner and returns the table."""
+def start_encode(image_encoder, text_encoder, tmp_path):
+    """A function that starts `pipeline encode` of a source into engine.lance."""
 
-    def run(runner: str, *beam_options: str) -> Table:
-        argv = [BIN / "pipeline", "encode", shapes, "--table", "engine.lance", "--runner", runner]
-        argv += ["--image-encoder", image_encoder, "--text-encoder", text_encoder, "--image-size", 32]
-        argv += ["--val-fraction", 0.2, "--keep-images", "--batch-size", 32, "--", *beam_options]
-        result = subprocess.run(
+    def start(source: Path, *options: str) -> subprocess.Popen:
+        argv = [BIN / "pipeline", "encode", source, "--table", "engine.lance", "--image-size", 32, "--batch-size", 32]
+        argv += ["--image-encoder", image_encoder, "--text-encoder", text_encoder]
+        argv += ["--val-fraction", 0.2, "--keep-images", *options]
+        return subprocess.Popen(
             list(map(str, argv)),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             env=ENVIRONMENT,
-            timeout=120,
         )
-        assert result.returncode == 0, result.stderr
+
+    return start
+
+
+@pytest.fixture
+def encode_on(shapes, start_encode, tmp_path):
+    """A function that runs `pipeline encode` with a Beam runner and returns the table."""
+
+    def run(runner: str, *beam_options: str) -> Table:
+        process = start_encode(shapes, "--runner", runner, "--", *beam_options)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
         assert not list(tmp_path.glob("*.encode")), "checkpoints were not deleted"
         return open_table(tmp_path / "engine.lance")
 
@@ -135,12 +182,174 @@ def test_a_job_service_with_a_worker_in_a_process_of_its_own(encoded, content, e
     assert content(table) == content(encoded)
 
 
-def test_dask_with_two_workers(encoded, content, encode_on, dask_client):
-    address = dask_client.scheduler.address
-    table = encode_on(DASK, f"--dask_client_address={address}", "--dask_partition_size=1")
+def test_dask_with_two_workers(encoded, content, encode_on, dask):
+    table = encode_on(DASK, f"--dask_client_address={dask.address}", "--dask_partition_size=1")
     assert content(table) == content(encoded)
 
     def has_loaded_encoders() -> bool:
         return "diffusers" in sys.modules
 
-    assert list(dask_client.run(has_loaded_encoders).values()) == [True, True]
+    assert list(dask.client.run(has_loaded_encoders).values()) == [True, True]
+
+
+# Transforms on Dask, whose Beam runner drops what `finish_bundle` emits and does nothing at `Reshuffle`.
+
+
+def run_on_dask(dask: Dask, code: str, *arguments: object) -> str:
+    """Run `build(pipeline, *arguments)` of `code` in a process of its own, as functions of tests are not importable."""
+    program = f"""{code}
+import json, sys
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+options = ["--runner={DASK}", "--dask_client_address={dask.address}", "--dask_npartitions=8"]
+pipeline = beam.Pipeline(options=PipelineOptions(options))
+build(pipeline, *json.loads(sys.argv[1]))
+pipeline.run().wait_until_finish()
+"""
+    argv = [sys.executable, "-c", program, json.dumps(list(map(str, arguments)))]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("batches", [0, 1, 8, 50])
+def test_write_lance_commits_all_rows_on_dask(dask, tmp_path, batches):
+    code = """
+def build(pipeline, uri, batches):
+    import apache_beam as beam
+    import pyarrow as pa
+    from pipeline.beam.write_lance import WriteLance
+    schema = pa.schema([("number", pa.int64())])
+    def batch_of(start):
+        return pa.RecordBatch.from_pydict({"number": list(range(start, start + 10))}, schema=schema)
+    starts = [10 * batch for batch in range(int(batches))]
+    pipeline | beam.Create(starts) | beam.Map(batch_of) | WriteLance(uri, schema)
+"""
+    run_on_dask(dask, code, tmp_path / "t.lance", batches)
+    dataset = lance.dataset(str(tmp_path / "t.lance"))
+    assert sorted(dataset.to_table()["number"].to_pylist()) == list(range(10 * batches))
+    assert dataset.version == 1
+
+
+def test_vectors_are_laid_out_by_all_workers_of_dask(dask, encoded, tmp_path):
+    table = open_table(shutil.copytree(encoded.uri, tmp_path / "t.lance"))
+    Layout(table.meta).write(str(tmp_path / "layout.json"), Storage())
+    fragments = [json.dumps(each.metadata.to_json()) for each in table.dataset().get_fragments()]
+    (tmp_path / "fragments.json").write_text(json.dumps(fragments * 8))
+    code = """
+def build(pipeline, uri, folder):
+    import apache_beam as beam, json, os, time
+    from index.table.commit import encoded_columns
+    from index.table.storage import Storage
+    from index.table.table import open_table
+    from pipeline.beam.gather import Gather
+    from pipeline.beam.layout import LayOutVectors
+    schema = encoded_columns(open_table(uri))
+    def who(element):
+        time.sleep(0.1)
+        open(f"{folder}/by-{os.getpid()}", "a").write("x")
+    fragments = json.load(open(f"{folder}/fragments.json"))
+    (
+        pipeline | beam.Create(fragments) | Gather() | beam.FlatMap(lambda texts: list(enumerate(texts)))
+        | LayOutVectors(uri, schema, f"{folder}/layout.json", Storage()) | beam.Map(who)
+    )
+"""
+    run_on_dask(dask, code, table.uri, tmp_path)
+    laid_out = [len(path.read_text()) for path in tmp_path.glob("by-*")]
+    assert sum(laid_out) == len(fragments * 8)
+    assert len(laid_out) == 2
+
+
+# Engines that die.
+
+
+@pytest.fixture(scope="module")
+def many_shapes(tmp_path_factory) -> Path:
+    """A source that is long enough for a kill in the middle."""
+    out = tmp_path_factory.mktemp("many_shapes")
+    write_demo_data(out, num_samples=SAMPLES, image_size=32, seed=1, samples_per_shard=SAMPLES // SHARDS)
+    return out
+
+
+@pytest.fixture
+def engine(request, tmp_path) -> Engine:
+    """An engine by its name."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "dask":
+            dask = request.getfixturevalue("dask")
+            options = ["--runner", DASK, "--", f"--dask_client_address={dask.address}"]
+            yield Engine(options, dask.scheduler, lambda: psutil.Process(dask.workers[0].pid))
+            return
+        if request.param == "prism":
+            if not PRISM.exists():
+                pytest.skip(f"{PRISM} is absent: PRISM names another place")
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            argv = (
+                "-c",
+                f"import os; os.execv({str(PRISM)!r}, ['prism', '--job_port', '{port}', '--serve_http=false'])",
+            )
+            service_process = stack.enter_context(service(tmp_path / "engine.log", *argv))
+            wait_for(service_process, tmp_path / "engine.log", r"(Serving|JobManagement|erving JobManagement)")
+        else:
+            argv = ("-m", "apache_beam.runners.portability.local_job_service_main", "--port_file", tmp_path / "port")
+            service_process = stack.enter_context(service(tmp_path / "engine.log", *argv))
+            port = wait_for(service_process, tmp_path / "port", r"^(\d+)$")
+        pool_argv = ("-m", "apache_beam.runners.worker.worker_pool_main", "--service_port=0")
+        pool = stack.enter_context(service(tmp_path / "pool.log", *pool_argv))
+        address = wait_for(pool, tmp_path / "pool.log", r"servicer at port: (\S+)")
+        options = ["--runner", "PortableRunner", "--", f"--job_endpoint=localhost:{port}"]
+        options += ["--environment_type=EXTERNAL", f"--environment_config={address}"]
+        yield Engine(options, service_process, lambda: psutil.Process(pool.pid).children(recursive=True)[-1])
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("engine", "victim"),
+    [
+        ("dask", "service"),
+        ("job_service", "service"),
+        ("job_service", "worker"),
+        ("prism", "service"),
+        ("prism", "worker"),
+    ],
+    indirect=["engine"],
+)
+def test_an_append_whose_engine_dies_is_not_finished_and_resumes(
+    engine, victim, shapes, many_shapes, start_encode, tmp_path
+):
+    finish(start_encode(shapes))
+    version = open_table(tmp_path / "engine.lance").version
+    process = start_encode(many_shapes, "--append", *engine.options)
+    while len(list(tmp_path.glob("engine.encode/*/*.json"))) < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    (engine.service if victim == "service" else engine.worker()).kill()
+    output, errors = process.communicate(timeout=300)
+    *before, line = errors.splitlines()
+    assert (process.returncode, output) == (2, ""), errors
+    assert re.match(r"error: .*engine\.lance is not finished: .* rerun the same command to resume", line)
+    assert "Traceback" not in errors
+    assert len(before) <= 2
+    assert list(tmp_path.glob("engine.encode/*/*.json")), "checkpoints were deleted"
+    assert open_table(tmp_path / "engine.lance").version == version
+    finish(start_encode(many_shapes, "--append"))
+    ids = open_table(tmp_path / "engine.lance").column("id", split=None)
+    assert len(ids) == len(set(ids)) == 360 + SAMPLES
+
+
+def test_dask_does_the_work_of_a_dead_worker_again(dask, many_shapes, start_encode, tmp_path):
+    process = start_encode(many_shapes, "--runner", DASK, "--", f"--dask_client_address={dask.address}")
+    while len(list(tmp_path.glob("engine.encode/*/*.json"))) < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    dask.workers[0].kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    ids = open_table(tmp_path / "engine.lance").column("id", split=None)
+    assert len(ids) == len(set(ids)) == SAMPLES

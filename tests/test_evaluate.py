@@ -172,7 +172,7 @@ def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(
     assert references["reconstructions"].keys() == references["train rows"].keys()
     assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
     # The autoencoder has fresh weights: its images show which class a latent is of, but do not look like originals.
-    assert references["retrieved pairs"]["class_accuracy"] > 0.9
+    assert references["retrieved pairs"]["class_accuracy"] > 0.8
     assert references["noise"]["class_accuracy"] < 0.7
     assert references["train rows"]["feature_frechet"] < references["reconstructions"]["feature_frechet"]
 
@@ -364,9 +364,9 @@ def refuse(error, message, run, out, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": [0, 1]}, "--num-inference-steps '0,1' is out of range"),
+        ({"num_inference_steps": [0, 1]}, "--num-inference-steps 0,1 is out of range"),
         ({"num_inference_steps": []}, "--num-inference-steps '' is out of range"),
-        ({"num_samples": 7}, "--num-samples 7 is too small: use at least 8"),
+        ({"num_samples": 7}, "--num-samples 7 is out of range: use 8 or more"),
         ({"clip": Path("nowhere")}, r"--clip nowhere has no config\.json"),
         ({"inception": Path("nowhere.pt")}, r"--inception nowhere\.pt is not a file"),
         ({"device": "abacus"}, "--device abacus"),

@@ -34,7 +34,7 @@ def test_vectors_are_those_of_the_layout(encoded, tmp_path):
         )
     lines = sorted(Path(results).read_text().splitlines())
     laid_out = [fragment_from_dict(json.loads(line.partition(" ")[2])) for line in lines]
-    after = publish(uri, schema, meta, laid_out, "run", storage)
+    after = publish(uri, schema, meta, laid_out, "run", storage, mode="overwrite")
     text, latent, vector = (after.column(name, split=None) for name in ("text", "latent", "vector"))
     expected = meta.geometry.vectors(text, latent, np.full(len(text), 0.5, np.float32))
     assert np.array_equal(vector, expected.astype(np.float16))

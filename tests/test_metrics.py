@@ -107,7 +107,6 @@ def test_diversity_is_the_mean_distance_within_groups_of_at_least_two():
     assert np.isnan(diversity(x, np.arange(7)))
 
 
-@pytest.mark.slow
 def test_two_sample_accuracy_is_one_for_distant_sets_and_one_half_for_equal_distributions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1000, 6)), rng.normal(size=(1000, 6))

@@ -5,7 +5,7 @@ import pytest
 
 from index.space.geometry import Geometry
 from index.space.moments import Moments
-from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
+from index.space.queries import Purpose, draw_jitter, draw_points, draw_rows, draw_uniforms
 
 
 @pytest.fixture
@@ -45,3 +45,21 @@ def test_rows_and_uniforms_are_uniform_and_jitter_has_unit_length():
     assert ((uniforms >= 0) & (uniforms < 1)).all()
     assert np.abs(uniforms.mean(0) - 0.5).max() < 0.01
     assert np.square(draw_jitter(20_000, 5, seed=0, step=0)).sum(1).mean() == pytest.approx(1, rel=0.02)
+
+
+def test_each_purpose_has_queries_of_its_own_and_training_keeps_its_own(geometry):
+    streams = [
+        (
+            draw_rows(10**9, 8, seed=0, step=3, purpose=purpose),
+            draw_points(geometry, 8, seed=0, step=3, purpose=purpose),
+        )
+        for purpose in Purpose
+    ]
+    for number in (0, 1):
+        assert len({stream[number].tobytes() for stream in streams}) == len(Purpose)
+    # The stream of training is the one of earlier versions, for seeds of any size.
+    for seed in (0, 7, 2**33 + 1):
+        rows = np.random.default_rng([seed, 3, 0]).integers(10**9, size=8)
+        assert np.array_equal(draw_rows(10**9, 8, seed=seed, step=3), rows)
+        noise = np.random.default_rng([seed, 3, 1]).standard_normal((8, 9), dtype=np.float32)
+        assert np.array_equal(draw_points(geometry, 8, seed=seed, step=3), geometry.project(noise))

@@ -14,7 +14,7 @@ from PIL import Image
 from index.errors import SourceError
 from pipeline.rejects import RejectReason
 from pipeline.sources.listing import list_shards
-from pipeline.sources.read import count_samples, read_samples
+from pipeline.sources.read import count_samples, read_samples, shard_identity
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 
@@ -285,6 +285,17 @@ def test_a_streamed_imagefolder(tmp_path, no_network):
     assert [s.caption for s in samples] == [b"caption 0", b"caption 1", b"caption 2"]
 
 
+@pytest.mark.parametrize("count", [3, 100])
+def test_a_streamed_webdataset_is_read_whole(tmp_path, no_network, write_tar, count):
+    for name, first in (("train-0.tar", 0), ("train-1.tar", count)):
+        keys = range(first, first + count)
+        write_tar(tmp_path / name, [(f"{n:04}.{e}", d) for n in keys for e, d in (("png", png(n)), ("txt", b"%d" % n))])
+    samples = read_all(f"hf:{tmp_path}")
+    assert [(s.image, s.caption) for s in samples] == [(png(n), b"%d" % n) for n in range(2 * count)]
+    one, two = list_shards([f"hf:{tmp_path}"])
+    assert shard_identity(one) == shard_identity(one) != shard_identity(two)
+
+
 def test_a_relative_folder_is_listed_by_its_absolute_path(parquets, monkeypatch, no_network):
     monkeypatch.chdir(Path(parquets).parent)
     assert list_shards(["hf:./data"]) == list_shards([f"hf:{parquets}"])
@@ -357,5 +368,6 @@ def test_an_unreachable_hub_is_a_one_line_error(monkeypatch):
             raise ConnectionError("no\nroute")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 0.0)
     with pytest.raises(SourceError, match=r"hf:owner/data is not found on the hub \(ConnectionError: no route\)"):
         list_shards(["hf:owner/data"])

@@ -16,12 +16,14 @@ import pytest
 
 from index.errors import SourceError, TableError
 from index.table import commit
+from index.table.ledger import read_ledger
 from index.table.lock import hold_lock
 from index.table.storage import Storage
-from index.table.table import Table, is_table, open_table, shards_of
+from index.table.table import Table, is_table, open_table
 from pipeline.demo.shapes import write_demo_data
-from pipeline.encode import graph, monitor
-from pipeline.encode.checkpoints import Checkpoints
+from pipeline.encode import graph, monitor, publish
+from pipeline.encode import run as encode_run
+from pipeline.encode.checkpoints import FRAGMENTS, PLAN, Checkpoints, file_name
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
@@ -50,6 +52,26 @@ def failure(shapes, monkeypatch):
 
 def fail(*_):
     raise KeyError("worker failure")
+
+
+def run_folder(table: Path) -> Path:
+    """The folder of a table's unfinished run; one that does not exist if there is no such run."""
+    folders = list(table.with_suffix(".encode").glob("*-*"))
+    assert len(folders) < 2
+    return folders[0] if folders else table.with_suffix(".encode") / "none"
+
+
+@pytest.fixture
+def unfinished(encode_shapes, shapes, failure):
+    """A function that encodes until the last shard, which fails, and returns the run's folder."""
+
+    def run(table: Path, **options) -> Path:
+        with pytest.raises(Exception, match="worker failure"):
+            encode_shapes(shapes, table, keep_images=True, **options)
+        failure.repaired, failure.encoded = True, []
+        return run_folder(table)
+
+    return run
 
 
 def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
@@ -88,7 +110,7 @@ def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encod
         encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
-    finished, checkpoints = list(failure.encoded), Checkpoints(str(tmp_path / "t.encode"))
+    finished, checkpoints = list(failure.encoded), Checkpoints(str(run_folder(tmp_path / "t.lance")))
     assert all(checkpoints.load(shard).rows == 120 for shard in finished)
     assert checkpoints.load(failure.last) is None
     failure.repaired, failure.encoded = True, []
@@ -119,7 +141,7 @@ def start_encode(source: Path, table: Path, image_encoder: str, text_encoder: st
 
 def holds_lock(folder: Path, process: int) -> bool:
     """Return whether a process holds the lock of a run, that is, has started to work."""
-    owner = folder / "owner.json"
+    owner = folder / "lock"
     return owner.exists() and owner.read_text().find(f'"process": {process},') >= 0
 
 
@@ -132,19 +154,20 @@ def test_kill_9_at_random_moments_changes_nothing(
     source, table = tmp_path / "source", tmp_path / "killed.lance"
     write_demo_data(source, num_samples=200 * SHARDS, image_size=32, seed=3, samples_per_shard=200)
     undisturbed = encode_shapes(source, tmp_path / "undisturbed.lance").table
-    shards, checkpoints = list_shards([str(source)]), Checkpoints(str(tmp_path / "killed.encode"))
+    shards = list_shards([str(source)])
     options = ("--val-fraction", "0.2", "--batch-size", "32", "--num-workers", str(num_workers))
 
     def start() -> subprocess.Popen:
         return start_encode(source, table, image_encoder, text_encoder, *options)
 
     def count_finished() -> int:
+        checkpoints = Checkpoints(str(run_folder(table)))
         return sum(checkpoints.load(shard) is not None for shard in shards)
 
     uniforms, finished = random.Random(num_workers), [0]
     while len(finished) <= KILLS:
         process, target = start(), finished[-1] + uniforms.randrange(SHARDS // KILLS)
-        folder = Path(checkpoints.folder)
+        folder = table.with_suffix(".encode")
         while process.poll() is None and not (holds_lock(folder, process.pid) and count_finished() >= target):
             time.sleep(0.01)
         with process.stderr, contextlib.suppress(subprocess.TimeoutExpired):
@@ -205,7 +228,7 @@ def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_
     added = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
     assert set(failure.encoded) == set(shards[1:])
     assert added.report["rows"] == 240
-    assert shards_of(added.table) == set(shards)
+    assert {entry.shard for entry in read_ledger(added.table) if entry.complete} == set(shards)
     # The geometry stays that of the first shard; all other columns are those of one run over all shards.
     assert added.table.meta.geometry.same_as(first.meta.geometry)
 
@@ -229,6 +252,8 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
 ):
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
+        # As with columns that the user added: rows and metadata are two commits.
+        patch.setattr(commit, "_has_own_columns", lambda table: False)
         patch.setattr(commit, "update_meta", fail)
         with pytest.raises(Exception, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)
@@ -238,6 +263,244 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
     assert (len(content(after.table)), after.report["rows"]) == (360, 240)
     assert after.table.meta.moments.count == encoded.meta.moments.count
     assert len(after.table.meta.run_ids) == 2
+
+
+# --- done means read back
+
+
+def without_engine(monkeypatch, after=lambda job: None, *, runs: bool = False):
+    """Let the engine end without an error; `after` changes what it has left, if it runs at all."""
+    run_graph = encode_run._run_graph
+
+    def ends(job) -> None:
+        if runs:
+            run_graph(job)
+        after(job)
+
+    monkeypatch.setattr(encode_run, "_run_graph", ends)
+
+
+def drop_fragments(job) -> None:
+    job.checkpoints.write(FRAGMENTS, job.checkpoints.read(FRAGMENTS)[:-1])
+
+
+def lose_fragments(job) -> None:
+    job.runtime.storage.remove(job.checkpoints.uri(FRAGMENTS))
+
+
+@pytest.mark.parametrize(
+    ("runs", "after", "finished"),
+    [(False, lambda job: None, 0), (True, drop_fragments, 3), (True, lose_fragments, 3)],
+    ids=["nothing ran", "a fragment was dropped", "ended before the last step"],
+)
+def test_an_engine_that_ends_without_an_error_is_not_believed(
+    shapes, encode_shapes, tmp_path, monkeypatch, runs, after, finished
+):
+    message = rf"t\.lance is not finished \({finished} of 3 shards encoded\): rerun the same command to resume"
+    with monkeypatch.context() as patch:
+        without_engine(patch, after, runs=runs)
+        with pytest.raises(TableError, match=message):
+            encode_shapes(shapes, tmp_path / "t.lance")
+    assert not is_table(str(tmp_path / "t.lance"), Storage())
+    assert (run_folder(tmp_path / "t.lance") / PLAN).exists()
+    assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
+
+
+def test_an_append_whose_engine_dies_keeps_the_table_and_the_work(shapes, encode_shapes, tmp_path, monkeypatch):
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
+    with monkeypatch.context() as patch:
+        without_engine(patch, lose_fragments, runs=True)
+        with pytest.raises(TableError, match=r"not finished \(2 of 2 shards encoded\)"):
+            encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    assert open_table(first.uri).version == first.version
+    assert len(list(run_folder(tmp_path / "t.lance").glob("*.json"))) >= 3
+    assert encode_shapes(shapes, tmp_path / "t.lance", append=True).table.dataset().count_rows() == 360
+
+
+def test_an_engine_that_drops_a_shard_is_noticed_before_anything_is_published(
+    shapes, encode_shapes, tmp_path, monkeypatch
+):
+    """As Beam's Dask runner drops elements."""
+    last, process = list_shards([str(shapes)])[-1], graph._WriteShard.process
+
+    def drop_last(self, element):
+        for shard in process(self, element):
+            if shard != last:
+                yield shard
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph._WriteShard, "process", drop_last)
+        with pytest.raises(TableError, match=r"not finished \(2 of 3 shards encoded\)"):
+            encode_shapes(shapes, tmp_path / "t.lance")
+    assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
+
+
+def test_a_commit_without_all_rows_is_not_reported_as_done(shapes, encode_shapes, tmp_path, monkeypatch):
+    def publish_less(uri, schema, meta, fragments, *arguments, publish=publish.publish):
+        return publish(uri, schema, meta, fragments[:-1], *arguments)
+
+    monkeypatch.setattr(publish, "publish", publish_less)
+    with pytest.raises(TableError, match="holds 240 rows of this run and 360 were encoded"):
+        encode_shapes(shapes, tmp_path / "t.lance")
+    assert (run_folder(tmp_path / "t.lance") / PLAN).exists()
+
+
+# --- checkpoints
+
+
+def test_an_unreadable_checkpoint_counts_as_none(
+    encoded, unfinished, failure, shapes, encode_shapes, content, tmp_path
+):
+    folder, shards = unfinished(tmp_path / "t.lance"), list_shards([str(shapes)])
+    (folder / file_name(shards[0])).write_bytes(b"")  # as after a power cut
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
+    assert set(failure.encoded) == {shards[0], shards[2]}
+    assert content(table) == content(encoded)
+
+
+def test_a_table_deleted_under_an_unfinished_run_is_encoded_anew(
+    encoded, unfinished, failure, shapes, encode_shapes, content, tmp_path
+):
+    unfinished(tmp_path / "t.lance")
+    shutil.rmtree(tmp_path / "t.lance")
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
+    assert len(failure.encoded) == 3
+    assert content(table) == content(encoded)
+
+
+def test_a_table_deleted_under_an_unfinished_append_is_encoded_anew(
+    encoded, unfinished, shapes, encode_shapes, content, tmp_path
+):
+    encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True)
+    unfinished(tmp_path / "t.lance", append=True)
+    shutil.rmtree(tmp_path / "t.lance")
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True).table
+    assert content(table) == content(encoded)
+    assert not list(tmp_path.glob("t.encode*"))
+
+
+def test_a_shard_that_changed_since_its_checkpoint_is_read_again(
+    unfinished, failure, shapes, encode_shapes, content, tmp_path, monkeypatch
+):
+    source = tmp_path / "source"
+    shutil.copytree(shapes, source)
+    shards = list_shards([str(source)])
+    failure.last = shards[-1]
+    with pytest.raises(Exception, match="worker failure"):
+        encode_shapes(source, tmp_path / "t.lance")
+    failure.repaired, failure.encoded = True, []
+    shutil.copyfile(shards[2], shards[0])
+    table = encode_shapes(source, tmp_path / "t.lance").table
+    assert set(failure.encoded) == {shards[0], shards[2]}
+    keys = [row["key"] for row in content(table)]
+    assert len(keys) == 360
+    assert len(set(keys)) == 240
+
+
+def test_a_run_stopped_while_it_deletes_its_checkpoints_keeps_its_report(shapes, encode_shapes, tmp_path, monkeypatch):
+    def remove_some(self) -> None:
+        (Path(self.folder) / PLAN).unlink()
+        next(path for path in Path(self.folder).glob("*.json") if len(path.stem) == 24).unlink()
+        fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", remove_some)
+        with pytest.raises(KeyError, match="worker failure"):
+            encode_shapes(shapes, tmp_path / "t.lance")
+    again = encode_shapes(shapes, tmp_path / "t.lance")
+    assert (
+        again.already_complete,
+        again.report["rows"],
+        open_table(tmp_path / "t.lance").report("encode")["rows"],
+    ) == (
+        True,
+        360,
+        360,
+    )
+    # The next run deletes what is left.
+    encode_shapes(write_more(tmp_path), tmp_path / "t.lance", append=True)
+    assert not list(tmp_path.glob("t.encode*"))
+
+
+def write_more(folder: Path) -> Path:
+    """Write a shard of other samples."""
+    write_demo_data(folder / "more", num_samples=10, image_size=32, seed=9)
+    return folder / "more"
+
+
+def test_rejects_of_a_deleted_table_do_not_come_back(write_tar, encode_shapes, rejects, tmp_path):
+    """The same command, the same options, another life."""
+    write_demo_data(tmp_path / "source", num_samples=10, image_size=32, seed=0)
+    bad = write_tar(tmp_path / "source/bad.tar", [("a.png", b"?"), ("a.txt", b"words")])
+    table = encode_shapes(tmp_path / "source", tmp_path / "t.lance").table
+    assert len(rejects(table)) == 1
+    shutil.rmtree(table.uri)
+    write_tar(bad, [])
+    again = encode_shapes(tmp_path / "source", tmp_path / "t.lance")
+    assert (again.report["rejected"], rejects(again.table)) == (0, [])
+    assert again.table.meta.run_ids != table.meta.run_ids
+
+
+@pytest.mark.parametrize("stopped_before", ["rows", "ledger"])
+def test_an_append_stopped_between_its_commits_is_finished(
+    shapes, encode_shapes, write_tar, rejects, tmp_path, monkeypatch, stopped_before
+):
+    bad = write_tar(tmp_path / "bad.tar", [("a.png", b"?"), ("a.txt", b"words")])
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
+    sources = [shapes, bad]
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, {"rows": "append_rows", "ledger": "add_entries"}[stopped_before], fail)
+        with pytest.raises(KeyError, match="worker failure"):
+            encode_shapes(sources, tmp_path / "t.lance", append=True)
+    assert len(read_ledger(open_table(first.uri))) == 1
+    added = encode_shapes(sources, tmp_path / "t.lance", append=True)
+    assert (added.report["rows"], added.report["rejected"]) == (240, 1)
+    assert (added.table.dataset().count_rows(), len(rejects(added.table))) == (360, 1)
+    assert len(read_ledger(added.table)) == 4
+    assert encode_shapes(sources, tmp_path / "t.lance", append=True).report["shards_already_present"] == 4
+
+
+def test_an_unfinished_append_whose_source_has_grown_resumes_with_its_own_shards(
+    unfinished, shapes, encode_shapes, failure, tmp_path
+):
+    shards = list_shards([str(shapes)])
+    encode_shapes(shards[:1], tmp_path / "t.lance", keep_images=True)
+    unfinished(tmp_path / "t.lance", append=True)
+    grown = [*shards, write_more(tmp_path)]
+    resumed = encode_shapes(grown, tmp_path / "t.lance", keep_images=True, append=True)
+    assert failure.encoded == [shards[2]]
+    assert resumed.report["rows"] == 240
+    (warning,) = resumed.report["warnings"]
+    assert "resumed an unfinished run with the 3 shards of its start" in warning
+    assert encode_shapes(grown, tmp_path / "t.lance", keep_images=True, append=True).report["rows"] == 10
+
+
+def test_a_geometry_that_changed_during_an_append_is_noticed(shapes, encode_shapes, tmp_path, monkeypatch):
+    from index.build.build_index import BuildConfig, build_index
+
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
+
+    def rebuild(job) -> None:
+        build_index(open_table(first.uri), BuildConfig(index_type="none", desc_scale=7.0))
+
+    with monkeypatch.context() as patch:
+        without_engine(patch, rebuild, runs=True)
+        with pytest.raises(TableError, match="changed while it was appended to: rerun the same command"):
+            encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
+    assert added.dataset().count_rows() == 360
+    vectors = added.meta.geometry.vectors(added.column("text", None), added.column("latent", None))
+    assert (added.column("vector", None) == vectors.astype("float16")).all()
+
+
+def test_a_finished_table_whose_shards_have_changed_says_so(shapes, encode_shapes, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(shapes, source)
+    encode_shapes(source, tmp_path / "t.lance")
+    shards = list_shards([str(source)])
+    shutil.copyfile(shards[2], shards[0])
+    (warning,) = encode_shapes(source, tmp_path / "t.lance").report["warnings"]
+    assert warning.startswith(f"1 of 3 shards have changed since they were encoded, such as {shards[0]}")
 
 
 @pytest.mark.slow
@@ -271,7 +534,7 @@ def test_an_index_that_no_longer_serves_is_built_anew(shapes, encode_shapes, tmp
     added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
     truth = find_ground_truth(ExactSearch(added), evaluation_queries(added, 1024))
     options = {"index_type": "ivf_rq", "target_recall": 0.99, "memory": 2**30, "seed": 0, "refine_factors": (1,)}
-    again = select_index(added, truth, **options)
+    again = select_index(added, truth, truth, **options)
     assert again.recall.recall_at_1 >= 0.99
     assert again.table.lancedb().index_stats("vector_idx").num_unindexed_rows == 0
     assert "kept" not in again.reason
@@ -299,7 +562,7 @@ def test_append_refuses_another_encoder(shapes, encode_shapes, changed_encoder, 
 
 
 def test_only_one_run_at_a_time_encodes_into_a_table(shapes, encode_shapes, tmp_path):
-    taken = pytest.raises(TableError, match=rf"is being encoded by process {os.getpid()} on .* stop it first")
+    taken = pytest.raises(TableError, match=rf"is locked by encode, process {os.getpid()} on .* stop it first")
     with hold_lock(str(tmp_path / "t.encode"), Storage()), taken:
         encode_shapes(shapes, tmp_path / "t.lance", limit=10)
     assert encode_shapes(shapes, tmp_path / "t.lance", limit=10).report["rows"] == 10

@@ -240,7 +240,7 @@ def test_the_table_version_is_pinned(shapes, encode_shapes, tmp_path):
         ({"condition": "both"}, "--condition 'both' is unknown: choose one of retrieved, query"),
         ({"num_neighbors": 0}, "--num-neighbors 0 is out of range: use 1 or more"),
         ({"temperature": 0.0}, "--temperature 0 is out of range: use a number above 0"),
-        ({"jitter": -0.1}, "--jitter -0.1 is out of range: use 0 or a fraction such as 0.1"),
+        ({"jitter": -0.1}, "--jitter -0.1 is out of range: use 0 or more"),
     ],
 )
 def test_options_are_checked(options, message):

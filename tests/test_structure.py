@@ -13,9 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a folder or a file of a package. It may import itself, rooms before it, and packages before its own.
 ORDER = {
-    "index": ["errors", "options", "background", "terminal", "space", "table", "search", "report", "build"],
+    "index": ["errors", "ranges", "options", "background", "terminal", "space", "table", "search", "report", "build"],
     "pipeline": [
-        *("rejects", "filters", "images", "sources", "config", "encoders"),
+        *(
+            "rejects",
+            "filters",
+            "images",
+            "sources",
+            "config",
+            "tokenizers",
+            "model_files",
+            "encoders",
+            "stored_encoders",
+        ),
         *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [

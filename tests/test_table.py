@@ -1,24 +1,44 @@
 """A table is committed whole, its vectors are rewritten alone, and it is refused if columns and metadata differ."""
 
+import hashlib
 import json
 import pickle
+import re
 import shutil
+import uuid
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from index.build.build_index import BuildConfig, build_index
 from index.errors import TableError
 from index.report.integrity import check_vectors
+from index.report.report import describe
+from index.search.ann import ApproximateSearch
+from index.search.exact import ExactSearch
 from index.space.centering import fit_centering
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict, to_json_dict
-from index.table.commit import rewrite_vectors, update_meta
-from index.table.schema import HELDOUT, METADATA_KEY, TRAIN, IndexRef, TableMeta, check_table, sample_id, split_of
+from index.table.commit import append_rows, commit_fragments, rewrite_vectors, update_meta
+from index.table.schema import (
+    HELDOUT,
+    METADATA_KEY,
+    TRAIN,
+    IndexRef,
+    TableMeta,
+    check_table,
+    content_hash,
+    sample_id,
+    split_of,
+)
 from index.table.table import Table, column_array, list_array, open_table, table_uri
+from pipeline.sources.listing import list_shards
 
 
 @pytest.fixture
@@ -37,6 +57,7 @@ def test_columns_are_those_of_the_design(encoded):
         "key": pa.string(),
         "shard": pa.string(),
         "split": pa.string(),
+        "image_hash": pa.binary(16),
         "width": pa.int32(),
         "height": pa.int32(),
         "meta": pa.string(),
@@ -62,12 +83,20 @@ def test_moments_are_those_of_the_training_split(encoded):
     assert np.allclose(moments.latent_std, latent.std(0), atol=1e-9)
 
 
-def test_split_is_by_hash_of_the_id_and_has_its_fraction():
-    ids = [sample_id(str(i), b"image") for i in range(20_000)]
-    fraction = np.mean([split_of(each, 0.1) == HELDOUT for each in ids])
+def test_split_is_by_hash_of_the_image_and_has_its_fraction():
+    hashes = [content_hash(str(i).encode()) for i in range(20_000)]
+    fraction = np.mean([split_of(each, 0.1) == HELDOUT for each in hashes])
     assert abs(fraction - 0.1) < 0.01
-    assert all(split_of(each, 0.0) == TRAIN and split_of(each, 1.0) == HELDOUT for each in ids[:100])
-    assert sample_id("a", b"x") != sample_id("a", b"y") != sample_id("b", b"y")
+    assert all(split_of(each, 0.0) == TRAIN and split_of(each, 1.0) == HELDOUT for each in hashes[:100])
+
+
+def test_ids_cover_key_image_and_caption():
+    ids = [sample_id(*each) for each in (("a", b"x", "w"), ("b", b"x", "w"), ("a", b"y", "w"), ("a", b"x", "v"))]
+    assert len(set(ids)) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
+    assert sample_id("a", b"x", "yz") != sample_id("a", b"xy", "z")
+    # As tables of version 1 have them.
+    assert sample_id("a", b"x") == hashlib.sha256(b"a\0x").hexdigest()[:32]
 
 
 # --- metadata
@@ -193,6 +222,182 @@ def test_rewriting_refuses_a_table_with_added_columns(copied):
     geometry = Geometry.fit(copied.meta.moments, desc_scale=7.0)
     with pytest.raises(TableError, match=r"were added or dropped.*pipeline encode"):
         list(rewrite_vectors(open_table(copied.uri), geometry))
+
+
+# --- rows that LanceDB deletes, updates and compacts
+
+
+def delete(table: Table) -> None:
+    """Delete the whole first fragment, every fifth row of the second, and one row of the last."""
+    rows = table.dataset().to_table(columns=["id"])["id"].to_pylist()
+    gone = [*rows[:120], *rows[120:240:5], rows[-1]]
+    table.dataset().delete(f"id IN ({', '.join(repr(each) for each in gone)})")
+
+
+def update(table: Table) -> None:
+    """Correct captions; LanceDB moves the rows to a new fragment."""
+    import lancedb
+
+    folder, name = table._lancedb_name()
+    lancedb.connect(folder).open_table(name).update(where="split = 'heldout'", values={"caption": "corrected"})
+
+
+def optimize(table: Table) -> None:
+    """Compact what is left of the fragments, and remove old versions."""
+    import lancedb
+
+    delete(table)
+    folder, name = table._lancedb_name()
+    lancedb.connect(folder).open_table(name).optimize()
+    newest = open_table(table.uri).dataset()
+    newest.cleanup_old_versions(timedelta(milliseconds=1), error_if_tagged_old_versions=False)
+    assert len(newest.versions()) == 1 + len(newest.tags.list())
+
+
+CHANGES = pytest.mark.parametrize("change", [delete, update, optimize])
+
+
+def check_vectors_of(table: Table, balance: np.ndarray) -> None:
+    rows = table.dataset().to_table()
+    geometry = table.meta.geometry
+    expected = geometry.vectors(column_array(rows["text"]), column_array(rows["latent"]), balance)
+    assert np.array_equal(column_array(rows["vector"]), expected.astype(np.float16))
+
+
+@CHANGES
+def test_rewriting_keeps_each_row_with_its_balance_after_changes(copied, change):
+    change(copied)
+    changed = open_table(copied.uri)
+    count = changed.dataset().count_rows()
+    before = changed.dataset().to_table()
+    balance = np.arange(count, dtype=np.float32) / count
+    geometry = replace(copied.meta.geometry, desc_scale=7.0)
+    *steps, after = rewrite_vectors(changed, geometry, balance)
+    assert (steps[-1], after.dataset().count_rows()) == (count, count)
+    check_vectors_of(after, balance)
+    rows = after.dataset().to_table()
+    assert rows.drop_columns(["vector"]).equals(before.drop_columns(["vector"]))
+    # Once more, over vectors that this rewrite has put in files of their own.
+    *_, again = rewrite_vectors(after, replace(geometry, desc_scale=2.0))
+    check_vectors_of(again, np.zeros(count, np.float32))
+
+
+@CHANGES
+def test_positions_and_counts_are_those_of_the_rows_that_are_left(copied, change):
+    change(copied)
+    table = open_table(copied.uri)
+    rows = table.dataset().to_table(columns=["id", "split"], with_row_id=True)
+    ids, row_ids = rows["id"].to_pylist(), rows["_rowid"].to_numpy().astype(np.int64)
+    for split in (TRAIN, HELDOUT):
+        positions = table.positions(split)
+        expected = [row["id"] for row in rows.to_pylist() if row["split"] == split]
+        assert table.take(positions, "id").tolist() == expected == table.column("id", split).tolist()
+        assert table.take_row_ids(row_ids[positions], "id").tolist() == expected
+    assert len(ids) == describe(table)["rows"] == table.dataset().count_rows()
+
+
+@pytest.mark.slow
+@CHANGES
+def test_a_table_is_indexed_searched_and_appended_to_after_changes(shapes, encode_shapes, tmp_path, change):
+    shards = list_shards([str(shapes)])
+    table = encode_shapes(shards[:2], tmp_path / "t.lance").table
+    table = build_index(table, BuildConfig(index_type="ivf_flat", balance=True, balance_time_limit=1.0)).table
+    change(table)
+    changed = open_table(table.uri)
+    left = set(changed.column("id", None).tolist())
+    for options in ({"balance": True, "balance_time_limit": 1.0}, {"desc_scale": 3.0}, {"geometry": "standard"}, {}):
+        built = build_index(open_table(table.uri), BuildConfig(index_type="ivf_flat", **options))
+        assert set(built.table.column("id", None).tolist()) == left
+        assert (built.report.rows, built.report.num_unindexed_rows) == (len(left), 0)
+        exact = ExactSearch(built.table)
+        assert len(exact.row_ids) == built.report.train_rows == len(built.table.positions(TRAIN))
+        # At all nprobes IVF_FLAT is exact search, over the rows that are left alone.
+        queries = built.table.column("vector")[:64].astype(np.float32)
+        partitions = built.table.meta.index.num_partitions
+        found = ApproximateSearch(built.table, nprobes=partitions).nearest(queries)
+        assert np.allclose(found.distance, exact.nearest(queries).distance, atol=1e-3)
+        assert set(found.row_id.ravel()) <= set(exact.row_ids)
+    added = encode_shapes(shards, tmp_path / "t.lance", append=True, geometry="standard", desc_scale=3.0).table
+    ids = added.column("id", None).tolist()
+    assert len(ids) == len(set(ids)) >= len(left) + 120
+    assert left <= set(ids)
+    check_vectors_of(added, added.meta.geometry.balance_of(added.column("vector", None)).astype(np.float32))
+    assert added.lancedb().index_stats("vector_idx").num_unindexed_rows == len(ids) - len(left)
+
+
+def test_an_appended_fragment_is_never_taken_for_an_indexed_one(copied):
+    """The fragment with the highest id is deleted whole: its id is in the index, and must not be used again."""
+    import lance
+
+    table = build_index(copied, BuildConfig(index_type="ivf_flat")).table
+    last = table.dataset().get_fragments()[-1]
+    rows = last.to_table()
+    table.dataset().delete(f"id IN ({', '.join(repr(each) for each in rows['id'].to_pylist())})")
+    table = open_table(table.uri)
+    written = lance.fragment.write_fragments(rows, table.uri, schema=rows.schema, mode="overwrite")
+    meta = replace(table.meta, run_ids=(*table.meta.run_ids, "new"))
+    after = append_rows(table, meta, written, "new")
+    assert [each.fragment_id for each in after.dataset().get_fragments()][-1] > last.fragment_id
+    assert after.lancedb().index_stats("vector_idx").num_unindexed_rows == len(rows)
+    assert append_rows(after, meta, written, "new").version == after.version
+
+
+# --- commits and what came in between
+
+
+def commits(table: Table) -> dict[str, Callable[[], object]]:
+    """Return every change of a table, computed from the version that is open."""
+    import lance
+
+    rows = table.dataset().head(7)
+    written = lance.fragment.write_fragments(rows, table.uri, schema=rows.schema, mode="overwrite")
+    meta = replace(table.meta, run_ids=(*table.meta.run_ids, "new"))
+    schema, fragments = table.dataset().schema, [each.metadata for each in table.dataset().get_fragments()]
+    overwrite = {"mode": "overwrite", "read_version": table.version}
+    return {
+        "append": lambda: append_rows(table, meta, written, "new"),
+        "rewrite": lambda: list(rewrite_vectors(table, replace(table.meta.geometry, desc_scale=9.0))),
+        "metadata": lambda: update_meta(table, replace(table.meta, image_size=99)),
+        "overwrite": lambda: commit_fragments(table.uri, schema, fragments, run_id=uuid.uuid4().hex, **overwrite),
+    }
+
+
+@pytest.mark.parametrize("second", ["append", "rewrite", "metadata", "overwrite"])
+@pytest.mark.parametrize("first", ["append", "rewrite", "metadata", "overwrite"])
+def test_a_commit_computed_from_an_older_version_is_refused(copied, content, first, second):
+    from_same_version = commits(copied)
+    from_same_version[first]()
+    between = open_table(copied.uri)
+    rows, meta = content(between), between.meta.to_json()
+    message = rf"{copied.uri} changed meanwhile \(version 1 -> {between.version}\): rerun the same command"
+    with pytest.raises(TableError, match=message):
+        from_same_version[second]()
+    after = open_table(copied.uri)
+    assert (after.version, content(after), after.meta.to_json()) == (between.version, rows, meta)
+
+
+def test_an_append_laid_out_for_other_metadata_is_refused(copied):
+    append = commits(copied)["append"]
+    *_, between = rewrite_vectors(copied, replace(copied.meta.geometry, desc_scale=9.0))
+    with pytest.raises(TableError, match="changed meanwhile"):
+        append()
+    meta = replace(copied.meta, run_ids=(*copied.meta.run_ids, "new"))
+    with pytest.raises(TableError, match=r"changed while rows were encoded for it \(now version 2\): rerun"):
+        append_rows(between, meta, [], "new")
+
+
+def test_create_never_overwrites(copied, content):
+    dataset = copied.dataset()
+    fragments = [each.metadata for each in dataset.get_fragments()][:1]
+    with pytest.raises(TableError, match=r"copy\.lance exists \(version 1\)"):
+        commit_fragments(copied.uri, dataset.schema, fragments, run_id="x", mode="create")
+    assert len(content(open_table(copied.uri))) == 360
+
+
+def test_deletions_do_not_disturb_metadata(copied):
+    delete(copied)
+    after = update_meta(copied, replace(copied.meta, image_size=99))
+    assert (after.version, after.dataset().count_rows()) == (3, 215)
 
 
 # --- refusals

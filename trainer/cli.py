@@ -13,16 +13,22 @@ import typer
 from index.options import (
     Command,
     DeviceOption,
+    ImageEncoderOption,
     ImageSizeOption,
     JsonOption,
     LimitOption,
     SeedOption,
     SourceArgument,
+    StorageOption,
     TableArgument,
+    TextEncoderOption,
     ValFractionOption,
+    check_file,
+    check_folder,
     make_app,
     parse_integers,
 )
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, TOTAL
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -39,10 +45,11 @@ Dtype = Literal["float32", "bfloat16"]
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote.")]
 StepsOption = Annotated[
-    Any, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
+    Any, COUNT, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
 ]
 SamplesOption = Annotated[
     int | None,
+    COUNT,
     typer.Option(metavar="N", help="Images for each number of steps.", show_default="2000, at most 4 per held-out row"),
 ]
 ClipOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of a CLIPModel: adds the CLIP score.")]
@@ -66,17 +73,20 @@ def fit_autoencoder(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the autoencoder.")],
     size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Training steps.", show_default="1200 for image, 1400 for text")
+        int | None,
+        COUNT,
+        typer.Option(metavar="N", help="Training steps.", show_default="1200 for image, 1400 for text"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
+        int | None, COUNT, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
     ] = None,
     image_size: ImageSizeOption = 32,
-    latent_size: Annotated[int, typer.Option(help="Image: side of the latent grid.")] = 4,
-    latent_channels: Annotated[int, typer.Option(help="Image: channels of the latent.")] = 2,
+    latent_size: Annotated[int, COUNT, typer.Option(help="Image: side of the latent grid.")] = 4,
+    latent_channels: Annotated[int, COUNT, typer.Option(help="Image: channels of the latent.")] = 2,
     val_fraction: ValFractionOption = 0.05,
     limit: LimitOption = None,
     seed: SeedOption = 0,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an image or a text autoencoder on a source.
@@ -86,13 +96,14 @@ def fit_autoencoder(
       trainer fit-autoencoder text data/shapes --out models/text
     """
     print_status(f"trainer fit-autoencoder: opening {', '.join(source)}")
-    from index.table.storage import write_json
+    check_folder(out)
+    from index.table.storage import Storage, write_json
     from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder
     from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder
 
     optional = {"steps": steps, "batch_size": batch_size, "limit": limit}
     shared: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
-    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed}
+    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed, "storage": Storage.of(storage_option or ())}
     if kind == "image":
         config = ImageAutoencoderConfig(
             image_size=image_size, latent_size=latent_size, latent_channels=latent_channels, **shared
@@ -123,42 +134,53 @@ def fit(
     size: Annotated[Size, typer.Option(help="Model size.")] = "small",
     num_tokens: Annotated[
         int | None,
+        COUNT_FROM_0,
         typer.Option(metavar="N", help="Token embeddings that a transformer attends to.", show_default="77"),
     ] = None,
-    images: Annotated[int, typer.Option(metavar="N", help="Training length in images (targets), over all steps.")] = (
-        1_000_000
-    ),
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per training step.")] = 256,
+    images: Annotated[
+        int, TOTAL, typer.Option(metavar="N", help="Training length in images (targets), over all steps.")
+    ] = (1_000_000),
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images per training step.")] = 256,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="by network and size")
+        float | None, POSITIVE, typer.Option(help="Peak learning rate.", show_default="by network and size")
     ] = None,
     seed: SeedOption = 0,
     search: Annotated[Search, typer.Option(help="LanceDB index, or exact search on the device.")] = "ann",
     condition: Annotated[
         Condition, typer.Option(help="Condition on the caption of the retrieved pair or of the query.")
     ] = "retrieved",
-    jitter: Annotated[float, typer.Option(help="Noise on query embeddings, relative to their norm.")] = 0.0,
+    jitter: Annotated[
+        float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")
+    ] = 0.0,
     reuse: Annotated[
         int | None,
+        COUNT,
         typer.Option(
             metavar="N", help="Steps that use each retrieved pair.", show_default="as many as hide the search time"
         ),
     ] = None,
-    num_neighbors: Annotated[int, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")] = 1,
+    num_neighbors: Annotated[
+        int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")
+    ] = 1,
     temperature: Annotated[
-        float, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
+        float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
     ] = 1.0,
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
     ] = "float32",
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
+        int, COUNT, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="Time between checkpoints.")] = 120.0,
-    keep_checkpoints: Annotated[int, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
+    checkpoint_seconds: Annotated[
+        float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
+    ] = 120.0,
+    keep_checkpoints: Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network on targets retrieved from a table.
@@ -168,10 +190,13 @@ def fit(
       trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
     """
     print_status(f"trainer fit: opening {table}")
+    from index.table.storage import Storage
     from index.table.table import open_table
+    from pipeline.encoders import resolve_device
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
+    from trainer.run_folder import EncoderPlaces
 
     config = FitConfig(
         objective=objective,
@@ -199,8 +224,12 @@ def fit(
         compile=compile,
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
+        encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
     )
-    result = run_fit(open_table(table, indexed=True), config, out, resume=resume, runtime=runtime)
+    check_folder(out)
+    resolve_device(device)
+    opened = open_table(table, indexed=True, storage=Storage.of(storage_option or ()))
+    result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)
 
@@ -210,15 +239,21 @@ def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or hub id.")],
     caption: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="One or more captions.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Image grid to write.")],
-    num_inference_steps: Annotated[int, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
-    num_images_per_prompt: Annotated[int, typer.Option(metavar="N", help="Images per caption.")] = 4,
+    num_inference_steps: Annotated[int, COUNT, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
+    num_images_per_prompt: Annotated[int, COUNT, typer.Option(metavar="N", help="Images per caption.")] = 4,
     guidance_scale: Annotated[
-        float, typer.Option(help="1 follows the caption as trained; larger values follow it more strongly.")
+        float,
+        NOT_NEGATIVE,
+        typer.Option(help="1 follows the caption as trained; larger values follow it more strongly."),
     ] = 1.0,
     redraws: Annotated[
-        int, typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept.")
+        int,
+        COUNT_FROM_0,
+        typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept."),
     ] = 0,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -234,12 +269,17 @@ def sample(
     print_status(f"trainer sample: opening {run}")
     from index.errors import OptionError
     from index.table.storage import write_json
+    from pipeline.encoders import resolve_device
     from trainer.grid import draw_grid
+    from trainer.run_folder import EncoderPlaces
     from trainer.sampler import CoalescerPipeline
 
     if out.suffix != ".png":
         raise OptionError(f"--out {out} is not a PNG file: use a name that ends in .png")
-    samples = CoalescerPipeline.from_pretrained(run, device=device)(
+    check_file(out)
+    resolve_device(device)
+    encoders = EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder)
+    samples = CoalescerPipeline.from_pretrained(run, device=device, encoders=encoders)(
         caption,
         num_inference_steps=num_inference_steps,
         num_images_per_prompt=num_images_per_prompt,
@@ -271,7 +311,10 @@ def evaluate(
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     r"""Measure a run against held-out rows.
@@ -289,7 +332,10 @@ def evaluate(
     from trainer.evaluation.report import metrics_by_name
 
     out = out or run / "report"
-    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    config = _evaluation(
+        num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
+    )
+    check_folder(out)
     report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
@@ -311,7 +357,10 @@ def compare(
     clip: ClipOption = None,
     inception: InceptionOption = None,
     seed: SeedOption = 0,
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     r"""Compare runs that were trained on the same table.
@@ -329,7 +378,10 @@ def compare(
     from trainer.evaluation.compare import compare as run_compare
     from trainer.evaluation.report import main_metrics
 
-    config = _evaluation(num_inference_steps, num_samples, clip, inception, seed, device)
+    config = _evaluation(
+        num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
+    )
+    check_folder(out)
     report, page = run_compare(run, config, out, captions=caption or []), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
@@ -346,10 +398,17 @@ def _evaluation(
     inception: Path | None,
     seed: int,
     device: str,
+    image_encoder: str | None,
+    text_encoder: str | None,
+    storage_option: list[str] | None,
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
+    from index.table.storage import Storage
+    from pipeline.encoders import resolve_device
     from trainer.evaluation.protocol import EvaluationConfig
+    from trainer.run_folder import EncoderPlaces
 
+    resolve_device(device)
     return EvaluationConfig(
         num_inference_steps=num_inference_steps,
         num_samples=num_samples,
@@ -357,6 +416,8 @@ def _evaluation(
         inception=inception,
         seed=seed,
         device=device,
+        encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
+        storage=Storage.of(storage_option or ()),
     )
 
 

@@ -1,12 +1,14 @@
 """The configuration of a training run: FitConfig decides its result, RuntimeConfig only how it is computed."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from index.errors import OptionError
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, SEED, TOTAL, Range, check_ranges
 from trainer.models.base import SIZE_NAMES
 from trainer.models.registry import NETWORK_NAMES
 from trainer.objectives.registry import make_objective
+from trainer.run_folder import EncoderPlaces
 from trainer.stream import StreamConfig
 
 SEARCHES = ("ann", "exact")
@@ -26,28 +28,28 @@ class FitConfig:
     network: str = "auto"
     """mlp, transformer, or auto: a transformer for latents of 16 rows or more."""
     size: str = "small"
-    num_tokens: int | None = None
+    num_tokens: Annotated[int | None, COUNT_FROM_0] = None
     """Token embeddings that a transformer attends to, next to the pooled text embedding. None: 77 for a transformer."""
-    images: int = 1_000_000
+    images: Annotated[int, TOTAL] = 1_000_000
     """Training targets in all: the batch size times the number of training steps."""
-    batch_size: int = 256
+    batch_size: Annotated[int, COUNT] = 256
     """Targets per training step, over all processes."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, POSITIVE] = None
     """Peak learning rate. None: the default of the network's architecture and size."""
-    ema_decay: float = 0.998
+    ema_decay: Annotated[float, Range(0, 1)] = 0.998
     """Decay of the averaged weights per training step, after its warmup."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     search: str = "ann"
     """ann: the table's LanceDB index. exact: brute force over vectors that are held on the device."""
-    reuse: int | None = None
+    reuse: Annotated[int | None, COUNT] = None
     """Training steps that each retrieved pair serves. None: as many as keep training from waiting for searches."""
-    num_neighbors: int = 1
+    num_neighbors: Annotated[int, COUNT] = 1
     """k: each pair is sampled from the k nearest neighbors of its query."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """Softmax temperature over the squared distances of those k neighbors."""
     condition: str = "retrieved"
     """Condition the network on the retrieved pair's text embedding (retrieved) or on the query's own (query)."""
-    jitter: float = 0.0
+    jitter: Annotated[float, NOT_NEGATIVE] = 0.0
     """Length of the Gaussian noise on query embeddings, as a fraction of their norm."""
     dtype: str = "float32"
     """bfloat16: forward and backward passes run under autocast; weights stay float32."""
@@ -59,12 +61,11 @@ class FitConfig:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.reuse is not None and self.reuse < 1:
-            raise OptionError(f"--reuse {self.reuse} is out of range: use 1 or more, or leave it out")
-        if self.batch_size < 1 or self.images < self.batch_size:
+        check_ranges(self)
+        if self.images < self.batch_size:
             raise OptionError(
                 f"--images {self.images} is less than one batch of --batch-size {self.batch_size}: use at least one "
-                "batch of 1 or more images"
+                "batch"
             )
         self.stream()
 
@@ -92,18 +93,17 @@ class RuntimeConfig:
     """How a training run is computed; its result is the same up to floating-point rounding."""
 
     device: str = "auto"
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, COUNT] = 1
     """Parts that each batch is split into to save memory; their gradients are accumulated."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    checkpoint_seconds: float = 120.0
+    checkpoint_seconds: Annotated[float, NOT_NEGATIVE] = 120.0
     """Seconds between two checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, COUNT] = 2
     """Number of latest checkpoints to keep."""
+    encoders: EncoderPlaces = field(default_factory=EncoderPlaces)
+    """Where the table's encoders are, if they were moved."""
 
     def __post_init__(self) -> None:
-        """Raise OptionError if a count is below 1."""
-        for name in ("gradient_accumulation_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise OptionError(f"{option} {getattr(self, name)} is out of range: use 1 or more")
+        """Raise OptionError if a number is out of range."""
+        check_ranges(self)

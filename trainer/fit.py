@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from index.errors import RunError
 from index.search.ann import open_search
+from index.table.readers import needed_by
 from index.table.storage import write_json
 from index.table.table import Table, open_table
-from pipeline.encoders import TransformersTextEncoder, resolve_device
+from pipeline.encoders import resolve_device
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.models.base import Network, count_flops
 from trainer.models.registry import make_network
@@ -30,12 +31,11 @@ from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.run_folder import (
     FORMAT,
-    check_encoder,
     check_settings,
     checkpoints,
     create_run_folder,
-    encoder_source,
     load_checkpoint,
+    open_run_text_encoder,
     read_config,
     save_checkpoint,
     save_network,
@@ -64,11 +64,13 @@ def fit(
         EncoderError: an encoder is not the one that the table was encoded with.
     """
     if resume:
-        table = open_table(table.uri, version=read_config(out)["table"]["version"], indexed=True)
+        version = read_config(out)["table"]["version"]
+        table = open_table(table.uri, version=version, indexed=True, storage=table.storage)
     trainer = Trainer(table, config, out, runtime or RuntimeConfig(), resume=resume)
     trainer.open_run()
-    result = trainer.train()
-    trainer.export(result)
+    with needed_by(table, out) if trainer.accelerator.is_main_process else nullcontext():
+        result = trainer.train()
+        trainer.export(result)
     return result
 
 
@@ -103,9 +105,10 @@ class Trainer:
             )
         self.stream = self._open_stream(self.start)
         if self.accelerator.is_main_process and not self.resume:
-            create_run_folder(self.out, self.table.meta, settings)
+            create_run_folder(self.out, self.table.meta, settings, self.runtime.encoders)
         self.accelerator.wait_for_everyone()
-        self.preview = Preview(self.out, self.table, self.optimizer.averaged_model, self.objective, self.device)
+        model, encoders = self.optimizer.averaged_model, self.runtime.encoders
+        self.preview = Preview(self.out, self.table, model, self.objective, self.device, encoders)
 
     def train(self) -> dict[str, Any]:
         """Run the remaining training steps; return the last metrics and the speed."""
@@ -143,9 +146,7 @@ class Trainer:
         """Return the encoder of token embeddings; None if the network attends to none."""
         if not self.network.num_tokens:
             return None
-        meta = self.table.meta
-        encoder = TransformersTextEncoder(encoder_source(self.out, meta, "text_encoder"), self.device)
-        check_encoder(meta.text_encoder, encoder.ref)
+        encoder = open_run_text_encoder(self.out, self.table.meta, self.runtime.encoders, self.device)
         return partial(encoder.encode_tokens, num_tokens=self.network.num_tokens)
 
     def _open_stream(self, start: int = 0) -> NeighborStream:

@@ -11,6 +11,7 @@ run that is killed resumes from its last checkpoint.
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from index.errors import EncoderError, RunError, one_line
-from index.table.schema import EncoderRef, TableMeta
+from index.errors import RunError, one_line
+from index.table.schema import TableMeta
 from index.table.storage import write_json
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.stored_encoders import open_image_encoder, open_text_encoder
 from trainer.models.base import Network
 from trainer.optimizer import Optimizer
 
@@ -30,21 +32,32 @@ NETWORK = "network"
 """The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
 
 
-def create_run_folder(folder: Path, meta: TableMeta, settings: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderPlaces:
+    """Folders or hub ids to open encoders from; None: the run's copy, or else where the table was encoded with them."""
+
+    image_encoder: str | None = None
+    text_encoder: str | None = None
+
+
+NOT_MOVED = EncoderPlaces()
+
+
+def create_run_folder(
+    folder: Path, meta: TableMeta, settings: dict[str, Any], places: EncoderPlaces = NOT_MOVED
+) -> None:
     """Write the encoders of a new run, then the config.json that makes the folder a run.
 
     Raises:
         RunError: the folder is a run already.
-        EncoderError: an encoder is not the one that the table was encoded with.
+        EncoderError: an encoder is not where it was, or is not the one that the table was encoded with.
     """
     if (folder / "config.json").exists():
         raise RunError(f"{folder} is a training run already: add --resume to resume it, or use another --out")
     encoders: dict[str, DiffusersAutoencoder | TransformersTextEncoder] = {
-        "image_encoder": DiffusersAutoencoder(meta.image_encoder.name),
-        "text_encoder": TransformersTextEncoder(meta.text_encoder.name),
+        "image_encoder": open_image_encoder(meta.image_encoder, places.image_encoder),
+        "text_encoder": open_text_encoder(meta.text_encoder, places.text_encoder),
     }
-    for name, encoder in encoders.items():
-        check_encoder(getattr(meta, name), encoder.ref)
     folder.mkdir(parents=True, exist_ok=True)
     for name, encoder in encoders.items():
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -53,19 +66,21 @@ def create_run_folder(folder: Path, meta: TableMeta, settings: dict[str, Any]) -
     write_json(folder / "config.json", settings)
 
 
-def check_encoder(expected: EncoderRef, actual: EncoderRef) -> None:
-    """Raise EncoderError if an encoder is not the one that a table was encoded with."""
-    if actual.digest != expected.digest:
-        raise EncoderError(
-            f"the weights of {expected.name} are not those that the table was encoded with ({actual.digest[:12]} "
-            f"instead of {expected.digest[:12]}): restore the original encoder, or encode the table again"
-        )
+def open_encoders(
+    folder: Path, meta: TableMeta, places: EncoderPlaces, device: str
+) -> tuple[DiffusersAutoencoder, TransformersTextEncoder]:
+    """Open the encoders of a run. Raises EncoderError if they are not those of its table."""
+    image = open_image_encoder(meta.image_encoder, places.image_encoder or _copy(folder, "image_encoder"), device)
+    return image, open_run_text_encoder(folder, meta, places, device)
 
 
-def encoder_source(folder: Path, meta: TableMeta, name: str) -> str:
-    """Return where to open a run's `image_encoder` or `text_encoder`: its copy in the folder, or else its hub id."""
-    copy = folder / name
-    return str(copy) if copy.is_dir() else str(getattr(meta, name).name)
+def open_run_text_encoder(folder: Path, meta: TableMeta, places: EncoderPlaces, device: str) -> TransformersTextEncoder:
+    """Open the text encoder of a run. Raises EncoderError if it is not that of its table."""
+    return open_text_encoder(meta.text_encoder, places.text_encoder or _copy(folder, "text_encoder"), device)
+
+
+def _copy(folder: Path, name: str) -> str | None:
+    return str(folder / name) if (folder / name).is_dir() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32
 
 from index.errors import OptionError, RunError, one_line
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, SEED
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
@@ -18,7 +19,7 @@ from trainer.models.base import Network
 from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, encoder_source, read_config
+from trainer.run_folder import NETWORK, NOT_MOVED, EncoderPlaces, open_encoders, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,10 +62,15 @@ class CoalescerPipeline:
         return self.meta.geometry
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str = "auto") -> "CoalescerPipeline":
+    def from_pretrained(
+        cls, name: str | Path, *, device: str = "auto", encoders: EncoderPlaces = NOT_MOVED
+    ) -> "CoalescerPipeline":
         """Open a run folder, or a hub repository with the same files; reads safetensors and JSON only.
 
+        `encoders` says where they are if they were moved.
+
         Raises:
+            EncoderError: an encoder is not where it was, or is not the one that the table was encoded with.
             RunError: the folder or repository is not a run, or its weights do not fit its config.
         """
         folder = _fetch(str(name))
@@ -72,21 +78,20 @@ class CoalescerPipeline:
         network = load_network(folder / NETWORK).to(device).eval().requires_grad_(False)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
-        return cls.from_network(network, objective, meta, folder, device)
+        return cls.from_network(network, objective, meta, folder, device, encoders)
 
     @classmethod
     def from_network(
-        cls, network: Network, objective: Objective, meta: TableMeta, folder: Path, device: str
+        cls,
+        network: Network,
+        objective: Objective,
+        meta: TableMeta,
+        folder: Path,
+        device: str,
+        encoders: EncoderPlaces = NOT_MOVED,
     ) -> "CoalescerPipeline":
         """Combine a network, such as one in training, with the encoders of its run folder."""
-        return cls(
-            network,
-            objective,
-            meta,
-            DiffusersAutoencoder(encoder_source(folder, meta, "image_encoder"), device),
-            TransformersTextEncoder(encoder_source(folder, meta, "text_encoder"), device),
-            device,
-        )
+        return cls(network, objective, meta, *open_encoders(folder, meta, encoders, device), device)
 
     def __call__(
         self,
@@ -114,7 +119,7 @@ class CoalescerPipeline:
             OptionError: there is no prompt, a prompt is blank, or a number is out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check_call(prompts, num_inference_steps, num_images_per_prompt, redraws)
+        _check_call(prompts, num_inference_steps, num_images_per_prompt, guidance_scale, redraws, seed)
         indices = [j for _ in prompts for j in range(num_images_per_prompt)]
         text = self.encode_prompt(prompts).repeat(num_images_per_prompt, axis=0)
         latents, confidences = [], []
@@ -194,17 +199,21 @@ class CoalescerPipeline:
         return [Image.fromarray(pixels) for batch in batches for pixels in batch]
 
 
-def _check_call(prompts: list[str], num_inference_steps: int, num_images_per_prompt: int, redraws: int) -> None:
+def _check_call(
+    prompts: list[str],
+    num_inference_steps: int,
+    num_images_per_prompt: int,
+    guidance_scale: float,
+    redraws: int,
+    seed: int,
+) -> None:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise OptionError("a prompt is empty: pass at least one caption")
-    least = {
-        "--num-inference-steps": (num_inference_steps, 1),
-        "--num-images-per-prompt": (num_images_per_prompt, 1),
-        "--redraws": (redraws, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise OptionError(f"{name} {value} is out of range: use {minimum} or more")
+    COUNT.check("--num-inference-steps", num_inference_steps)
+    COUNT.check("--num-images-per-prompt", num_images_per_prompt)
+    NOT_NEGATIVE.check("--guidance-scale", guidance_scale)
+    COUNT_FROM_0.check("--redraws", redraws)
+    SEED.check("--seed", seed)
 
 
 def _most_confident(

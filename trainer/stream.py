@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from jaxtyping import Float, Float16, Float32, Int
 from torch import Tensor
 
 from index.errors import OptionError
+from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
 from index.search.neighbors import NeighborSearch
 from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
 from index.table.schema import TRAIN
@@ -78,26 +79,21 @@ class Batch:
 class StreamConfig:
     """What the batches of a stream depend on, next to the table; see FitConfig for the fields."""
 
-    batch_size: int
-    seed: int = 0
+    batch_size: Annotated[int, COUNT]
+    seed: Annotated[int, SEED] = 0
     coupling: str = "nearest"
-    num_neighbors: int = 1
-    temperature: float = 1.0
+    num_neighbors: Annotated[int, COUNT] = 1
+    temperature: Annotated[float, POSITIVE] = 1.0
     condition: str = "retrieved"
-    jitter: float = 0.0
-    reuse: int = 1
+    jitter: Annotated[float, NOT_NEGATIVE] = 0.0
+    reuse: Annotated[int, COUNT] = 1
 
     def __post_init__(self) -> None:
         """Raise OptionError if a value is unknown or out of range."""
         for name, choices in {"coupling": COUPLINGS, "condition": CONDITIONS}.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if self.num_neighbors < 1:
-            raise OptionError(f"--num-neighbors {self.num_neighbors} is out of range: use 1 or more")
-        if self.temperature <= 0:
-            raise OptionError(f"--temperature {self.temperature:g} is out of range: use a number above 0")
-        if self.jitter < 0:
-            raise OptionError(f"--jitter {self.jitter:g} is out of range: use 0 or a fraction such as 0.1")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -16,6 +16,7 @@ from index.terminal import Progress
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
+from trainer.run_folder import NOT_MOVED, EncoderPlaces
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -98,11 +99,19 @@ def _is_valid(line: str, title: str, done: int) -> bool:
 class Preview:
     """Samples of the same captions from the same noise, to compare a network at different training steps."""
 
-    def __init__(self, folder: Path, table: Table, network: Network, objective: Objective, device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        table: Table,
+        network: Network,
+        objective: Objective,
+        device: str,
+        encoders: EncoderPlaces = NOT_MOVED,
+    ) -> None:
         """Choose captions of held-out rows, or of training rows if none are held out; encoders are opened later."""
         split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
         self._captions = table.take(table.positions(split)[:PREVIEW_CAPTIONS], "caption").tolist()
-        self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device)
+        self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device, encoders)
         self._pipeline: CoalescerPipeline | None = None
 
     def grid(self) -> "Image":

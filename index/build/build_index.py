@@ -2,21 +2,26 @@
 
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
-from index.build.layout import choose_geometry, lay_out
+import numpy as np
+
+from index.build.layout import MAX_TARGET_PERPLEXITY, choose_geometry, lay_out
 from index.build.select import INDEX_TYPES, Builder, Selection, index_bytes, select_index
 from index.errors import OptionError, TableError
+from index.ranges import POSITIVE, SEED, Range, check_ranges
 from index.report.hubness import Hubness, measure_hubness, num_hubness_queries
-from index.report.integrity import VectorIntegrity, check_vectors
+from index.report.integrity import VectorIntegrity, check_vectors, explain_nonfinite
 from index.report.recall import Recall, evaluation_queries, find_ground_truth
 from index.report.report import BalanceReport, IndexReport, SearchSettings, find_warnings
-from index.report.sweep import DESC_SCALES, SweepPoint, sample_rows, sweep_desc_scale
+from index.report.sweep import DESC_SCALES, SweepPoint, SweepSize, measure_sweep
 from index.search.ann import ApproximateSearch
 from index.search.exact import ExactSearch
-from index.search.lance_index import VECTOR_INDEX, build_whole
+from index.search.lance_index import build_whole
+from index.space.queries import Purpose
+from index.table.lock import hold_lock
 from index.table.schema import TRAIN
-from index.table.table import Table
+from index.table.table import VECTOR_INDEX, Table
 from index.terminal import Progress
 
 NUM_RECALL_QUERIES = 1024
@@ -34,28 +39,25 @@ class BuildConfig:
     """Regress latents on text embeddings and search the residuals."""
     balance: bool | None = None
     """Fit dual potentials, so that every row is retrieved equally often; resumes from those that the table has."""
-    balance_time_limit: float = 300.0
+    balance_time_limit: Annotated[float, POSITIVE] = 300.0
     """Seconds that the fit may take."""
-    max_memory: int = 4 * 2**30
+    max_memory: Annotated[int, POSITIVE] = 4 * 2**30
     """Bytes of vectors held in memory at a time. A larger table is read again for each pass and gets an index of lower
     precision."""
     index_type: str = "auto"
     """auto: exact search for small tables, otherwise IVF_RQ, or IVF_FLAT if that misses the target recall."""
-    target_recall: float = 0.95
+    target_recall: Annotated[float, Range(0, 1, above=True)] = 0.95
     """recall@1 against exact search, on held-out captions with random R."""
-    target_perplexity: float = 100.0
+    target_perplexity: Annotated[float, Range(1, MAX_TARGET_PERPLEXITY, above=True)] = 100.0
     """For desc_scale `auto`: the number of targets that R chooses among for one caption."""
     allow_small_desc_scale: bool = False
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         """Raise OptionError for values out of range, before anything is read."""
         if self.index_type not in INDEX_TYPES:
             raise OptionError(f"--index-type {self.index_type!r} is unknown: choose one of {', '.join(INDEX_TYPES)}")
-        if not 0 < self.target_recall <= 1:
-            raise OptionError(
-                f"--target-recall {self.target_recall:g} is out of range: use a number above 0 and at most 1"
-            )
+        check_ranges(self)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,9 +71,18 @@ class Built:
 def build_index(table: Table, config: BuildConfig, build: Builder = build_whole) -> Built:
     """Lay a table out, select and build its index, and write the report to DB/NAME.reports/index.json.
 
-    `build` makes the index itself, here or on a Beam runner. Raises TableError if the table has no training rows or
-    has vectors that are not finite, OptionError if an option does not fit the table.
+    `build` makes the index itself, here or on a Beam runner. Until the new index is complete, the last complete version
+    serves. Raises TableError if the table has no training rows or vectors that are not finite, or if another command
+    writes to it, OptionError if an option does not fit the table.
     """
+    with hold_lock(table.uri, table.storage, "build-index"):
+        built = _build(table, config, build)
+        built.table.write_report("index", asdict(built.report))
+        return built
+
+
+def _build(table: Table, config: BuildConfig, build: Builder) -> Built:
+    """Do all of it but writing the report."""
     began, log = time.monotonic(), table.log("index")
     if len(table.positions(TRAIN)) == 0:
         raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")
@@ -82,6 +93,7 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
         center=config.center,
         allow_small=config.allow_small_desc_scale,
         target_perplexity=config.target_perplexity,
+        memory=config.max_memory,
         seed=config.seed,
     )
     table, balance = lay_out(
@@ -95,11 +107,19 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
     )
     integrity = check_vectors(table)
     if integrity.nonfinite_vectors:
-        raise TableError(f"{integrity.nonfinite_vectors} vectors of {table.uri} are not finite: encode the table again")
+        raise TableError(
+            f"{integrity.nonfinite_vectors} vectors of {table.uri} are not finite: {explain_nonfinite(table)}"
+        )
     exact = ExactSearch(table, memory=config.max_memory)
+    queries = [
+        evaluation_queries(table, NUM_RECALL_QUERIES, seed=config.seed, purpose=purpose)
+        for purpose in (Purpose.NPROBES, Purpose.RECALL)
+    ]
+    tuning, fresh = find_ground_truth(exact, np.concatenate(queries)).split(NUM_RECALL_QUERIES)
     selection = select_index(
         table,
-        find_ground_truth(exact, evaluation_queries(table, NUM_RECALL_QUERIES, seed=config.seed)),
+        tuning,
+        fresh,
         index_type=config.index_type,
         target_recall=config.target_recall,
         memory=config.max_memory,
@@ -107,9 +127,7 @@ def build_index(table: Table, config: BuildConfig, build: Builder = build_whole)
         build=build,
         log=log,
     )
-    report = _measure(selection, exact, integrity, balance, config, began)
-    selection.table.write_report("index", asdict(report))
-    return Built(selection.table, report)
+    return Built(selection.table, _measure(selection, exact, integrity, balance, config, began))
 
 
 def _measure(
@@ -126,13 +144,14 @@ def _measure(
     total = num_hubness_queries(len(exact.row_ids))
     with Progress("measure hubness", total=total, unit="queries", log=table.log("index")) as bar:
         hubness = measure_hubness(geometry, neighbors, exact, seed=config.seed, progress=bar.advance)
-    scales = (*DESC_SCALES, geometry.desc_scale)
-    *sweep, at_scale = sweep_desc_scale(geometry, sample_rows(table, seed=config.seed), scales)
-    settings = _settings(selection, len(exact.row_ids), config.target_recall, time.monotonic() - began)
+    sweep_size, (*sweep, at_scale) = measure_sweep(
+        exact, geometry, (*DESC_SCALES, geometry.desc_scale), seed=config.seed
+    )
     report = IndexReport(
-        **_values(SearchSettings, settings),
+        **_values(SearchSettings, _settings(selection, len(exact.row_ids), config, time.monotonic() - began)),
         **_values(Recall, selection.recall),
         **_values(Hubness, hubness),
+        **_values(SweepSize, sweep_size),
         **_values(SweepPoint, at_scale),
         **_values(VectorIntegrity, integrity),
         balance=balance,
@@ -147,7 +166,7 @@ def _values(group: type, record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(group)}
 
 
-def _settings(selection: Selection, train_rows: int, target_recall: float, seconds: float) -> SearchSettings:
+def _settings(selection: Selection, train_rows: int, config: BuildConfig, seconds: float) -> SearchSettings:
     """Collect what the metrics of a report were measured at."""
     table, geometry, index = selection.table, selection.table.meta.geometry, selection.table.meta.index
     assert index is not None
@@ -174,5 +193,6 @@ def _settings(selection: Selection, train_rows: int, target_recall: float, secon
         index_bytes=size,
         num_unindexed_rows=num_unindexed,
         build_seconds=round(seconds, 2),
-        target_recall=target_recall,
+        target_recall=config.target_recall,
+        target_perplexity=config.target_perplexity if config.desc_scale == "auto" else None,
     )

@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from index.build.potentials import extend_potentials, fit_potentials
 from index.errors import OptionError
 from index.report.report import BalanceReport
-from index.report.sweep import sample_rows, sweep_desc_scale
+from index.report.sweep import NUM_POINTS, draw_captions, find_targets, mean_perplexity, rows_in
 from index.search.blocks import MAX_QUERIES, VectorBlocks
 from index.search.kmeans import fastest_device
 from index.space.centering import Centering, fit_centering
 from index.space.geometry import Geometry
-from index.space.queries import draw_points, draw_rows
+from index.space.moments import unit
+from index.space.queries import Purpose, draw_points, draw_rows
 from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
@@ -29,6 +30,11 @@ from index.terminal import Progress
 MAX_CENTERING_SIZE = 2**24
 MIN_QUERIES = 1024
 """Queries per step of balancing, or a quarter of the rows if that is more."""
+AUTO_CAPTIONS = 64
+"""Captions whose perplexity is averaged for desc_scale `auto`."""
+POINTS_PER_TARGET = 4
+"""Noise points per target that perplexity is measured with: at fewer, even its corrected estimate falls short."""
+MAX_TARGET_PERPLEXITY = 1024
 MAX_FITTED_ROWS = 200_000
 """Rows whose potentials are fitted; in larger tables they are an even sample, from which the others are derived."""
 
@@ -41,24 +47,27 @@ def choose_geometry(
     center: bool | None,
     allow_small: bool,
     target_perplexity: float,
+    memory: int,
     seed: int,
 ) -> Geometry:
-    """Return the geometry that the user asks for; None keeps what the table has.
+    """Return the geometry that the user asks for; None keeps what the table has, as does a value that it has already.
 
-    desc_scale `auto` finds the value that reaches `target_perplexity`.
+    desc_scale `auto` finds the value that reaches `target_perplexity`, within `memory` bytes.
     """
     current = table.meta.geometry
+    name = current.name if name is None else name
     center = (current.centering is not None) if center is None else center
-    if name is None and desc_scale is None and center == (current.centering is not None):
-        return current
     scale = current.desc_scale if desc_scale in (None, "auto") else float(desc_scale)
+    as_before = name == current.name and center == (current.centering is not None)
+    if as_before and scale == current.desc_scale and desc_scale != "auto":
+        return current
     # A small desc_scale that the table already has was allowed when it was set.
     allowed = allow_small or scale == current.desc_scale
 
     def fit(centering: Centering | None) -> Geometry:
         return Geometry.fit(
             table.meta.moments,
-            name=name or current.name,
+            name=name,
             desc_scale=scale,
             allow_small_desc_scale=allowed,
             centering=centering,
@@ -69,8 +78,8 @@ def choose_geometry(
         reusable = current.centering if geometry.name == current.name else None
         geometry = fit(reusable or _fit_centering(table, geometry))
     if desc_scale == "auto":
-        scale = _auto_desc_scale(table, geometry, target_perplexity, allow_small=allow_small, seed=seed)
-        return replace(geometry, desc_scale=scale)
+        scale = _auto_desc_scale(table, geometry, target_perplexity, allow_small=allow_small, memory=memory, seed=seed)
+        return current if as_before and scale == current.desc_scale else replace(geometry, desc_scale=scale)
     return geometry
 
 
@@ -88,20 +97,39 @@ def _fit_centering(table: Table, geometry: Geometry) -> Centering:
 
 
 def _auto_desc_scale(
-    table: Table, geometry: Geometry, target_perplexity: float, *, allow_small: bool, seed: int
+    table: Table, geometry: Geometry, target_perplexity: float, *, allow_small: bool, memory: int, seed: int
 ) -> float:
-    """Bisect log2(desc_scale) up to 6 for the target perplexity, which falls as desc_scale grows."""
-    rows = sample_rows(table, seed=seed)
-    # The stored potentials were fitted at the stored scale.
-    rows = replace(rows, balance=np.zeros_like(rows.balance))
-    target = min(target_perplexity, max(2.0, len(rows.text) / 10))
-    low, high = (-4.0, 6.0) if allow_small else (0.0, 6.0)
-    for _ in range(9):
-        middle = (low + high) / 2
-        point = sweep_desc_scale(geometry, rows, (2.0**middle,), seed=seed)[0]
-        low, high = (middle, high) if point.perplexity > target else (low, middle)
-    scale: float = 2.0 ** ((low + high) / 2)
+    """Find the desc_scale up to 64 that reaches the target perplexity, which falls as desc_scale grows.
+
+    Two passes over all rows: at octaves, then at eighths of the octave in which the target is passed, between which it
+    is interpolated. If no value reaches the target, the smallest is returned.
+    """
+    train = table.positions(TRAIN)
+    own = draw_captions(len(train), AUTO_CAPTIONS, seed=seed, purpose=Purpose.DESC_SCALE)
+    text = unit(table.take(train[own], "text").astype(np.float32))
+    num_points = max(NUM_POINTS, int(POINTS_PER_TARGET * target_perplexity))
+    r = draw_points(geometry, num_points, seed=seed, step=0, purpose=Purpose.DESC_SCALE)
+    target = reachable_perplexity(target_perplexity, len(train))
+
+    def find(exponents: Float[np.ndarray, "D"]) -> tuple[float, float, float]:
+        """Return the neighbors in a grid of log2(desc_scale) between which perplexity passes the target, and where."""
+        targets = find_targets(rows_in(table, geometry, memory), geometry, text, r, tuple(2.0**exponents))
+        reached = np.array([mean_perplexity(each) for each in targets])
+        last = int(np.argmax(reached <= target)) if (reached <= target).any() else len(reached) - 1
+        ends = [max(last - 1, 0), last]
+        between = np.interp(-np.log(target), -np.log(reached[ends]), exponents[ends])
+        return float(exponents[ends[0]]), float(exponents[last]), float(between)
+
+    low, high, between = find(np.arange(-4.0 if allow_small else 0.0, 7.0))
+    if low < high:
+        _, _, between = find(np.linspace(low, high, 9))
+    scale = float(2.0**between)
     return round(scale if allow_small else max(scale, 1.01), 2)
+
+
+def reachable_perplexity(target: float, rows: int) -> float:
+    """Return the target perplexity, or a tenth of the rows (at least 2) if that is less."""
+    return min(target, max(2.0, rows / 10))
 
 
 def lay_out(
@@ -169,8 +197,8 @@ def _fit_balance(
     batch_size = int(np.clip(sample.count // 4, MIN_QUERIES, MAX_QUERIES))
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
-        rows = draw_rows(len(train), batch_size, seed=seed, step=step)
-        points = draw_points(geometry, batch_size, seed=seed, step=step)
+        rows = draw_rows(len(train), batch_size, seed=seed, step=step, purpose=Purpose.BALANCE)
+        points = draw_points(geometry, batch_size, seed=seed, step=step, purpose=Purpose.BALANCE)
         return geometry.queries(table.take(train[rows], "text"), points)
 
     first = None if start is None else start[::stride]
@@ -183,7 +211,7 @@ def _fit_balance(
         blocks = VectorBlocks(table, memory=memory // 2, device=device, balance=False)
         g = extend_potentials(sample, g, blocks, queries)
     return g, BalanceReport(
-        chi_square=potentials.chi_square,
+        fit_chi_square=potentials.chi_square,
         steps=potentials.step,
         seconds=round(time.monotonic() - began, 1),
         stop_reason=str(potentials.stop_reason),

@@ -5,6 +5,7 @@ Hubness: Radovanovic et al., JMLR 11 (2010) 2487. Chi-square of hit counts: SD-F
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from index.search.exact import ExactSearch
 from index.search.neighbors import NeighborSearch
 from index.space.geometry import Geometry
 from index.space.moments import unit
-from index.space.queries import draw_points, draw_rows
+from index.space.queries import Purpose, draw_points, draw_rows
 
 BATCH = 1024
 PROBE_BATCHES = 8
@@ -23,9 +24,10 @@ MAX_HITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Hubness:
-    """How often each training row is retrieved by queries of the training distribution."""
+    """How often each training row is retrieved by queries of the training distribution that fitted nothing."""
 
-    num_queries: int
+    hubness_queries: int
+    """Queries whose hits are counted."""
     hit_counts: list[int]
     """hit_counts[k] is the number of rows retrieved exactly k times; the last bin is 32 or more."""
     anti_hub_rate: float
@@ -38,8 +40,11 @@ class Hubness:
     """1 / (N sum q_i^2) for hit rates q_i: 1 if all N rows are retrieved equally often."""
     chi_square: float
     """Unbiased chi-square of the hit counts against uniform ones; a table below 0.05 counts as balanced."""
-    linear_probe_r2: float
-    """Held-out R^2 of a ridge regression from (R, text embedding) to the target's coordinates."""
+    linear_probe_queries: int
+    """Queries to which the linear probe is fitted (four fifths) and on which it is tested (one fifth)."""
+    linear_probe_r2: float | None
+    """Held-out R^2 of a ridge regression from (R, text embedding) to the target's coordinates; None if all targets are
+    equal."""
 
 
 def num_hubness_queries(rows: int) -> int:
@@ -63,23 +68,25 @@ def measure_hubness(
     hits = np.zeros(n, np.int64)
     inputs, targets = [], []
     for step in range(num_hubness_queries(n) // BATCH):
-        text = exact.take(draw_rows(n, BATCH, seed=seed, step=step), "text")
-        r = draw_points(geometry, BATCH, seed=seed, step=step)
+        stream: dict[str, Any] = {"seed": seed, "step": step, "purpose": Purpose.HUBNESS}
+        text = exact.take(draw_rows(n, BATCH, **stream), "text")
+        r = draw_points(geometry, BATCH, **stream)
         pairs = neighbors.nearest(geometry.queries(text, r))
-        hits += np.bincount(exact.positions_of(pairs.row_id[:, 0]), minlength=n)
+        np.add.at(hits, exact.positions_of(pairs.row_id[:, 0]), 1)
         progress(BATCH)
         if step < PROBE_BATCHES:
             inputs.append(np.concatenate([r, unit(text.astype(np.float32)) * geometry.kappa], 1))
             targets.append(geometry.to_coordinates(pairs.latent[:, 0]))
     total = int(hits.sum())
     return Hubness(
-        num_queries=total,
+        hubness_queries=total,
         hit_counts=np.bincount(np.minimum(hits, MAX_HITS), minlength=MAX_HITS + 1).tolist(),
         anti_hub_rate=float((hits == 0).mean()),
         expected_anti_hub_rate=float((1 - 1 / n) ** total),
         max_hit_rate=float(hits.max() / total),
         effective_row_fraction=float(total**2 / (n * np.square(hits.astype(np.float64)).sum())),
         chi_square=chi_square(hits),
+        linear_probe_queries=sum(map(len, inputs)),
         linear_probe_r2=ridge_r2(np.concatenate(inputs), np.concatenate(targets)),
     )
 
@@ -94,13 +101,19 @@ def chi_square(hits: Int[np.ndarray, "N"]) -> float:
     return float(len(c) * (c * c - c).sum() / (total * (total - 1)) - 1.0)
 
 
-def ridge_r2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M L"], penalty: float = 1e-2) -> float:
-    """Return the R^2 of a ridge regression with intercept, fitted to the first four fifths and tested on the rest."""
+def ridge_r2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M L"], penalty: float = 1e-2) -> float | None:
+    """Return the R^2 of a ridge regression with intercept, fitted to the first four fifths and tested on the rest.
+
+    None if `y` does not vary.
+    """
     cut = len(x) * 4 // 5
     x_mean, y_mean = x[:cut].mean(0), y[:cut].mean(0)
+    variation = float(np.square(y[cut:] - y_mean).sum())
+    if variation <= 1e-9 * float(np.square(y[cut:]).sum()):
+        return None
     a = (x[:cut] - x_mean).astype(np.float64)
     gram = a.T @ a
     gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
     weights = np.linalg.solve(gram, a.T @ (y[:cut] - y_mean))
     residual = y[cut:] - y_mean - (x[cut:] - x_mean) @ weights
-    return float(1 - np.square(residual).sum() / np.square(y[cut:] - y_mean).sum())
+    return float(1 - np.square(residual).sum() / variation)

@@ -17,6 +17,7 @@ from index.report.html import table as html_table
 from index.report.recall import evaluation_queries, evaluation_rows
 from index.report.report import IndexReport
 from index.search.ann import open_search
+from index.space.queries import Purpose
 from index.table.table import Table
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class Example:
         return f"<h3>{html.escape(self.caption)}</h3><p>{''.join(figures)}</p>"
 
 
-def index_page(table: Table, report: IndexReport, *, decode: Decode | None = None, seed: int = 0) -> str:
-    """Return the page of a report on `table`."""
+def index_page(
+    table: Table, report: IndexReport, *, decode: Decode | None = None, seed: int = 0, memory: int | None = None
+) -> str:
+    """Return the page of a report on `table`; retrieving its examples holds at most `memory` bytes of vectors."""
     nested = ("sweep", "candidates", "balance", "warnings")
     metrics = [(name, value) for name, value in asdict(report).items() if name not in nested]
     if report.balance is not None:
@@ -60,28 +63,49 @@ def index_page(table: Table, report: IndexReport, *, decode: Decode | None = Non
         *(f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings),
         _plots(report),
         "<h2>Retrieved pairs of held-out captions with random R</h2>",
-        *(example.to_html() for example in retrieve_examples(table, decode, seed=seed)),
+        *(example.to_html() for example in retrieve_examples(table, decode, seed=seed, memory=memory)),
         "<h2>All metrics</h2>",
+        f"<p>{html.escape(measured_on(report))}</p>",
         html_table(metrics),
     ]
     return page(f"Index of {table.uri.rpartition('/')[2]}", "\n".join(parts), style=STYLE)
 
 
-def retrieve_examples(table: Table, decode: Decode | None = None, *, seed: int = 0) -> list[Example]:
+def measured_on(report: IndexReport) -> str:
+    """Say on how many rows and queries the metrics of a report rest."""
+    heldout = "held-out captions" if report.rows > report.train_rows else "training captions, as none are held out"
+    queries = report.sweep_captions * report.sweep_points
+    return (
+        f"Recall and speed: {report.recall_queries:,} queries of {heldout}, which did not choose nprobes. "
+        f"Hit counts: {report.hubness_queries:,} queries of training, which did not fit the balance; linear probe: "
+        f"{report.linear_probe_queries:,} of them. Perplexity, self-retrieval rate and sweep: {queries:,} queries, "
+        f"{report.sweep_captions:,} captions with {report.sweep_points:,} noise points each, against all "
+        f"{report.sweep_rows:,} training rows."
+    )
+
+
+def retrieve_examples(
+    table: Table, decode: Decode | None = None, *, seed: int = 0, memory: int | None = None
+) -> list[Example]:
     """Retrieve the nearest pairs of a few evaluation queries, through the search that a trainer uses."""
-    captions = table.take(evaluation_rows(table, NUM_EXAMPLES, seed=seed), "caption")
-    pairs = open_search(table).nearest(evaluation_queries(table, NUM_EXAMPLES, seed=seed), NUM_NEIGHBORS)
+    rows = evaluation_rows(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
+    queries = evaluation_queries(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
+    captions = table.take(rows, "caption")
+    pairs = open_search(table, memory=memory).nearest(queries, NUM_NEIGHBORS)
+    # Fewer than NUM_NEIGHBORS if the table has fewer training rows.
     retrieved = table.take_row_ids(pairs.row_id.ravel(), "caption").reshape(pairs.row_id.shape)
+    images: list[bytes] | None = None
     if keeps_images(table):
         images = table.take_row_ids(pairs.row_id.ravel(), "image").tolist()
-    else:
-        images = None if decode is None else _decoded(table, pairs.latent, decode)
+    elif decode is not None:
+        images = _decoded(table, pairs.latent, decode)
+    count = pairs.row_id.shape[1]
     return [
         Example(
             caption=str(captions[i]),
             captions=retrieved[i].tolist(),
             distances=np.sqrt(pairs.distance[i]).tolist(),
-            images=None if images is None else images[i * NUM_NEIGHBORS : (i + 1) * NUM_NEIGHBORS],
+            images=None if images is None else images[i * count : (i + 1) * count],
         )
         for i in range(NUM_EXAMPLES)
     ]
@@ -122,14 +146,17 @@ def _plot_hit_counts(axes: "Axes", report: IndexReport) -> None:
     most = int(np.flatnonzero(report.hit_counts).max())
     rows = np.array(report.hit_counts[: most + 2], float)
     hits = np.arange(len(rows))
-    mean = report.num_queries / report.train_rows
+    mean = report.hubness_queries / report.train_rows
     # Poisson, term by term: the factorial of 32 overflows an int64.
     uniform = np.exp(-mean) * np.cumprod(np.concatenate([[1.0], mean / hits[1:]])) * rows.sum()
     axes.bar(hits, rows, color=BLUE, label="measured")
     axes.plot(hits, uniform, color=RED, marker=".", label="uniform sampling (Poisson)")
     last = f" ({hits[-1]}: or more)" if len(rows) == len(report.hit_counts) else ""
     axes.set(
-        title=f"Hits per row in {report.num_queries:,} queries", xlabel=f"hits{last}", ylabel="rows", yscale="symlog"
+        title=f"Hits per row in {report.hubness_queries:,} queries",
+        xlabel=f"hits{last}",
+        ylabel="rows",
+        yscale="symlog",
     )
     axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small")
@@ -140,9 +167,11 @@ def _plot_recall(axes: "Axes", report: IndexReport) -> None:
         points = [each for each in report.candidates if (each.index_type, each.refine_factor) == setting]
         index_type, refine_factor = setting
         label = index_type.upper() + (f", refine factor {refine_factor}" if refine_factor > 1 else "")
-        axes.plot([each.p50_ms for each in points], [each.recall_at_1 for each in points], marker="o", label=label)
+        axes.plot(
+            [each.p50_ms for each in points], [each.tuning_recall_at_1 for each in points], marker="o", label=label
+        )
         for each in points:
-            axes.annotate(str(each.nprobes), (each.p50_ms, each.recall_at_1), fontsize=7)
+            axes.annotate(str(each.nprobes), (each.p50_ms, each.tuning_recall_at_1), fontsize=7)
     axes.set(title="Recall against latency, by nprobes", xlabel="ms per batch of 256 queries", ylabel="recall@1")
     axes.legend(fontsize="small")
 

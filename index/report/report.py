@@ -9,9 +9,13 @@ from typing import Any
 from index.report.hubness import Hubness
 from index.report.integrity import VectorIntegrity
 from index.report.recall import Recall
-from index.report.sweep import SweepPoint
+from index.report.sweep import SweepPoint, SweepSize
+from index.table.ledger import ledger_summary
 from index.table.schema import TRAIN, IndexRef
-from index.table.table import Table
+from index.table.table import Table, complete_versions, index_is_current
+
+UNIQUE_CAPTIONS = 1.5
+"""Training rows per distinct caption below which captions count as unique."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class SearchSettings:
     num_unindexed_rows: int
     build_seconds: float
     target_recall: float
+    target_perplexity: float | None
+    """What `--desc-scale auto` was asked for; None if desc_scale was given or kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +66,28 @@ class IndexSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexCandidate(Recall, IndexSettings):
-    """The recall and speed of an index at these settings."""
+class IndexCandidate(IndexSettings):
+    """The recall and speed of an index at these settings, on the queries by which nprobes is chosen.
 
-    def ref(self) -> IndexRef:
-        """Return what the table's metadata stores of it."""
+    The best of several measurements looks better than it is, so the report's own recall is of other queries.
+    """
+
+    tuning_queries: int
+    tuning_recall_at_1: float
+    tuning_recall_at_10: float
+    p50_ms: float
+    queries_per_second: float
+
+    def ref(self, recall_at_1: float, uuid: str | None) -> IndexRef:
+        """Return what the table's metadata stores of it: with its recall on fresh queries, and Lance's UUID."""
         return IndexRef(
             index_type=self.index_type,
             num_partitions=self.num_partitions,
             nprobes=self.nprobes,
-            recall_at_1=self.recall_at_1,
+            recall_at_1=recall_at_1,
             num_bits=self.num_bits,
             refine_factor=self.refine_factor,
+            uuid=uuid,
         )
 
 
@@ -79,8 +95,9 @@ class IndexCandidate(Recall, IndexSettings):
 class BalanceReport:
     """The outcome of fitting dual potentials."""
 
-    chi_square: float
-    """Of the hit counts of fresh queries, over the rows that were fitted."""
+    fit_chi_square: float
+    """Chi-square that ended the fit, over the rows that were fitted; that of the report is of other queries and all
+    training rows."""
     steps: int
     seconds: float
     stop_reason: str
@@ -91,7 +108,7 @@ class BalanceReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexReport(VectorIntegrity, SweepPoint, Hubness, Recall, SearchSettings):
+class IndexReport(VectorIntegrity, SweepPoint, SweepSize, Hubness, Recall, SearchSettings):
     """All that is known of an indexed table.
 
     It inherits the groups of metrics that are measured separately, so that their fields are keys of one flat JSON
@@ -120,22 +137,20 @@ def find_warnings(report: IndexReport) -> list[str]:
             f"the anti-hub rate is {report.anti_hub_rate:.0%}, {excess:.0%} above uniform sampling "
             f"(chi-square {report.chi_square:.2f}): try --balance, and --geometry sphere if it is not set"
         )
-    if report.recall_at_1 < report.target_recall:
+    error = report.standard_error(report.target_recall)
+    if report.recall_at_1 < report.target_recall - 2 * error:
         warnings.append(
-            f"recall@1 is {report.recall_at_1:.3f}, below --target-recall {report.target_recall:g}: raise "
-            "--max-memory-gb, which allows a more precise index"
+            f"recall@1 is {report.recall_at_1:.3f} on {report.recall_queries:,} queries, more than two standard errors "
+            f"({error:.3f}) below --target-recall {report.target_recall:g}: raise --max-memory-gb, which allows a more "
+            "precise index"
         )
-    if report.perplexity < 2:
-        warnings.append(
-            f"perplexity is {report.perplexity:.2f} targets per caption, so the target hardly depends on R and a "
-            "caption yields one image: try a smaller --desc-scale, or --desc-scale auto"
-        )
+    warnings += _perplexity_warnings(report)
     if report.text_distance > 0.7:
         warnings.append(
             f"the unit text embeddings of query and target are {report.text_distance:.2f} apart, so images will "
             "hardly follow their captions: try a larger --desc-scale"
         )
-    if report.linear_probe_r2 < 0.02:
+    if report.linear_probe_r2 is not None and report.linear_probe_r2 < 0.02:
         warnings.append(
             f"a linear probe explains R^2 = {report.linear_probe_r2:.3f} of the targets, which are close to "
             "unpredictable from (R, caption): try --center, a larger --desc-scale, or smaller latents"
@@ -150,14 +165,49 @@ def find_warnings(report: IndexReport) -> list[str]:
     return warnings
 
 
+def _perplexity_warnings(report: IndexReport) -> list[str]:
+    """Warn of targets that hardly depend on R, and of a perplexity that `--desc-scale auto` did not reach."""
+    warnings, asked = [], report.target_perplexity
+    rows_per_text = report.train_rows / max(report.distinct_texts, 1)
+    if asked is not None and not 0.75 <= report.perplexity / asked <= 4 / 3:
+        if report.perplexity > asked:
+            reason = "captions that are this much alike need a text encoder that tells them apart"
+        elif report.train_rows < 10 * asked:
+            reason = f"auto lets a caption choose among at most a tenth of the {report.train_rows:,} training rows"
+        else:
+            reason = "a smaller desc_scale would let captions retrieve images of other captions"
+        warnings.append(
+            f"--desc-scale auto reached a perplexity of {report.perplexity:.3g} at desc_scale {report.desc_scale:g}, "
+            f"{asked:g} was asked: {reason}"
+        )
+    if report.perplexity < 2 and rows_per_text < UNIQUE_CAPTIONS:
+        warnings.append(
+            f"perplexity is {report.perplexity:.2f} targets per caption, because nearly every caption is unique "
+            f"({report.distinct_texts:,} captions for {report.train_rows:,} training rows) and retrieves its own "
+            "image for any R: expect no advantage over --objective endpoint or flow_matching, and keep desc_scale, "
+            "since a smaller one retrieves images of other captions"
+        )
+    elif report.perplexity < 2:
+        warnings.append(
+            f"perplexity is {report.perplexity:.2f} targets per caption, so the target hardly depends on R and a "
+            "caption yields one image: try a smaller --desc-scale, or --desc-scale auto"
+        )
+    return warnings
+
+
 def describe(table: Table) -> dict[str, Any]:
-    """Return what a table holds, as of its open version, and its last index report under `index_report`."""
-    meta = table.meta
+    """Return what a table holds, as of its open version, and its last index report under `index_report`.
+
+    `serving_version` is the one that trainers open: an older one while this one has no complete index.
+    """
+    meta, dataset = table.meta, table.dataset()
+    current = index_is_current(dataset, meta.index)
     return {
         "table": table.uri,
         "version": table.version,
-        "rows": table.dataset().count_rows(),
-        "train_rows": table.dataset().count_rows(filter=f"split = '{TRAIN}'"),
+        "rows": dataset.count_rows(),
+        "train_rows": dataset.count_rows(filter=f"split = '{TRAIN}'"),
+        **ledger_summary(table),
         "image_encoder": f"{meta.image_encoder.class_name} {meta.image_encoder.name}",
         "text_encoder": f"{meta.text_encoder.class_name} {meta.text_encoder.name}",
         "image_size": meta.image_size,
@@ -165,7 +215,8 @@ def describe(table: Table) -> dict[str, Any]:
         "text_dim": meta.text_dim,
         "geometry": meta.geometry.name,
         "desc_scale": meta.geometry.desc_scale,
-        "indexed": meta.index is not None,
-        "index_type": None if meta.index is None else meta.index.index_type,
-        "index_report": None if meta.index is None else table.report("index"),
+        "indexed": current,
+        "index_type": meta.index.index_type if current and meta.index is not None else None,
+        "serving_version": table.version if current else next(iter(complete_versions(dataset)), None),
+        "index_report": table.report("index"),
     }

@@ -70,8 +70,12 @@ class ApproximateSearch:
         return query.select(["text", "latent", "_distance", *(["vector"] if self._refine_factor > 1 else [])])
 
 
-def open_search(table: Table, *, exact: bool = False, device: str = "cpu") -> NeighborSearch:
-    """Open the search that a table was indexed for, or exact search on `device` if `exact` is set."""
+def open_search(table: Table, *, exact: bool = False, device: str = "cpu", memory: int | None = None) -> NeighborSearch:
+    """Open the search that a table was indexed for, or exact search on `device` if `exact` is set.
+
+    Exact search holds the rows in memory if they fit into `memory` bytes (None: no limit), else it reads them again for
+    each batch of queries.
+    """
     if exact or table.meta.uses_exact_search:
-        return ExactSearch(table, device)
+        return ExactSearch(table, device, memory)
     return ApproximateSearch(table)

@@ -114,7 +114,9 @@ class VectorBlocks:
         affordable = memory // (16 * dim + 8 * MAX_QUERIES)
         self._read_rows = block_rows or max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, affordable))
         # Twice the vectors, because sorting copies them.
-        fits = 8 * (dim + 2) * self.count + 16 * dim * self._read_rows <= memory
+        self.num_bytes = 8 * (dim + 2) * self.count + 16 * dim * self._read_rows
+        """What holding the vectors in memory takes."""
+        fits = self.num_bytes <= memory
         block_rows = block_rows or CACHE_BLOCK_ROWS.get(self.device.type, self._read_rows)
         self.sorted: SortedBlocks | None = self._sort(block_rows) if fits else None
 

@@ -18,7 +18,7 @@ class ExactSearch:
     def __init__(
         self, table: Table, device: str = "cpu", memory: int | None = None, *, blocks: VectorBlocks | None = None
     ) -> None:
-        """Read the vectors to `device` if they fit into `memory` bytes (None: no limit).
+        """Hold the vectors, and text embeddings and latents, if they fit into `memory` bytes (None: no limit).
 
         Vectors that do not fit are read again for each batch of queries. `blocks` replaces the ones made from
         `device` and `memory`.
@@ -28,8 +28,11 @@ class ExactSearch:
         """Row ids of the training rows, in table order."""
         self._by_id = np.argsort(self.row_ids)
         self._table, self._table_positions = table, table.positions(TRAIN)
-        self._blocks = VectorBlocks(table, memory=memory, device=device) if blocks is None else blocks
-        self._columns = {name: table.column(name) for name in ("text", "latent")} if self._blocks.in_memory else {}
+        self.blocks = VectorBlocks(table, memory=memory, device=device) if blocks is None else blocks
+        geometry = table.meta.geometry
+        columns = 2 * (geometry.text_dim + geometry.latent_dim) * len(self.row_ids)
+        held = self.blocks.in_memory and (memory is None or self.blocks.num_bytes + columns <= memory)
+        self._columns = {name: table.column(name) for name in ("text", "latent")} if held else {}
 
     def positions_of(self, row_ids: Int[np.ndarray, "*B"]) -> Int[np.ndarray, "*B"]:
         """Return the positions of rows among the training rows."""
@@ -39,12 +42,12 @@ class ExactSearch:
         self, queries: Float32[np.ndarray, "B S"], positions: Int[np.ndarray, "B K"]
     ) -> Float32[np.ndarray, "B K"]:
         """Return the exact squared distances of each query to K training rows."""
-        vectors = self._blocks.take(positions.ravel()).reshape(*positions.shape, -1)
+        vectors = self.blocks.take(positions.ravel()).reshape(*positions.shape, -1)
         return np.asarray(np.square(vectors - queries[:, None, :]).sum(-1))
 
     def nearest_positions(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
         """Return the positions of the `k` nearest training rows of each query, nearest first."""
-        return np.asarray(self._blocks.nearest(queries, k)[1].cpu())
+        return np.asarray(self.blocks.nearest(queries, k)[1].cpu())
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query."""

@@ -15,13 +15,12 @@ from jaxtyping import Float32
 
 from index.search.kmeans import partition_file, train_centroids
 from index.table.commit import update_meta
-from index.table.table import Table
+from index.table.table import VECTOR_INDEX, Table, index_uuid
 from index.terminal import Progress
 
 if TYPE_CHECKING:
     from lance.indices import Index
 
-VECTOR_INDEX = "vector_idx"
 MERGEABLE = ("ivf_rq", "ivf_flat")
 """Index types whose segments merge without a loss of recall (measured: merged IVF_SQ falls from 0.98 to 0.70)."""
 
@@ -75,8 +74,9 @@ def _draw_rotation(dim: int, num_bits: int, seed: int) -> str:
 
 
 def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
-    """Build an index in this process; it replaces the existing one."""
-    dataset = index_splits(table).dataset()
+    """Build an index in this process; it replaces the existing one, and the last complete version keeps serving."""
+    table = undescribed(index_splits(table))
+    dataset = table.dataset()
     with Progress(f"build {plan.index_type}", total=None, unit="steps", log=log) as bar:
 
         def tick(progress: Any) -> None:
@@ -89,14 +89,18 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
     return table.at(dataset)
 
 
+def undescribed(table: Table) -> Table:
+    """Remove the index from the metadata, before it is replaced: from now on the last complete version serves."""
+    return table if table.meta.index is None else update_meta(table, replace(table.meta, index=None))
+
+
 def without_index(table: Table) -> Table:
-    """Drop the vector index, so that Lance can build segments; the last tagged version keeps serving."""
-    dataset = index_splits(table).dataset()
-    if any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
-        table = table.at(dataset)
-        dataset = update_meta(table, replace(table.meta, index=None)).dataset()
+    """Drop the vector index, so that Lance can build segments; the last complete version keeps serving."""
+    table = undescribed(index_splits(table))
+    dataset = table.dataset()
+    if index_uuid(dataset) is not None:
         dataset.drop_index(VECTOR_INDEX)
-    return table.at(dataset, replace(table.meta, index=None))
+    return table.at(dataset)
 
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
@@ -110,7 +114,7 @@ def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "I
 def publish_segments(table: Table, segments: Sequence["Index"]) -> Table:
     """Merge segments that cover all fragments and commit them as the index; does nothing if there is one already."""
     dataset = newest(table).dataset()
-    if not any(index.name == VECTOR_INDEX for index in dataset.describe_indices()):
+    if index_uuid(dataset) is None:
         merged = dataset.merge_existing_index_segments(list(segments)) if len(segments) > 1 else segments[0]
         dataset = dataset.commit_existing_index_segments(VECTOR_INDEX, "vector", [merged])
     return table.at(dataset)

@@ -19,6 +19,8 @@ from index.table.migrations import SCHEMA_VERSION, migrate
 
 METADATA_KEY = b"coalescer"
 TRAIN, HELDOUT = "train", "heldout"
+HASH_BYTES = 16
+"""Length of an image hash, and of a row id as bytes."""
 
 REJECTS = pa.schema(
     [
@@ -35,11 +37,15 @@ class EncoderRef:
     """Which encoder wrote a column: enough to load it again and to notice that it has changed."""
 
     name: str
-    """Folder or hub id, as the user typed it."""
+    """Absolute folder, or hub id without its revision."""
     class_name: str
     """Class that loads it, such as AutoencoderKL or BertModel."""
     digest: str
     """SHA-256 of the weights, in hex."""
+    tokenizer_digest: str | None = None
+    """SHA-256 of a text encoder's tokenizer, in hex; None for image encoders and tables of version 1."""
+    revision: str | None = None
+    """Commit of a hub id; None for a folder."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 
@@ -54,11 +60,14 @@ class IndexRef:
     nprobes: int | None
     """Partitions visited per query, the fewest that reach the target recall."""
     recall_at_1: float
-    """Against exact search on the query distribution, as measured when the index was built."""
+    """Against exact search on queries that did not choose nprobes, as measured when the index was built."""
     num_bits: int | None = None
     """Bits per dimension of IVF_RQ."""
     refine_factor: int = 1
     """k * refine_factor rows are retrieved and reordered by exact distance."""
+    uuid: str | None = None
+    """UUID of the Lance index that this describes; another one in the table does not serve. None for exact search, and
+    in metadata of version 1."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 
@@ -112,27 +121,47 @@ class TableMeta:
         return replace(self, geometry=geometry, index=None)
 
 
-def sample_id(key: str, image: bytes) -> str:
-    """Return a row's id, the same in every run: 32 hex digits of SHA-256 over the source key and the image bytes."""
+def content_hash(content: bytes) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of an image's bytes, which tell exact duplicates from other images."""
+    return hashlib.sha256(content).digest()[:HASH_BYTES]
+
+
+def sample_id(key: str, image: bytes, caption: str | None = None) -> str:
+    """Return a row's id, the same in every run and place: 32 hex digits of SHA-256 over key, image bytes and caption.
+
+    None as the caption gives the id that tables without the column `image_hash` have, those of version 1.
+    """
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape"))
     digest.update(b"\0")
-    digest.update(image)
-    return digest.hexdigest()[:32]
+    if caption is None:
+        digest.update(image)
+    else:
+        # The hash of the image has a fixed length, so no image and caption give the bytes of another pair.
+        digest.update(hashlib.sha256(image).digest())
+        digest.update(caption.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[: 2 * HASH_BYTES]
 
 
-def split_of(sample: str, val_fraction: float) -> str:
-    """Return the split of a sample id: `heldout` for `val_fraction` of all ids, else `train`; the same everywhere."""
-    return HELDOUT if int(sample[:13], 16) < val_fraction * 16**13 else TRAIN
+def split_of(image_hash: bytes, val_fraction: float) -> str:
+    """Return the split of an image: `heldout` for `val_fraction` of all hashes, else `train`; the same everywhere.
+
+    It depends on the image alone, so that no image is in both splits, whatever its keys and captions are.
+    """
+    return HELDOUT if int(image_hash.hex()[:13], 16) < val_fraction * 16**13 else TRAIN
 
 
-def encoded_schema(text_dim: int, latent_dim: int, *, keep_images: bool) -> pa.Schema:
-    """Return the columns that encoding writes: those of a row without its search vector."""
+def encoded_schema(text_dim: int, latent_dim: int, *, keep_images: bool, image_hash: bool = True) -> pa.Schema:
+    """Return the columns that encoding writes: those of a row without its search vector.
+
+    Tables of version 1 have no `image_hash`.
+    """
     fields = [
-        pa.field("id", pa.string()),  # stable across runs: hash of the source key and the image bytes
+        pa.field("id", pa.string()),  # stable across runs: hash of the source key, the image bytes and the caption
         pa.field("caption", pa.string()),  # as read
         pa.field("key", pa.string()),  # the sample's name in its source
         pa.field("shard", pa.string()),  # ... and its file
-        pa.field("split", pa.string()),  # train or heldout, by hash of id
+        pa.field("split", pa.string()),  # train or heldout, by image_hash
+        *([pa.field("image_hash", pa.binary(HASH_BYTES))] if image_hash else []),  # of the original bytes
         pa.field("width", pa.int32()),  # of the original image, in pixels
         pa.field("height", pa.int32()),
         pa.field("meta", pa.string()),  # the sample's JSON sidecar, unchanged

@@ -4,6 +4,8 @@ A `Table` is pinned to a version, so a later commit changes nothing that a reade
 `index.table.commit`.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from index.errors import TableError, one_line
-from index.table.schema import REJECTS, TRAIN, TableMeta, check_table
+from index.table.schema import TRAIN, IndexRef, TableMeta, check_table
 from index.table.storage import Storage, is_local
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 
 LANCE_STORES = ("s3://", "gs://", "az://")
+VECTOR_INDEX = "vector_idx"
+"""Lance's name of the vector index."""
+TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+"""LanceDB's rule."""
 INDEXED = "index-v"
 """Prefix of the tags of versions with a complete index; the version's number follows."""
 
@@ -144,7 +150,8 @@ def open_table(
 ) -> Table:
     """Open and check a table at its newest version, or at `version`.
 
-    With `indexed`, open the newest version that has a complete index: an older one while another index is being built.
+    With `indexed`, open a version with a complete index: if the index of this version is not the one that its metadata
+    describes, because another one is being built or was left unfinished, the last version that is tagged as complete.
     Raises TableError if there is no such table, if it is not ours, or if it has no index.
     """
     import lance
@@ -155,14 +162,57 @@ def open_table(
     try:
         dataset = lance.dataset(uri, version=version, storage_options=storage.lance)
     except (ValueError, OSError) as error:
+        if version is not None and version not in (kept := _versions(uri, storage)):
+            last = ", ".join(map(str, kept[-9:]))
+            raise TableError(
+                f"{path} has no version {version} any more, it was pruned (the last are {last}): "
+                "use a run on a version that is kept, or train again"
+            ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
-    if not indexed or table.meta.index is not None:
+    if not indexed or index_is_current(dataset, table.meta.index):
         return table
-    versions = [int(tag.removeprefix(INDEXED)) for tag in dataset.tags.list() if tag.startswith(INDEXED)]
-    if version is not None or not versions:
-        raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
-    return open_table(uri, version=max(versions), storage=storage)
+    for number in [] if version is not None else complete_versions(dataset):
+        complete = open_table(uri, version=number, storage=storage)
+        if index_is_current(complete.dataset(), complete.meta.index):
+            return complete
+    raise TableError(f"{path} has no index: run `pipeline build-index {path}`")
+
+
+def index_uuid(dataset: "lance.LanceDataset") -> str | None:
+    """Return the UUID of a version's vector index (those of its segments, joined by commas); None without an index."""
+    indices = (index for index in dataset.describe_indices() if index.name == VECTOR_INDEX)
+    return next((",".join(sorted(str(segment.uuid) for segment in index.segments)) for index in indices), None)
+
+
+def index_is_current(dataset: "lance.LanceDataset", ref: IndexRef | None) -> bool:
+    """Return whether a version has the index that its metadata describes; exact search needs none.
+
+    Metadata of version 1 has no UUID: its index is the described one if the last complete version has it too.
+    """
+    if ref is None or ref.index_type == "none":
+        return ref is not None
+    expected = ref.uuid
+    if expected is None:
+        complete = [version for version in complete_versions(dataset) if version <= dataset.version]
+        expected = index_uuid(dataset.checkout_version(complete[0])) if complete else None
+    return expected is not None and expected == index_uuid(dataset)
+
+
+def complete_versions(dataset: "lance.LanceDataset") -> list[int]:
+    """Return the versions that are tagged as having a complete index, newest first."""
+    tags = (tag for tag in dataset.tags.list() if tag.startswith(INDEXED))
+    return sorted((int(tag.removeprefix(INDEXED)) for tag in tags), reverse=True)
+
+
+def _versions(uri: str, storage: Storage) -> list[int]:
+    """Return the numbers of all versions; none if the newest cannot be opened either."""
+    import lance
+
+    try:
+        return [int(each["version"]) for each in lance.dataset(uri, storage_options=storage.lance).versions()]
+    except (ValueError, OSError):
+        return []
 
 
 def table_uri(path: str | Path) -> str:
@@ -170,14 +220,23 @@ def table_uri(path: str | Path) -> str:
 
     Raises TableError if it does not name a table, or names one in a store that Lance does not write to.
     """
-    text = str(path)
+    text = str(path).rstrip("/")
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
     if is_local(text) and text.partition("/")[0].endswith(":"):
         raise TableError(f"{text!r} has lost a slash: pass the URI as a str, not as a pathlib.Path")
     if not is_local(text) and not text.startswith(LANCE_STORES):
         raise TableError(f"{text!r} has a scheme that Lance does not write to: use a path, {', '.join(LANCE_STORES)}")
-    if not text.endswith(".lance") or text.rpartition("/")[2] == ".lance":
+    name = text.rpartition("/")[2]
+    if not name.endswith(".lance") or name == ".lance":
         raise TableError(
             f"{text!r} is not the name of a table: use the form DB/NAME.lance, for instance data/pairs.lance"
+        )
+    if not TABLE_NAME.fullmatch(name):
+        example = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+        raise TableError(
+            f"{text!r} is not a table name that LanceDB takes: use letters, digits, `_`, `-` and `.`, for instance "
+            f"{example}"
         )
     return str(Path(text).absolute()) if is_local(text) else text
 
@@ -208,19 +267,6 @@ def is_table(uri: str, storage: Storage) -> bool:
         raise TableError(
             f"{uri} cannot be reached ({one_line(error)}): check the address, the credentials and --storage-option"
         ) from error
-
-
-def shards_of(table: Table) -> set[str]:
-    """Return the names of the shards of which a table holds rows or rejects."""
-    import lance
-
-    rejects = lance.dataset(rejects_uri(table.uri), storage_options=table.storage.lance)
-    assert rejects.schema.names == REJECTS.names, rejects.schema
-    shards: set[str] = set()
-    for batches in (table.scan(["shard"]), rejects.to_batches(columns=["shard"])):
-        for batch in batches:
-            shards.update(batch["shard"].unique().to_pylist())
-    return shards
 
 
 def column_array(column: pa.ChunkedArray | pa.Array) -> Any:

@@ -20,6 +20,8 @@ from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
+from pipeline.beam.engine import check_engine
+from pipeline.beam.gather import Gather
 from pipeline.beam.runner import run_beam
 from pipeline.config import RuntimeConfig
 
@@ -29,30 +31,35 @@ ROWS_PER_SEGMENT = 2**20
 def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
     """Return the function with which `build_index` builds an index on Beam.
 
-    Raises OptionError if segments of this index type cannot be merged.
+    Raises OptionError if segments of this index type cannot be merged, or the runner or its options are wrong.
     """
     if index_type not in ("auto", "none", *MERGEABLE):
         raise OptionError(
             f"--index-type {index_type} can only be built by one process: use one of {', '.join(MERGEABLE)}, "
             "or leave out --num-workers and --runner"
         )
+    check_engine(runtime)
 
     def build(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         table = without_index(table)
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
-        table.storage.write_json(plan_uri, to_json_dict(plan))
         groups = fragment_groups(table, runtime.num_workers)
-        with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
-            run_beam(
-                lambda pipeline: (
-                    pipeline | "Fragments" >> beam.Create(groups) | "Build segments" >> BuildSegments(table, plan_uri)
-                ),
-                runtime,
-                table.uri,
-                memory_advice="fewer --num-workers",
-            )
-            bar.advance(len(groups))
-        table.storage.remove(plan_uri)
+        try:
+            table.storage.write_json(plan_uri, to_json_dict(plan))
+            with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
+                run_beam(
+                    lambda pipeline: (
+                        pipeline
+                        | "Fragments" >> beam.Create(groups)
+                        | "Build segments" >> BuildSegments(table, plan_uri)
+                    ),
+                    runtime,
+                    table.uri,
+                    memory_advice="fewer --num-workers",
+                )
+                bar.advance(len(groups))
+        finally:
+            table.storage.remove(plan_uri)
         return newest(table)
 
     return build
@@ -85,7 +92,7 @@ class BuildSegments(beam.PTransform):  # type: ignore[misc]
             groups
             | "Spread" >> beam.Reshuffle()
             | "Build" >> beam.ParDo(_BuildSegment(self.table, self.plan_uri))
-            | "Gather" >> beam.combiners.ToList()
+            | "Gather" >> Gather()
             | "Commit" >> beam.ParDo(_CommitSegments(self.table))
         )
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from index.table.commit import add_vectors
 from index.table.schema import TableMeta
 from index.table.storage import Storage, unwritable
+from pipeline.beam.gather import Spread
 from pipeline.beam.write_lance import fragment_from_dict
 
 PlacedFragment = tuple[int, str]
@@ -57,7 +58,7 @@ class LayOutVectors(beam.PTransform):  # type: ignore[misc]
 
     def expand(self, fragments: Any) -> Any:
         """Build the graph."""
-        return fragments | "Spread" >> beam.Reshuffle() | "Add vectors" >> beam.ParDo(self.step)
+        return fragments | "Spread" >> Spread() | "Add vectors" >> beam.ParDo(self.step)
 
 
 class _AddVectors(beam.DoFn):  # type: ignore[misc]

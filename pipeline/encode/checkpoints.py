@@ -1,14 +1,16 @@
-"""Checkpoints of an unfinished encode run: a folder DB/NAME.encode next to the table, deleted once it is published.
+"""Checkpoints of an unfinished encode run: a folder DB/NAME.encode/RUN_ID, deleted once the table holds its rows.
 
 A finished shard leaves a checkpoint that names its fragments, which no commit refers to yet. Checkpoints are written
 atomically, so a run that was stopped at any moment resumes with the shards that have none. They are all that the
-processes of a run share, on any machine and any Beam runner.
+processes of a run share, on any machine and any Beam runner. A checkpoint that cannot be parsed, whose shard has
+changed since, or whose files are gone, counts as none. The plan is deleted first: a folder without one is a leftover.
 """
 
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,13 +18,19 @@ from index.errors import TableError
 from index.table.storage import Storage
 
 PLAN = "plan.json"
-"""The settings and shards of the run."""
+"""The settings and shards of the run, and what its table held when it began."""
 LAYOUT = "layout.json"
 """The table's metadata and the balance of new rows, from which search vectors are laid out."""
-REJECT_FRAGMENTS = "rejects.json"
-"""The fragments of the rejects table."""
+FRAGMENTS = "fragments.json"
+"""All fragments of the run with their search vectors, ready to be committed."""
 STOP = "stop.json"
 """Why no further shard is to be started, if one process found a reason."""
+LOADING_THREADS = 16
+
+
+def runs_folder(uri: str) -> str:
+    """Return the folder DB/NAME.encode of a table's unfinished runs."""
+    return uri.removesuffix(".lance") + ".encode"
 
 
 @dataclass(slots=True)
@@ -30,9 +38,23 @@ class ShardCheckpoint:
     """The outcome of one finished shard: fragments that no commit refers to yet, and statistics."""
 
     shard: str
+    identity: str = ""
+    """Of the shard's content, taken before it was read; empty if unknown."""
+    samples: int = 0
+    """Number of samples that were read, counted as they were read."""
     rows: int = 0
+    already_present: int = 0
+    """Samples of which the table has the row, or the rejects table the reject."""
+    complete: bool = False
+    """Whether the shard was read to its end: not cut short by --limit, not damaged."""
+    truncated_captions: int = 0
+    """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
     filtered_by_reason: dict[str, int] = field(default_factory=dict)
+    uncounted: int = 0
+    """Rejects that stand for the unknown number of samples in the rest of a shard, and count as one sample."""
+    unused_captions: int = 0
+    """Further captions of the images, which `--captions first` leaves out."""
     seconds_by_step: dict[str, float] = field(default_factory=dict)
     moments: dict[str, Any] | None = None
     """Of the training rows, JSON-ready; None if there are none."""
@@ -49,10 +71,10 @@ class ShardCheckpoint:
         """Number of samples that a filter excluded."""
         return sum(self.filtered_by_reason.values())
 
-    @property
-    def samples(self) -> int:
-        """Number of samples that were read."""
-        return self.rows + self.rejected + self.filtered
+    def check(self) -> None:
+        """Assert that every sample that was read is accounted for."""
+        accounted = self.rows + self.rejected + self.filtered + self.already_present
+        assert accounted == self.samples, f"{self.shard}: {self.samples} samples read, {accounted} accounted for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +86,16 @@ class Checkpoints:
 
     def load(self, shard: str) -> ShardCheckpoint | None:
         """Return the checkpoint of a shard, or None if the shard is not finished."""
-        content = self.read(file_name(shard))
-        return None if content is None else ShardCheckpoint(**content)
+        try:
+            return ShardCheckpoint(**self.read(file_name(shard)))
+        except TypeError:  # None, or of another version of the software
+            return None
+
+    def load_all(self, shards: Sequence[str]) -> Iterator[ShardCheckpoint]:
+        """Yield the checkpoints of shards in their order, a few at a time; those that do not exist are left out."""
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            for start in range(0, len(shards), LOADING_THREADS):
+                yield from filter(None, pool.map(self.load, shards[start : start + LOADING_THREADS]))
 
     def save(self, checkpoint: ShardCheckpoint) -> None:
         """Write the checkpoint of a finished shard and delete its progress."""
@@ -96,16 +126,31 @@ class Checkpoints:
         return unfinished + sum(checkpoint.samples for checkpoint in finished.values())
 
     def read(self, name: str) -> Any:
-        """Return the content of a JSON file of the run, or None if it does not exist."""
-        return self.storage.read_json(self.uri(name))
+        """Return the content of a JSON file of the run, or None if it does not exist or was not written whole."""
+        try:
+            return self.storage.read_json(self.uri(name))
+        except ValueError:
+            return None
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file of the run atomically."""
         self.storage.write_json(self.uri(name), content)
 
+    def remove(self) -> None:
+        """Delete all files of the run, the plan first, so that a run that is stopped meanwhile is not resumed."""
+        self.storage.remove(self.uri(PLAN))
+        self.storage.remove(self.folder)
+
     def uri(self, name: str) -> str:
         """Return the URI of a file of the run."""
         return f"{self.folder}/{name}"
+
+
+def not_finished(uri: str, finished: int, shards: int) -> TableError:
+    """Return the error for a run whose engine has ended before everything was done, without saying so."""
+    return TableError(
+        f"{uri} is not finished ({finished:,} of {shards:,} shards encoded): rerun the same command to resume"
+    )
 
 
 def file_name(shard: str, extension: str = "json") -> str:
@@ -119,34 +164,46 @@ class SampleCounts:
 
     shards: int = 0
     rows: int = 0
+    already_present: int = 0
+    truncated_captions: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)
+    uncounted: int = 0
+    unused_captions: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, checkpoint: ShardCheckpoint) -> None:
         """Add one shard."""
         self.shards += 1
         self.rows += checkpoint.rows
+        self.already_present += checkpoint.already_present
+        self.truncated_captions += checkpoint.truncated_captions
         self.rejects.update(checkpoint.rejects_by_reason)
         self.filtered.update(checkpoint.filtered_by_reason)
+        self.uncounted += checkpoint.uncounted
+        self.unused_captions += checkpoint.unused_captions
         for step, seconds in checkpoint.seconds_by_step.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
     @property
     def samples(self) -> int:
         """Number of samples that were read."""
-        return self.rows + self.rejects.total() + self.filtered.total()
+        return self.rows + self.rejects.total() + self.filtered.total() + self.already_present
 
     @property
     def reject_rate(self) -> float:
         """Rejected samples as a fraction of those that no filter excluded."""
-        return self.rejects.total() / max(1, self.rows + self.rejects.total())
+        return self.rejects.total() / max(1, self.rows + self.rejects.total() + self.already_present)
 
     def __str__(self) -> str:
         """Return rejected and filtered samples with their reasons, for a message."""
         text = f"{self.rejects.total():,} of {self.samples:,} samples were rejected{_reasons(self.rejects)}"
         if self.filtered:
             text += f", {self.filtered.total():,} filtered{_reasons(self.filtered)}"
+        if self.already_present:
+            text += f", {self.already_present:,} are in the table already"
+        if self.uncounted:
+            text += f", and an unknown number in the rest of {self.uncounted:,} shards"
         return text
 
 

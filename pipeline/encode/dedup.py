@@ -17,6 +17,7 @@ import apache_beam as beam
 
 from pipeline.encode.checkpoints import file_name
 from pipeline.encode.job import EncodeJob
+from pipeline.encode.ledger import content_identity
 from pipeline.encode.shard import valid_caption
 from pipeline.filters import Filtered
 from pipeline.rejects import Rejected
@@ -60,11 +61,11 @@ class _HashSamples(beam.DoFn):  # type: ignore[misc]
 
     def process(self, shard: str) -> Iterator[tuple[str, ShardPosition]]:
         checkpoints, name = self.job.checkpoints, file_name(shard, "hashes")
-        hashes = checkpoints.read(name)
-        if hashes is None:
-            hashes = list(self._hashes(shard))
-            checkpoints.write(name, hashes)
-        for position, digest in hashes:
+        identity, stored = content_identity(shard, self.job.read_options), checkpoints.read(name)
+        if stored is None or identity not in ("", stored["identity"]):
+            stored = {"identity": identity, "hashes": list(self._hashes(shard))}
+            checkpoints.write(name, stored)
+        for position, digest in stored["hashes"]:
             yield digest, (shard, position)
 
     def _hashes(self, shard: str) -> Iterator[tuple[int, str]]:

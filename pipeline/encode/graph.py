@@ -1,9 +1,10 @@
-"""EncodeToTable: the Beam graph that turns shard names into a published table.
+"""EncodeToFragments: the Beam graph that turns shard names into fragments, which no commit refers to yet.
 
-    shards -> [find duplicates] -> write shards -> gather -> plan layout -> lay out vectors -> gather -> commit
+    shards -> [find duplicates] -> write shards -> gather -> plan layout -> lay out vectors -> gather -> save
 
 Reading, decoding, encoding and writing of a shard happen in one DoFn, so what crosses Beam is the shard's name and
 later the names of its files: no image, latent or vector is ever shuffled. A shard that has a checkpoint is skipped.
+What the graph has done is read from the files of the run, never from the engine; publish.py commits it.
 """
 
 import json
@@ -14,20 +15,17 @@ from typing import Any
 import apache_beam as beam
 
 from index.errors import SourceError
-from index.table.commit import append_rows, commit_fragments, neutral_balance, publish
-from index.table.schema import REJECTS
-from index.table.storage import unwritable
-from index.table.table import rejects_uri
+from index.table.commit import neutral_balance
+from pipeline.beam.gather import Gather
 from pipeline.beam.layout import Layout, LayOutVectors, PlacedFragment
-from pipeline.beam.write_lance import fragment_from_dict
-from pipeline.encode.checkpoints import LAYOUT, REJECT_FRAGMENTS, STOP, ShardCheckpoint
+from pipeline.encode.checkpoints import FRAGMENTS, LAYOUT, PLAN, STOP, ShardCheckpoint, not_finished
 from pipeline.encode.dedup import FindDuplicates
 from pipeline.encode.job import EncodeJob
-from pipeline.encode.shard import write_shard
+from pipeline.encode.shard import finished_shard, write_shard
 
 
-class EncodeToTable(beam.PTransform):  # type: ignore[misc]
-    """PCollection of shard names -> PCollection with the one version number that was published."""
+class EncodeToFragments(beam.PTransform):  # type: ignore[misc]
+    """PCollection of shard names -> PCollection with the number of fragments that were written."""
 
     def __init__(self, job: EncodeJob) -> None:
         super().__init__()
@@ -45,11 +43,11 @@ class EncodeToTable(beam.PTransform):  # type: ignore[misc]
         return (
             shards
             | "Write shards" >> beam.ParDo(_WriteShard(job))
-            | "Gather shards" >> beam.combiners.ToList()
+            | "Gather shards" >> Gather()
             | "Plan layout" >> beam.ParDo(_PlanLayout(job))
             | "Lay out vectors" >> LayOutVectors(job.uri, job.schema, layout_uri, job.runtime.storage)
-            | "Gather fragments" >> beam.combiners.ToList()
-            | "Commit" >> beam.ParDo(_Commit(job))
+            | "Gather fragments" >> Gather()
+            | "Save fragments" >> beam.ParDo(_SaveFragments(job))
         )
 
 
@@ -62,7 +60,7 @@ class _WriteShard(beam.DoFn):  # type: ignore[misc]
     def process(self, element: tuple[str, Iterable[int]]) -> Iterator[str]:
         shard, duplicates = element
         checkpoints = self.job.checkpoints
-        if checkpoints.load(shard) is None:
+        if finished_shard(self.job, shard) is None:
             if reason := checkpoints.read(STOP):
                 raise SourceError(reason)
             checkpoint = write_shard(self.job, shard, frozenset(duplicates))
@@ -79,46 +77,30 @@ class _PlanLayout(beam.DoFn):  # type: ignore[misc]
 
     def process(self, shards: list[str]) -> Iterator[PlacedFragment]:
         job = self.job
+        planned = job.checkpoints.read(PLAN)["shards"]
+        if set(shards) != set(planned):  # some engines drop elements without an error
+            raise not_finished(job.uri, len(set(shards)), len(planned))
         fragments: list[dict[str, Any]] = []
-        reject_fragments: list[dict[str, Any]] = []
 
-        # One by one, and always in the same order: sums of floats depend on it.
+        # Always in the same order: sums of floats depend on it.
         def checkpoints() -> Iterator[ShardCheckpoint]:
-            for shard in sorted(shards):
-                checkpoint = job.checkpoints.load(shard)
-                assert checkpoint is not None, shard
+            for checkpoint in job.checkpoints.load_all(sorted(planned)):
                 fragments.extend(checkpoint.fragments)
-                reject_fragments.extend(checkpoint.reject_fragments)
                 yield checkpoint
 
         meta = job.table_meta(checkpoints())
         balance = neutral_balance(job.open_table()) if job.base is not None else 0.0
         Layout(meta, balance).write(job.checkpoints.uri(LAYOUT), job.runtime.storage)
-        job.checkpoints.write(REJECT_FRAGMENTS, reject_fragments)
         for position, fragment in enumerate(fragments):
             yield position, json.dumps(fragment)
 
 
-class _Commit(beam.DoFn):  # type: ignore[misc]
-    """All fragments -> the table's version.
-
-    The rejects table is committed before the main table, so that a visible table always has its rejects.
-    """
+class _SaveFragments(beam.DoFn):  # type: ignore[misc]
+    """All fragments with vectors -> their number, once they are written next to the checkpoints."""
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
 
     def process(self, elements: list[PlacedFragment]) -> Iterator[int]:
-        job, storage = self.job, self.job.runtime.storage
-        meta, append = Layout.read(job.checkpoints.uri(LAYOUT), storage).meta, job.base is not None
-        fragments = [fragment_from_dict(json.loads(text)) for _, text in sorted(elements)]
-        rejects = [fragment_from_dict(content) for content in job.checkpoints.read(REJECT_FRAGMENTS)]
-        try:
-            commit_fragments(rejects_uri(job.uri), REJECTS, rejects, run_id=job.run_id, append=append, storage=storage)
-            if append:
-                table = append_rows(job.open_table(), meta, fragments, job.run_id)
-            else:
-                table = publish(job.uri, job.schema, meta, fragments, job.run_id, storage)
-        except OSError as error:
-            raise unwritable(job.uri, error) from error
-        yield table.version
+        self.job.checkpoints.write(FRAGMENTS, [text for _, text in sorted(elements)])
+        yield len(elements)

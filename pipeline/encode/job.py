@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -11,31 +12,44 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from index.errors import SourceError
+from index.errors import EncoderError, SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
+from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint, runs_folder
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
+from pipeline.model_files import find_encoder
 from pipeline.sources.sample import ReadOptions
+from pipeline.stored_encoders import check_encoder
 
 Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 
+OTHER_OPTIONS = (
+    *("shards", "limit", "append", "max_reject_rate", "image_encoder", "text_encoder", "dtype", "image_size"),
+    *("desc_scale", "allow_small_desc_scale", "geometry", "val_fraction", "keep_images"),
+)
+"""Options that do not decide which samples of a shard become rows."""
+NOT_IDENTITY = ("max_reject_rate", "image_encoder", "text_encoder")
 _loading = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _load_encoders(image_encoder: str, text_encoder: str, device: str, dtype: str) -> Encoders:
-    return DiffusersAutoencoder(image_encoder, device, dtype), TransformersTextEncoder(text_encoder, device, dtype)
+def _load_encoders(image: tuple[str, str | None], text: tuple[str, str | None], device: str, dtype: str) -> Encoders:
+    return (
+        DiffusersAutoencoder(image[0], device, dtype, revision=image[1]),
+        TransformersTextEncoder(text[0], device, dtype, revision=text[1]),
+    )
 
 
-def cached_encoders(config: EncodeConfig, runtime: RuntimeConfig) -> Encoders:
-    """Return both encoders on the runtime's device, loaded once per process for any number of threads."""
+def cached_encoders(
+    image: tuple[str, str | None], text: tuple[str, str | None], config: EncodeConfig, runtime: RuntimeConfig
+) -> Encoders:
+    """Return encoders by (name, revision), loaded once per process for any number of threads."""
     with _loading:
-        return _load_encoders(config.image_encoder, config.text_encoder, resolve_device(runtime.device), config.dtype)
+        return _load_encoders(image, text, resolve_device(runtime.device), config.dtype)
 
 
 @dataclass(slots=True)
@@ -48,41 +62,67 @@ class EncodeJob:
     """Of the table."""
     checkpoints: Checkpoints
     run_id: str
+    """`settings_digest`, a dash, and a part that no other run has."""
     image_ref: EncoderRef
     text_ref: EncoderRef
     latent_shape: tuple[int, int, int]
     """C, H, W."""
     text_dim: int
+    max_tokens: int
+    """That the text encoder reads of a caption."""
     samples_per_shard: dict[str, int] = field(default_factory=dict)
     """How many samples to read of each shard if `limit` is set; empty: all."""
     base: TableMeta | None = None
     """Metadata of the table that rows are appended to; None for a new table."""
+    has_image_hash: bool = True
+    """Whether the table has that column; those of version 1 do not."""
+    can_hash_images: bool = True
+    """Whether images can be compared with those of the table's rows."""
 
     @classmethod
     def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str) -> "EncodeJob":
-        """Load the encoders, measure their output shapes, and derive the run id from settings and weights."""
-        image_encoder, text_encoder = cached_encoders(config, runtime)
-        blank = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
-        job = cls(
+        """Load the encoders and measure their output shapes; `named` gives the job its run id."""
+        image, text = find_encoder(config.image_encoder, "image"), find_encoder(config.text_encoder, "text")
+        image_encoder, text_encoder = cached_encoders(image, text, config, runtime)
+        return cls(
             config=config,
             runtime=runtime,
             uri=uri,
-            checkpoints=Checkpoints(uri.removesuffix(".lance") + ".encode", runtime.storage),
+            checkpoints=Checkpoints(runs_folder(uri), runtime.storage),
             run_id="",
             image_ref=image_encoder.ref,
             text_ref=text_encoder.ref,
-            latent_shape=image_encoder.encode(blank).shape[1:],
-            text_dim=text_encoder.encode(["a"]).shape[1],
+            latent_shape=image_encoder.latent_shape(config.image_size),
+            text_dim=text_encoder.text_dim(),
+            max_tokens=text_encoder.max_length,
         )
-        identity = json.dumps(run_identity(job.settings), sort_keys=True)
-        job.run_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        return job
+
+    def named(self, run_id: str) -> "EncodeJob":
+        """Return the job as the run with this id, whose checkpoints are in a folder of their own."""
+        checkpoints = Checkpoints(f"{runs_folder(self.uri)}/{run_id}", self.runtime.storage)
+        return replace(self, run_id=run_id, checkpoints=checkpoints)
+
+    @property
+    def settings_digest(self) -> str:
+        """Of the settings that tell one run from another, and of the weights."""
+        return _digest(run_identity(self.settings))
+
+    @property
+    def sample_options(self) -> str:
+        """Digest of the options that decide which samples of a shard become rows, and with which captions."""
+        return _digest({name: value for name, value in self.config.settings.items() if name not in OTHER_OPTIONS})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All options by name and the digests of both encoders, JSON-ready."""
-        digests = {"image_digest": self.image_ref.digest, "text_digest": self.text_ref.digest}
-        return {**self.config.settings, **digests}
+        """All options by name, and what both encoders are known by, JSON-ready."""
+        encoders = {
+            "image_encoder": self.image_ref.name,
+            "text_encoder": self.text_ref.name,
+            "image_digest": self.image_ref.digest,
+            "text_digest": self.text_ref.digest,
+            "tokenizer_digest": self.text_ref.tokenizer_digest,
+        }
+        return {**self.config.settings, **encoders}
 
     @property
     def read_options(self) -> ReadOptions:
@@ -92,7 +132,9 @@ class EncodeJob:
     @property
     def schema(self) -> pa.Schema:
         """The columns of a row without its search vector."""
-        return encoded_schema(self.text_dim, self.latent_dim, keep_images=self.config.keep_images)
+        return encoded_schema(
+            self.text_dim, self.latent_dim, keep_images=self.config.keep_images, image_hash=self.has_image_hash
+        )
 
     @property
     def latent_dim(self) -> int:
@@ -100,12 +142,19 @@ class EncodeJob:
         return int(np.prod(self.latent_shape))
 
     def load_encoders(self) -> Encoders:
-        """Load both encoders in a worker, with one torch thread."""
+        """Load both encoders in a worker, with one torch thread; raises EncoderError if they are not the job's."""
         import torch
 
         # More cores are used by more processes, and the last bits of a latent must not depend on the thread count.
         torch.set_num_threads(1)
-        return cached_encoders(self.config, self.runtime)
+        image, text = (self.image_ref.name, self.image_ref.revision), (self.text_ref.name, self.text_ref.revision)
+        image_encoder, text_encoder = cached_encoders(image, text, self.config, self.runtime)
+        try:
+            check_encoder(self.image_ref, image_encoder.ref, "image")
+            check_encoder(self.text_ref, text_encoder.ref, "text")
+        except EncoderError as error:
+            raise EncoderError(f"worker on {socket.gethostname()}: {error}") from error
+        return image_encoder, text_encoder
 
     def open_table(self) -> Table:
         """Open the newest version of the table."""
@@ -114,7 +163,7 @@ class EncodeJob:
     def table_meta(self, checkpoints: Iterable[ShardCheckpoint]) -> TableMeta:
         """Return the table's metadata from the checkpoints of all shards, consumed one by one.
 
-        Raises SourceError if no row is left, if all rows are held out, or if too many samples were rejected.
+        Raises SourceError if a new table would have no rows or no training rows, or if too many samples were rejected.
         """
         counts, moments = SampleCounts(), None if self.base is None else self.base.moments
         for checkpoint in checkpoints:
@@ -130,7 +179,8 @@ class EncodeJob:
         return self._new_meta(moments)
 
     def _check_counts(self, counts: SampleCounts) -> None:
-        if not counts.rows:
+        # An append may find nothing new: a nightly one mostly does.
+        if not counts.rows and self.base is None:
             raise SourceError(
                 f"no sample became a row: {counts}: nothing was published; fix the source or relax the filters"
             )
@@ -161,9 +211,14 @@ class EncodeJob:
         )
 
 
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that tell one run from another.
 
     A run that stopped for too many rejects resumes under a higher limit, so `max_reject_rate` is not one of them.
+    Encoders are known by what they hold, so it also resumes after they were moved.
     """
-    return {name: value for name, value in settings.items() if name != "max_reject_rate"}
+    return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}

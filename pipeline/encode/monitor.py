@@ -51,6 +51,7 @@ def _advance(bar: Progress, done: int, counts: SampleCounts, shards: int) -> Non
         success_rate=round(1 - rejected / max(1, counts.samples), 4),
         rejected=rejected,
         **({"filtered": filtered} if filtered else {}),
+        **({"truncated_captions": counts.truncated_captions} if counts.truncated_captions else {}),
     )
 
 

@@ -5,30 +5,29 @@ Rerunning the same command resumes where it was stopped, shard by shard; on a fi
 
 import contextlib
 import importlib.metadata
-import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
 
-from index.errors import TableError
 from index.table.codec import to_json_dict
 from index.table.lock import hold_lock
-from index.table.table import Table, is_table, log_of, shards_of, table_uri
+from index.table.table import Table, log_of, table_uri
+from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import PLAN, STOP, SampleCounts
-from pipeline.encode.graph import EncodeToTable
-from pipeline.encode.job import EncodeJob, run_identity
+from pipeline.encode.checkpoints import FRAGMENTS, STOP, SampleCounts, runs_folder
+from pipeline.encode.graph import EncodeToFragments
+from pipeline.encode.job import EncodeJob
 from pipeline.encode.monitor import monitor
-from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run, samples_within_limit
+from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
+from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
+from pipeline.encode.resume import RemainingWork, State, begin, remaining_work
+from pipeline.sources.listing import passed_over
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
-SHOWN_CHARACTERS = 40
-"""Of an option's value in an error message."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,121 +42,66 @@ class EncodeResult:
     """Whether the table held all rows before, so that nothing was encoded."""
 
 
-def encode_dataset(config: EncodeConfig, runtime: RuntimeConfig, table: str, *, dry_run: bool = False) -> EncodeResult:
+def encode_dataset(
+    config: EncodeConfig,
+    runtime: RuntimeConfig,
+    table: str,
+    *,
+    dry_run: bool = False,
+    sources: Sequence[str] = (),
+) -> EncodeResult:
     """Encode all shards and publish the table; resumes an unfinished run of the same config.
 
-    A dry run checks sources, encoders, device, target and free space, encodes a few samples, and writes nothing.
+    With `append`, add the samples that the table does not have. A dry run checks sources, encoders, device, target and
+    free space, encodes a few samples, and writes nothing. The report counts the files of the `sources` that are passed
+    over.
 
-    Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible.
+    Raises a CoalescerError if something that the user can fix is wrong, before the work starts wherever possible, and
+    TableError if the engine has ended and the table does not hold all rows: what is encoded is kept.
     """
     uri = table_uri(table)
+    check_engine(runtime)
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
-    settings = job.settings
-    with contextlib.nullcontext() if dry_run else hold_lock(job.checkpoints.folder, runtime.storage):
-        job, already_complete = _remaining_job(job)
-        if not already_complete:
-            if not dry_run:
-                job.checkpoints.write(PLAN, {"settings": run_identity(settings), "shards": job.config.shards})
-            check_source(job.config.shards, job.read_options)
-            if config.limit is not None:
-                job.samples_per_shard = samples_within_limit(job.config.shards, config.limit, job.read_options)
+    with contextlib.nullcontext() if dry_run else hold_lock(runs_folder(uri), runtime.storage):
+        work = remaining_work(job)
+        if work.state == State.COMPLETE:
+            return _nothing_to_do(work, dry_run=dry_run)
+        if work.state == State.PUBLISHED:
+            return EncodeResult(*_finish(work, None), already_complete=True)
+        if work.job.base is None:
+            check_source(work.job.config.shards, job.read_options)
         if dry_run:
-            report = {"already_complete": True} if already_complete else plan_run(job, bytes_free)
-            return EncodeResult(None, report, already_complete)
+            report = plan_run(work.job, bytes_free)
+            return EncodeResult(None, report | {"passed_over": passed_over(sources, job.read_options)})
+        work.passed_over = passed_over(sources, job.read_options)
+        begin(work)
         start = time.monotonic()
-        if not already_complete:
-            _run_graph(job)
-        return _finish(job, settings, None if already_complete else time.monotonic() - start)
+        _run_graph(work.job)
+        return EncodeResult(*_finish(work, time.monotonic() - start))
 
 
-def _remaining_job(job: EncodeJob) -> tuple[EncodeJob, bool]:
-    """Return the job with the shards that are left to encode, and whether the table already holds all of them.
-
-    Raises TableError if the table or an unfinished run has other options.
-    """
-    planned = _planned_shards(job)
-    if not is_table(job.uri, job.runtime.storage):
-        return job, False
+def _nothing_to_do(work: RemainingWork, *, dry_run: bool) -> EncodeResult:
+    """Return the last report of the table, or that an append has found nothing new."""
+    job = work.job
+    if dry_run:
+        return EncodeResult(None, {"already_complete": True}, already_complete=True)
     table = job.open_table()
-    if job.run_id in table.meta.run_ids:
-        return job, True
     if not job.config.append:
-        report = table.report("encode")
-        other = f" and was encoded with other options ({_changes(report['settings'], job.settings)})" if report else ""
-        raise TableError(f"{job.uri} exists{other}: name another --table, add --append, or delete it")
-    _check_appendable(job, table)
-    if planned is None:
-        present = shards_of(table)
-        planned = [shard for shard in job.config.shards if shard not in present]
-    job = replace(job, config=replace(job.config, shards=tuple(planned)), base=table.meta)
-    return job, not planned
-
-
-def _planned_shards(job: EncodeJob) -> list[str] | None:
-    """Return the shards of an unfinished run, None if there is none. Raises TableError if its options differ."""
-    plan = job.checkpoints.read(PLAN)
-    if plan is None:
-        return None
-    if changes := _changes(plan["settings"], run_identity(job.settings)):
-        raise TableError(
-            f"{job.checkpoints.folder} holds an unfinished run with other options ({changes}): "
-            "rerun with the original options to resume, or delete the folder to start over"
-        )
-    shards: list[str] = plan["shards"]
-    return shards
-
-
-def _check_appendable(job: EncodeJob, table: Table) -> None:
-    """Raise TableError if rows of this job would differ in kind from those of the table."""
-    meta, config = table.meta, job.config
-    geometry = meta.geometry
-    stored = {
-        "image-encoder": meta.image_encoder.digest,
-        "text-encoder": meta.text_encoder.digest,
-        "image-size": meta.image_size,
-        "val-fraction": meta.val_fraction,
-        "keep-images": "image" in table.dataset().schema.names,
-        "desc-scale": geometry.desc_scale,
-        "geometry": geometry.name,
-    }
-    given = {
-        "image-encoder": job.image_ref.digest,
-        "text-encoder": job.text_ref.digest,
-        "image-size": config.image_size,
-        "val-fraction": config.val_fraction,
-        "keep-images": config.keep_images,
-        "desc-scale": config.desc_scale or geometry.desc_scale,
-        "geometry": config.geometry or geometry.name,
-    }
-    if changes := _changes(stored, given, prefix="--"):
-        raise TableError(
-            f"{table.uri} was encoded with other options ({changes}): "
-            "append with the same options, or leave out --append and name another --table"
-        )
-
-
-def _changes(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the options that differ with both values, for a message; empty if none does."""
-    given = json.loads(json.dumps(given))
-    return "; ".join(
-        f"{prefix}{name}: {_shown(stored.get(name))}, now {_shown(value)}"
-        for name, value in given.items()
-        if stored.get(name) != value
-    )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{len(value)} from {value[0]} to {value[-1]}" if value else "none"
-    return "not set" if value is None else str(value)[:SHOWN_CHARACTERS]
+        report = table.report("encode") or {}
+        report["warnings"] = [*report.get("warnings", ()), *work.warnings]
+        return EncodeResult(table, report, already_complete=True)
+    return EncodeResult(table, _report(work, SampleCounts(), None), already_complete=True)
 
 
 def _run_graph(job: EncodeJob) -> None:
-    job.checkpoints.storage.remove(job.checkpoints.uri(STOP))
+    for name in (STOP, FRAGMENTS):  # of an earlier attempt
+        job.runtime.storage.remove(job.checkpoints.uri(name))
     run_beam(
         lambda pipeline: (
-            pipeline | "Shards" >> beam.Create(list(job.config.shards)) | "Encode to table" >> EncodeToTable(job)
+            pipeline
+            | "Shards" >> beam.Create(list(job.config.shards))
+            | "Encode to fragments" >> EncodeToFragments(job)
         ),
         job.runtime,
         job.uri,
@@ -166,32 +110,53 @@ def _run_graph(job: EncodeJob) -> None:
     )
 
 
-def _finish(job: EncodeJob, settings: dict[str, Any], seconds: float | None) -> EncodeResult:
-    """Write the report and delete the checkpoints. `seconds` is None if nothing was encoded."""
-    table = job.open_table()
-    # A run that was stopped between its commit and its report still has its checkpoints.
-    counts = SampleCounts()
-    for shard in job.config.shards:
-        if (checkpoint := job.checkpoints.load(shard)) is not None:
-            counts.add(checkpoint)
-    if counts.shards:
-        table.write_report("encode", _report(job, counts, seconds) | {"table": job.uri, "settings": settings})
-        if len(table.meta.run_ids) == 1 and table.version == 1:
-            # Shards that were being encoded when a run was killed have left files that no commit refers to.
-            table.dataset().cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
-    job.runtime.storage.remove(job.checkpoints.folder)
-    return EncodeResult(table, table.report("encode") or {}, seconds is None)
+def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str, Any]]:
+    """Publish the run, read it back, write its report and delete its checkpoints.
+
+    `seconds` is None if the run was stopped between its commit and its report, so that only the rest is done.
+    """
+    job = work.job
+    outcome = read_outcome(job)
+    with hold_lock(job.uri, job.runtime.storage, "encode") as lock:
+        if seconds is None:
+            table = record_run(job, outcome, work.recorded)
+        else:
+            table = publish_run(job, outcome, work.recorded, lock)
+            if job.base is None:
+                remove_unused_files(table)
+    report = _report(work, outcome.counts, seconds)
+    table.write_report("encode", report | {"table": job.uri, "settings": work.settings})
+    job.checkpoints.remove()
+    return table, table.report("encode")
 
 
-def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict[str, Any]:
+def _warnings(work: RemainingWork, counts: SampleCounts) -> list[str]:
+    if not counts.truncated_captions:
+        return work.warnings
+    return [
+        *work.warnings,
+        f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {work.job.max_tokens} tokens "
+        "that the text encoder reads, and were truncated: use shorter captions, or another --text-encoder",
+    ]
+
+
+def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) -> dict[str, Any]:
+    job = work.job
     return {
+        "samples": counts.samples,
         "rows": counts.rows,
         "rejected": counts.rejects.total(),
         "rejects_by_reason": dict(counts.rejects),
         "filtered": counts.filtered.total(),
         "filtered_by_reason": dict(counts.filtered),
+        "already_present": counts.already_present,
+        "uncounted_shards": counts.uncounted,
+        "unused_captions": counts.unused_captions,
+        "truncated_captions": counts.truncated_captions,
         "success_rate": round(1 - counts.reject_rate, 4),
+        "passed_over": work.passed_over,
         "shards": counts.shards,
+        "shards_already_present": work.shards_already_present,
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(counts.rows / seconds, 1),
         "seconds_by_step": {name: round(value, 2) for name, value in counts.seconds.items()},
@@ -199,6 +164,7 @@ def _report(job: EncodeJob, counts: SampleCounts, seconds: float | None) -> dict
         "text_encoder": to_json_dict(job.text_ref),
         "latent_shape": list(job.latent_shape),
         "text_dim": job.text_dim,
+        "warnings": _warnings(work, counts),
         "run_id": job.run_id,
         "num_workers": job.runtime.num_workers,
         "device": job.runtime.device,

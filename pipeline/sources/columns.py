@@ -1,6 +1,6 @@
 """Read samples from Arrow rows, whichever file or dataset the rows come from.
 
-A caption is a string or a list of strings (the first is taken), never a class label. Captions are read as bytes, so
+A caption is a string or a list of strings, never a class label. Captions are read as bytes, so
 that one that is not UTF-8 is rejected alone and does not end the shard. All other columns become the JSON of `meta`,
 except those that contain bytes.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from index.errors import SourceError, one_line
-from pipeline.rejects import RejectReason
-from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_caption, match_name
+from pipeline.rejects import Rejected, RejectReason
+from pipeline.sources.reach import is_out_of_reach
+from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_captions, match_name
 
 ROWS_PER_READ = 32
 """Rows whose images are in memory at once."""
@@ -64,7 +65,7 @@ class Columns:
         )
 
     def samples(
-        self, rows: Any, shard: str, stem: str, first: int, read_file: ReadFile | None = None
+        self, rows: Any, shard: str, stem: str, first: int, options: ReadOptions, read_file: ReadFile | None = None
     ) -> Iterator[Sample | Unreadable]:
         """Yield the rows of an Arrow table or batch as samples.
 
@@ -75,13 +76,24 @@ class Columns:
         captions = _captions(rows.column(self.caption))
         for position, (value, caption, meta) in enumerate(zip(images, captions, metas, strict=True), first):
             key = meta.get(self.key) if self.key else None
-            key = f"{stem}/{position:08d}" if key in (None, "") else str(key)
+            has_own_key = key not in (None, "")
+            key = str(key) if has_own_key else f"{stem}/{position:08d}"
             try:
                 image = _image_bytes(value, read_file)
-            except OSError as error:
+            except Rejected as rejected:
+                yield Unreadable(key, shard, rejected.reason, rejected.detail)
+                continue
+            except FileNotFoundError as error:
                 yield Unreadable(key, shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
                 continue
-            yield Sample(key, shard, image, encode_caption(caption), encode_meta(meta))
+            except OSError as error:
+                if is_out_of_reach(error):
+                    raise
+                yield Unreadable(key, shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
+                continue
+            yield from options.samples(
+                key, shard, image, encode_captions(caption), encode_meta(meta), has_own_key=has_own_key
+            )
 
 
 def encode_meta(row: dict[str, Any]) -> bytes:
@@ -159,8 +171,8 @@ def _captions(column: Any) -> list[Any]:
 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not is_list_type(column.type):
-        column = column.cast(pa.large_binary())
+    bytes_type = pa.large_list(pa.large_binary()) if is_list_type(column.type) else pa.large_binary()
+    column = column.cast(bytes_type)
     values: list[Any] = column.to_pylist()
     return values
 

@@ -1,23 +1,30 @@
 """List the shards of a source: files, folders, globs and brace patterns at any fsspec URI, or a dataset of the hub.
 
 A folder means the first of these that it has: tars and parquets directly in it; a saved dataset; tars and parquets
-at any depth; images. What a pattern names and does not exist is skipped.
+at any depth; images. What a pattern names and does not exist is skipped. `passed_over` counts the files of folders that
+are not read.
 """
 
+import contextlib
 import glob
-from collections.abc import Iterable, Sequence
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from index.errors import SourceError, one_line
+from index.errors import SourceError
 from index.table.storage import is_local
 from pipeline.sources import folder, hub, parquet, saved, tar
-from pipeline.sources.sample import ReadOptions
+from pipeline.sources.metadata import METADATA_FILES
+from pipeline.sources.reach import describe, is_out_of_reach, retried, status_of
+from pipeline.sources.sample import ReadOptions, path_of
 
 EXTENSIONS = (*tar.EXTENSIONS, *parquet.EXTENSIONS)
-STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "s3fs")
-"""Packages whose own exceptions mean that an object store cannot be reached or denies access."""
+HTTP = ("http://", "https://")
 MAX_LOOKUPS = 16
 """A brace pattern of more names lists the names' folders instead of looking up each name."""
+LOOKUP_THREADS = 16
 
 
 def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> list[str]:
@@ -25,50 +32,119 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
     options = options or ReadOptions()
     shards: dict[str, None] = {}
     for source in sources:
-        list_one = hub.list_shards if source.startswith(hub.SCHEME) else _list_paths
-        try:
-            matches = list_one(source, options)
-        except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORE_PACKAGES:
-                raise
-            raise SourceError(
-                f"{source!r} cannot be listed ({one_line(error, typed=True)}): check the path, your access rights and "
-                "--storage-option"
-            ) from error
+        with _listing(source):
+            matches = (hub.list_shards if source.startswith(hub.SCHEME) else _list_paths)(source, options)
         if not matches:
             raise SourceError(
-                f"no shards at {source!r}: use .tar or .parquet files, a folder of them or of images, a pattern such "
-                "as 'data/{00000..00009}.tar', or hf:NAME"
+                f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
+                "pattern such as 'data/{00000..00009}.tar', or hf:NAME"
             )
         shards |= dict.fromkeys(matches)
     return list(shards)
 
 
+def passed_over(sources: Sequence[str], options: ReadOptions | None = None) -> dict[str, int]:
+    """Return how many files of the sources' folders are not read, by extension, the most frequent first.
+
+    Hidden files and links to folders, which are not followed, are counted as `hidden` and `link`.
+    """
+    options = options or ReadOptions()
+    counts: Counter[str] = Counter()
+    for source in sources:
+        if source.startswith(hub.SCHEME):
+            continue
+        with _listing(source):
+            for files, path, uri in _matches(source, options):
+                if not _is_shard(files, path, uri):
+                    used = _used_files(files, path, uri, options)
+                    listed = folder.list_files(uri, options.storage)
+                    counts.update(_kind(name, info.is_link) for name, info in listed.items() if name not in used)
+    return dict(counts.most_common())
+
+
+@contextlib.contextmanager
+def _listing(source: str) -> Iterator[None]:
+    """Raise SourceError for whatever a store answers while a source is listed."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SourceError) or not (isinstance(error, OSError) or is_out_of_reach(error)):
+            raise
+        raise SourceError(
+            f"{path_of(source)!r} cannot be listed ({describe(error)}): check the path, your access rights and "
+            "--storage-option"
+        ) from error
+
+
+def _kind(name: str, is_link: bool) -> str:
+    if folder.is_hidden(name):
+        return "hidden"
+    base = posixpath.basename(name).lower()
+    extension = next((each for each in tar.EXTENSIONS if base.endswith(each)), posixpath.splitext(base)[1])
+    return "link" if is_link and not extension else extension or "no extension"
+
+
 def _list_paths(source: str, options: ReadOptions) -> list[str]:
     """Return the shards of a path or pattern, in the order of their names; none if nothing exists there."""
+    shards: list[str] = []
+    for files, path, uri in _matches(source, options):
+        if _is_shard(files, path, uri):
+            shards.append(uri)
+        elif files.isdir(path):
+            shards += _list_folder(files, path, uri, options)
+        else:
+            name = path_of(uri)
+            raise SourceError(f"{name!r} is not a shard: use .tar, .tar.gz, .tgz or .parquet files, or a folder")
+    return shards
+
+
+def _is_shard(files: Any, path: str, uri: str) -> bool:
+    return path_of(uri).endswith(EXTENSIONS) and not (is_local(uri) and files.isdir(path))
+
+
+def _matches(source: str, options: ReadOptions) -> Iterator[tuple[Any, str, str]]:
+    """Yield the file system, path and URI of what a path or pattern names."""
     import braceexpand
 
     patterns = [source]
-    if not options.storage.exists(source):
+    if "{" in source and not (options.storage.exists(source)):
         try:
             patterns = list(braceexpand.braceexpand(source))
         except ValueError as error:
             raise SourceError(
-                f"{source!r} is not a brace pattern ({one_line(error)}): use for instance 'data/{{00000..00009}}.tar'"
+                f"{source!r} is not a brace pattern ({describe(error)}): use for instance 'data/{{00000..00009}}.tar'"
             ) from error
+    if source.startswith(HTTP) and not glob.has_magic(path_of(source).replace("?", "")):
+        yield from _http_files(patterns, options)
+        return
     listings: dict[str, set[str]] | None = {} if len(patterns) > MAX_LOOKUPS else None
-    shards: list[str] = []
     for pattern in patterns:
         files, path = options.storage.files(pattern)
         for match in _existing(files, path, listings):
-            uri = files.unstrip_protocol(match).removeprefix("file://")
-            if uri.endswith(EXTENSIONS) and not (is_local(uri) and files.isdir(match)):
-                shards.append(uri)
-            elif files.isdir(match):
-                shards += _list_folder(files, match, uri, options)
-            else:
-                raise SourceError(f"{uri!r} is not a shard: use .tar, .tar.gz, .tgz or .parquet files, or a folder")
-    return shards
+            yield files, match, files.unstrip_protocol(match).removeprefix("file://")
+
+
+def _http_files(urls: Sequence[str], options: ReadOptions) -> Iterator[tuple[Any, str, str]]:
+    """Yield those of many URLs that exist; a web server has no listings to look them up in.
+
+    Raises the server's error if it answers anything but that a file is there or not.
+    """
+
+    def exists(url: str) -> bool:
+        files, path = options.storage.files(url)
+        try:
+            retried(path_of(url), lambda: files.info(path))
+        except FileNotFoundError as error:
+            if status_of(error) in (404, 410):
+                return False
+            raise
+        return True
+
+    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
+        found = list(pool.map(exists, urls))
+    for url, is_there in zip(urls, found, strict=True):
+        if is_there:
+            yield *options.storage.files(url), url
 
 
 def _existing(files: Any, path: str, listings: dict[str, set[str]] | None) -> list[str]:
@@ -82,16 +158,37 @@ def _existing(files: Any, path: str, listings: dict[str, set[str]] | None) -> li
 
 
 def _list_folder(files: Any, path: str, uri: str, options: ReadOptions) -> list[str]:
-    types = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in files.ls(path, detail=True)}
-    folders = {name for name, entry_type in types.items() if entry_type == "directory"}
-    if direct := _shards_among(set(types) - folders, folders):
+    folder.list_files.cache_clear()
+    if direct := _direct_shards(files, path):
         return [f"{uri}/{name}" for name in direct]
     if saved.is_saved_dataset(uri, options.storage):
         return saved.list_shards(uri, options)
-    folder.list_files.cache_clear()
+    return [f"{uri}/{name}" for name in _nested_shards(uri, options)] or folder.list_shards(uri, options)
+
+
+def _used_files(files: Any, path: str, uri: str, options: ReadOptions) -> set[str]:
+    """Return the files of a folder that its shards consist of."""
+    shards = _direct_shards(files, path)
+    if not shards and saved.is_saved_dataset(uri, options.storage):
+        listed = folder.list_files(uri, options.storage)
+        return {name for name in listed if name.endswith((".arrow", *saved.DATASET_FILES, saved.DATASET_DICT_FILE))}
+    shards = shards or _nested_shards(uri, options)
+    if not shards:
+        return folder.used_files(uri, options)
+    stems = {tar.strip_extension(name) for name in shards if name.endswith(tar.EXTENSIONS)}
+    return {*shards, *(f"{stem}{end}" for stem in stems for end in (".parquet", "_stats.json"))}
+
+
+def _direct_shards(files: Any, path: str) -> list[str]:
+    types = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in files.ls(path, detail=True)}
+    folders = {name for name, entry_type in types.items() if entry_type == "directory"}
+    return _shards_among(set(types) - folders, folders)
+
+
+def _nested_shards(uri: str, options: ReadOptions) -> list[str]:
     nested = folder.list_files(uri, options.storage)
     folders = {name[:end] for name in nested for end, letter in enumerate(name) if letter == "/"}
-    return [f"{uri}/{name}" for name in _shards_among(nested, folders)] or folder.list_shards(uri, options)
+    return _shards_among(nested, folders)
 
 
 def _shards_among(names: Iterable[str], folders: set[str]) -> list[str]:
@@ -101,5 +198,5 @@ def _shards_among(names: Iterable[str], folders: set[str]) -> list[str]:
     return [
         name
         for name in visible
-        if name.removesuffix(".parquet") not in with_metadata and name.rsplit("/", 1)[-1] not in folder.METADATA_FILES
+        if name.removesuffix(".parquet") not in with_metadata and name.rsplit("/", 1)[-1] not in METADATA_FILES
     ]

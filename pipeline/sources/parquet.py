@@ -7,7 +7,8 @@ path without bytes is a missing image: it names a file on the machine that wrote
 from collections.abc import Iterator
 
 from pipeline.sources.columns import ROWS_PER_READ, Columns
-from pipeline.sources.sample import ReadOptions, Sample, Unreadable
+from pipeline.sources.identity import file_identity
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
 
 EXTENSIONS = (".parquet",)
 BUFFER_BYTES = 1 << 20
@@ -22,14 +23,19 @@ def count_samples(shard: str, options: ReadOptions) -> int | None:
         return int(table.metadata.num_rows)
 
 
+def identity(shard: str, options: ReadOptions) -> str:
+    """Return the file's hash as its store gives it, or its name, size and time of change."""
+    return file_identity(shard, options)
+
+
 def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
     """Yield the rows in their order."""
     import pyarrow.parquet as pq
 
-    stem = shard.rsplit("/", 1)[-1].removesuffix(".parquet")
+    stem = path_of(shard).rsplit("/", 1)[-1].removesuffix(".parquet")
     with options.storage.open(shard) as file, pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
         columns = Columns.of(table.schema_arrow, options)
         position = 0
         for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=columns.names):
-            yield from columns.samples(batch, shard, stem, position)
+            yield from columns.samples(batch, shard, stem, position, options)
             position += batch.num_rows

@@ -1,17 +1,21 @@
-"""Count and read the samples of one shard, with the reader of its format.
+"""Count, identify and read the samples of one shard, with the reader of its format.
 
 Samples come in the order of their source and are not decoded: a damaged image or caption is rejected later, by
 images.py and sample.py.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
-from index.errors import CoalescerError, one_line
+from index.errors import CoalescerError
+from index.table.storage import is_local
 from pipeline.rejects import RejectReason
 from pipeline.sources import folder, hub, parquet, saved, tar
 from pipeline.sources.ranges import SampleRange
-from pipeline.sources.sample import ReadOptions, Sample, Unreadable
+from pipeline.sources.reach import Patience, describe, is_out_of_reach
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
 
 
 @runtime_checkable
@@ -23,6 +27,9 @@ class Reader(Protocol):
 
     def read_samples(self, shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
         """Yield the samples in their order; any exception ends the shard."""
+
+    def identity(self, shard: str, options: ReadOptions) -> str:
+        """Return a text that differs if the content of the shard does, without reading it."""
 
 
 def count_samples(shard: str, options: ReadOptions | None = None) -> int | None:
@@ -36,37 +43,97 @@ def count_samples(shard: str, options: ReadOptions | None = None) -> int | None:
         return None
 
 
+def shard_identity(shard: str, options: ReadOptions | None = None) -> str:
+    """Return a text that tells a shard's content, whichever path it is seen under, without reading it.
+
+    It is made of hashes that the hub or store gives, or of file names, sizes and times of change. Raises SourceError if
+    the shard is out of reach.
+    """
+    options = options or ReadOptions()
+    patience = Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
+    while True:
+        try:
+            return _reader_of(shard, options).identity(shard, options)
+        except CoalescerError:
+            raise
+        except Exception as error:
+            if not is_out_of_reach(error):
+                raise
+            patience.wait(error)
+
+
 def read_samples(shard: str, options: ReadOptions | None = None) -> Iterator[Sample | Unreadable]:
-    """Yield the samples of a shard in its order, and a last Unreadable with an empty key if the shard is damaged."""
+    """Yield the samples of a shard in its order, and a last Unreadable with an empty key if some cannot be read.
+
+    A store that is out of reach is waited for; raises SourceError if it does not come back, so that no sample is ever
+    rejected for it.
+    """
     options = options or ReadOptions()
     keys: set[str] = set()
+    read, name = 0, public_name(shard)
     try:
-        for sample in _reader_of(shard, options).read_samples(shard, options):
+        for sample in _read_on(shard, options):
+            read += sample.caption_number == 0
             if isinstance(sample, Unreadable):
-                yield sample
+                yield replace(sample, key=_printable(sample.key), shard=name)
             elif problem := _unsafe(sample.key):
-                yield Unreadable(repr(sample.key)[1:-1], shard, RejectReason.UNSAFE_NAME, problem)
+                yield Unreadable(_printable(sample.key), name, RejectReason.UNSAFE_NAME, problem)
             elif sample.key in keys:
                 yield Unreadable(
-                    sample.key, shard, RejectReason.DUPLICATE_KEY, "an earlier sample of the shard has this key"
+                    sample.key, name, RejectReason.DUPLICATE_KEY, "an earlier sample of the shard has this key"
                 )
             else:
                 keys.add(sample.key)
-                yield sample
+                yield sample if name == shard else replace(sample, shard=name)
+        expected = count_samples(shard, options)
+        fault = "the shard ends early" if expected is not None and expected > read else None
     except CoalescerError:
         raise
     except Exception as error:  # tarfile, pyarrow, datasets and file systems raise exceptions of any class
-        yield Unreadable("", shard, RejectReason.UNREADABLE_SHARD, one_line(error, typed=True))
+        fault, expected = describe(error), count_samples(shard, options)
+    if fault is not None:
+        missed = None if expected is None else max(1, expected - read)
+        known = "how many samples are missed is unknown" if missed is None else f"{missed:,} samples are missed"
+        yield Unreadable("", name, RejectReason.UNREADABLE_SHARD, f"{fault}; {known}", missed)
+
+
+def public_name(shard: str) -> str:
+    """Return a shard's name as it is stored and shown: without the signature of a presigned URL."""
+    return path_of(shard)
+
+
+def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
+    """Yield what the reader yields; where the store is out of reach, wait, open it again, and go on from there."""
+    patience = Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
+    done = 0
+    while True:
+        try:
+            for sample in islice(_reader_of(shard, options).read_samples(shard, options), done, None):
+                done += 1
+                patience.reset()
+                yield sample
+            return
+        except CoalescerError:
+            raise
+        except Exception as error:
+            if not is_out_of_reach(error):
+                raise
+            patience.wait(error)
 
 
 def _reader_of(shard: str, options: ReadOptions) -> Reader:
+    path = path_of(shard)
     if shard.startswith(hub.SCHEME):
         return hub
-    if shard.endswith(parquet.EXTENSIONS):
+    if path.endswith(parquet.EXTENSIONS):
         return parquet
-    if shard.endswith(tar.EXTENSIONS):
+    if path.endswith(tar.EXTENSIONS):
         return tar
     return saved if saved.is_saved_dataset(SampleRange.parse(shard).folder, options.storage) else folder
+
+
+def _printable(key: str) -> str:
+    return repr(key)[1:-1] if _unsafe(key) else key
 
 
 def _unsafe(key: str) -> str | None:

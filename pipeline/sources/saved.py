@@ -4,6 +4,7 @@ The Arrow files are memory-mapped; `datasets` first copies those of an object st
 Images stay encoded.
 """
 
+import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from index.errors import SourceError, one_line
 from index.table.storage import Storage
 from pipeline.sources.columns import ROWS_PER_READ, Columns
+from pipeline.sources.identity import FileInfo
 from pipeline.sources.ranges import SampleRange, split_into_ranges
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
@@ -44,6 +46,16 @@ def count_samples(shard: str, options: ReadOptions) -> int | None:
     return SampleRange.parse(shard).num_samples
 
 
+def identity(shard: str, options: ReadOptions) -> str:
+    """Return a hash of the range and of the names, sizes and times of change of the Arrow files."""
+    sample_range = SampleRange.parse(shard)
+    files, path = options.storage.files(sample_range.folder)
+    arrow = [info for info in files.ls(path, detail=True) if info["name"].endswith(".arrow")]
+    states = sorted((info["name"].rsplit("/", 1)[-1], FileInfo.of(info).state) for info in arrow)
+    text = f"{sample_range.start}-{sample_range.stop}: {states}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
     """Yield the rows in their order."""
     sample_range = SampleRange.parse(shard)
@@ -54,7 +66,7 @@ def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadab
     dataset = dataset.with_format("arrow", columns=columns.names)
     for start in range(sample_range.start, sample_range.stop, ROWS_PER_READ):
         rows = dataset[start : min(start + ROWS_PER_READ, sample_range.stop)]
-        yield from columns.samples(rows, shard, stem, start)
+        yield from columns.samples(rows, shard, stem, start, options)
 
 
 @lru_cache(maxsize=4)

@@ -1,31 +1,31 @@
 """Read a tar in the WebDataset / img2dataset layout: KEY.jpg, KEY.txt and KEY.json next to each other.
 
 As in WebDataset, a key ends at the first dot of the file name, extensions are matched in lower case, and members named
-`__like_this__` are skipped. Members are read with `tarfile` rather than webdataset's iterator, because both end
-silently at a damaged header and at a cut between two members, and only with `tarfile` the end can be checked: an
-archive ends with a block of zeros. If there is none, the last sample may lack a member and is not yielded.
+`__like_this__` are skipped. A tar whose members of one key are not next to each other cannot be read as a stream: each
+such sample is rejected once. tar_members.py reads the members.
 
 img2dataset writes two files next to NNNNN.tar: NNNNN_stats.json with the number of samples, and NNNNN.parquet with the
-metadata, which is used for samples that have none in the tar.
+metadata, which is used for samples that have none in the tar. If the tar holds fewer samples than they say, the others
+are missed.
 """
 
-import re
-import tarfile
-import zlib
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.rejects import RejectReason
 from pipeline.sources.columns import columns_without_bytes, encode_meta
-from pipeline.sources.sample import ReadOptions, Sample, Unreadable
+from pipeline.sources.identity import file_identity
+from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
+from pipeline.sources.tar_members import Links, read_groups
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
-MEMBER = re.compile(r"(?P<key>(?:.*/|)[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
-SPECIAL = re.compile(r"__[^/]*__($|/)")
+NOT_GROUPED = "its files are not next to each other, not grouped: sort the tar"
 
 
 def strip_extension(shard: str) -> str:
     """Return a tar's name without its extension: the stem that its sidecar files share."""
-    return shard.removesuffix(".tgz").removesuffix(".gz").removesuffix(".tar")
+    return path_of(shard).removesuffix(".tgz").removesuffix(".gz").removesuffix(".tar")
 
 
 def count_samples(shard: str, options: ReadOptions) -> int | None:
@@ -41,77 +41,37 @@ def count_samples(shard: str, options: ReadOptions) -> int | None:
     return int(rows.column("status").to_pylist().count("success") if rows.num_columns else rows.num_rows)
 
 
+def identity(shard: str, options: ReadOptions) -> str:
+    """Return the file's hash as its store gives it, or its name, size and time of change."""
+    return file_identity(shard, options)
+
+
 def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
     """Yield the samples in the order of the tar; raises tarfile.ReadError if it is truncated or damaged."""
     extensions = {*options.image_extensions, *options.caption_extensions, "json"}
+    refused = set[str]()
     rows: dict[str, bytes] | None = None
-    with options.storage.open(shard) as file:
-        for key, members in _group_by_key(_TarBytes(file), extensions):
-            image = _first_member(members, options.image_extensions)
-            caption = _first_member(members, options.caption_extensions)
+    with options.storage.open(shard) as file, contextlib.closing(Links(shard, extensions, options)) as links:
+        for group in read_groups(file, extensions, links, options):
+            key, members = group.key, group.members
+            if key in refused:
+                continue
             sidecar = members.get("json")
-            if caption is None and sidecar is None:
+            captions = [members[name] for name in options.caption_extensions if name in members][:1]
+            if not captions and sidecar is None:
                 rows = _sidecar_rows(shard, options) if rows is None else rows
                 sidecar = rows.get(key.rsplit("/", 1)[-1])
-            if caption is None:
-                caption = options.find_caption(sidecar)
-            yield Sample(key, shard, image, caption, b"{}" if sidecar is None else sidecar)
-
-
-class _TarBytes:
-    """The uncompressed bytes of a tar, of which the last two records are kept for a look at its end."""
-
-    def __init__(self, file: Any) -> None:
-        import gzip
-
-        is_gzip = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        self._file = gzip.GzipFile(fileobj=file) if is_gzip else file
-        self._tail, self._end = b"", 0
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._file.read(size)
-        self._tail, self._end = (self._tail + data)[-2 * tarfile.RECORDSIZE :], self._end + len(data)
-        return data
-
-    def block(self, offset: int) -> bytes:
-        """Return the block at a byte offset in the tail."""
-        start = offset - (self._end - len(self._tail))
-        return self._tail[start : start + tarfile.BLOCKSIZE]
-
-
-def _first_member(members: dict[str, bytes], extensions: tuple[str, ...]) -> bytes | None:
-    return next((members[extension] for extension in extensions if extension in members), None)
-
-
-def _group_by_key(file: _TarBytes, extensions: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield consecutive members of one key, by extension; a repeated extension begins a new group.
-
-    Only members with one of the `extensions` are read, the others are empty.
-    """
-    key, group = "", dict[str, bytes]()
-    try:
-        with tarfile.open(fileobj=file, mode="r|") as tar:  # type: ignore[call-overload]
-            for info in tar:
-                tar.members = []  # or the headers of all members would stay in memory
-                name = info.name.removeprefix("./")
-                member = MEMBER.fullmatch(name)
-                if member is None or not info.isreg() or SPECIAL.match(name):
-                    continue
-                extension = member["extension"].lower()
-                if group and (member["key"] != key or extension in group):
-                    yield key, group
-                    group = {}
-                key = member["key"]
-                data = tar.extractfile(info)
-                group[extension] = data.read() if data is not None and extension in extensions else b""
-            if file.block(tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"truncated or damaged at byte {tar.offset:,}")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        lost = f"; sample {key!r} may be incomplete and is skipped" if key else ""
-        raise tarfile.ReadError(f"{error}{lost}") from error
-    if group:
-        yield key, group
+            found = captions or options.find_captions(sidecar)
+            image = next((members[name] for name in options.image_extensions if name in members), None)
+            if group.fault is not None:
+                yield Unreadable(key, shard, group.fault.reason, group.fault.detail)
+            elif (image is None or not found) and links.is_scattered(key):
+                refused.add(key)
+                yield Unreadable(key, shard, RejectReason.NOT_GROUPED, NOT_GROUPED)
+            elif image is None and (detail := next(filter(None, map(options.not_opened, members)), None)):
+                yield Unreadable(key, shard, RejectReason.UNSUPPORTED_FORMAT, detail)
+            else:
+                yield from options.samples(key, shard, image, found, sidecar)
 
 
 def _sidecar_rows(shard: str, options: ReadOptions) -> dict[str, bytes]:

@@ -51,7 +51,7 @@ def main() -> None:
     for scale in given.scales.split(","):
         table = laid_out(open_table(given.table), float(scale), given.work / f"at-{scale}.lance")
         report = table.report("index")
-        search = {name: report[name] for name in SEARCH} | {"balance_chi_square": report["balance"]["chi_square"]}
+        search = {name: report[name] for name in SEARCH} | {"balance_chi_square": report["balance"]["fit_chi_square"]}
         for seed in range(given.seeds):
             run = given.work / f"at-{scale}-{seed}"
             train(table.uri, SETS["rivals"][DEFAULT], run, given.size, given.images, seed)

@@ -25,7 +25,7 @@ from trainer.evaluation.metrics import frechet, prdc
 BATCH, TRAINING = 128, "training rows"
 SPACES = (("raw", False), ("standard", False), ("sphere", False), ("sphere", True))
 HUBNESS = ("chi_square", "anti_hub_rate", "expected_anti_hub_rate", "effective_row_fraction", "max_hit_rate")
-BALANCE = ("stop_reason", "steps", "seconds", "chi_square")
+BALANCE = ("stop_reason", "steps", "seconds", "fit_chi_square")
 
 
 def perfect_network(data: Path, work: Path, time_limit: float) -> list[dict[str, Any]]:

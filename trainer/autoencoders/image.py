@@ -6,7 +6,7 @@ latent dimensions. So the default is a 4 x 4 latent of 2 channels at every image
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from index.errors import OptionError
+from index.ranges import COUNT, NOT_NEGATIVE, PIXELS, POSITIVE, TOTAL
 from trainer.autoencoders.data import load_images
 from trainer.autoencoders.train import TrainConfig, train
 from trainer.objectives.base import Loss
@@ -26,22 +27,20 @@ CHANNELS = {"tiny": 8, "small": 16, "base": 32, "large": 64}
 class ImageAutoencoderConfig(TrainConfig):
     """How an image autoencoder is built and trained."""
 
-    image_size: int = 32
+    image_size: Annotated[int, PIXELS] = 32
     """Side of the square images, in pixels."""
-    latent_size: int = 4
+    latent_size: Annotated[int, COUNT] = 4
     """Side of the square latents; the image size is this times a power of two."""
-    latent_channels: int = 2
-    steps: int = 1200
-    batch_size: int = 16
-    learning_rate: float = 5e-3
-    kl_weight: float = 1e-4
-    limit: int = 100_000
+    latent_channels: Annotated[int, COUNT] = 2
+    steps: Annotated[int, COUNT] = 1200
+    batch_size: Annotated[int, COUNT] = 16
+    learning_rate: Annotated[float, POSITIVE] = 5e-3
+    kl_weight: Annotated[float, NOT_NEGATIVE] = 1e-4
+    limit: Annotated[int, TOTAL] = 100_000
 
     def __post_init__(self) -> None:
         """Raise OptionError if the sizes are unknown or do not fit each other."""
         TrainConfig.__post_init__(self)
-        if self.latent_size < 1:
-            raise OptionError(f"--latent-size {self.latent_size} is out of range: use 1 or more")
         if self.downsamplings < 1 or self.image_size != self.latent_size * 2**self.downsamplings:
             raise OptionError(
                 f"--image-size {self.image_size} is not --latent-size {self.latent_size} times 2, 4, 8 ...: use for "
@@ -62,7 +61,12 @@ class ImageAutoencoderConfig(TrainConfig):
 def fit_image_autoencoder(sources: list[str], config: ImageAutoencoderConfig, out: Path) -> dict[str, Any]:
     """Train an autoencoder, save it to `out`, and return its metrics; PSNR is None if no images are held out."""
     images = load_images(
-        sources, config.image_size, val_fraction=config.val_fraction, limit=config.limit, log=out / "log.jsonl"
+        sources,
+        config.image_size,
+        val_fraction=config.val_fraction,
+        limit=config.limit,
+        storage=config.storage,
+        log=out / "log.jsonl",
     )
     torch.manual_seed(config.seed)
     model = make_image_autoencoder(config)

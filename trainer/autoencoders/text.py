@@ -8,7 +8,7 @@ added, because search compares directions: noise pushes captions of different to
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from pipeline.encoders import mean_pool, quiet_libraries
+from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TOTAL, Range
+from pipeline.encoders import mean_pool
+from pipeline.model_files import quiet_libraries
 from trainer.autoencoders.data import load_captions
 from trainer.autoencoders.train import TrainConfig, train
 from trainer.objectives.base import Loss
@@ -32,16 +34,16 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 class TextAutoencoderConfig(TrainConfig):
     """How a text autoencoder is built and trained."""
 
-    vocab_size: int = 4000
+    vocab_size: Annotated[int, COUNT] = 4000
     """Maximum number of BPE tokens."""
-    max_length: int = 48
+    max_length: Annotated[int, Range(3, 4096)] = 48
     """Tokens to which a caption is truncated."""
-    steps: int = 1400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    noise: float = 0.5
+    steps: Annotated[int, COUNT] = 1400
+    batch_size: Annotated[int, COUNT] = 64
+    learning_rate: Annotated[float, POSITIVE] = 2e-3
+    noise: Annotated[float, NOT_NEGATIVE] = 0.5
     """Norm of the noise on the unit vector that the decoder reads."""
-    limit: int = 1_000_000
+    limit: Annotated[int, TOTAL] = 1_000_000
 
 
 class Decoder(nn.Module):
@@ -68,7 +70,9 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
 
     Token accuracy is the fraction of tokens of held-out captions that are decoded; None if no captions are held out.
     """
-    captions = load_captions(sources, val_fraction=config.val_fraction, limit=config.limit, log=out / "log.jsonl")
+    captions = load_captions(
+        sources, val_fraction=config.val_fraction, limit=config.limit, storage=config.storage, log=out / "log.jsonl"
+    )
     tokenizer = train_tokenizer(captions.train, config)
     torch.manual_seed(config.seed)
     model = make_text_autoencoder(config, tokenizer)

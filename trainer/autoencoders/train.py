@@ -1,14 +1,16 @@
 """The training loop of both autoencoders: AdamW and averaged weights over random batches, on the CPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import nn
 
 from index.errors import OptionError
+from index.ranges import COUNT, FRACTION, POSITIVE, SEED, TOTAL, check_ranges
+from index.table.storage import Storage
 from trainer.models.base import SIZE_NAMES
 from trainer.objectives.base import Loss
 from trainer.optimizer import Optimizer
@@ -23,20 +25,23 @@ LOG_STEPS = 50
 class TrainConfig:
     """What both autoencoders are configured by."""
 
-    steps: int
+    steps: Annotated[int, COUNT]
     """Training steps."""
-    batch_size: int
-    learning_rate: float
+    batch_size: Annotated[int, COUNT]
+    learning_rate: Annotated[float, POSITIVE]
     """Peak learning rate."""
-    limit: int
+    limit: Annotated[int, TOTAL]
     """Maximum number of samples to read; they are held in memory."""
     size: str = "tiny"
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, FRACTION] = 0.05
     """Fraction of samples that are held out to measure on."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
+    storage: Storage = field(default_factory=Storage.of)
+    """How to reach sources on object stores."""
 
     def __post_init__(self) -> None:
-        """Raise OptionError if the size is unknown."""
+        """Raise OptionError if the size is unknown or a number out of range."""
+        check_ranges(self)
         if self.size not in SIZE_NAMES:
             raise OptionError(f"--size {self.size!r} is unknown: choose one of {', '.join(SIZE_NAMES)}")
 

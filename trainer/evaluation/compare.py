@@ -35,13 +35,14 @@ def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: 
     configs = [read_config(run) for run in runs]
     _check_runs(runs, configs)
     began = time.perf_counter()
-    protocol = open_protocol(runs[0], CoalescerPipeline.from_pretrained(runs[0], device=config.device), config, out)
+    first = CoalescerPipeline.from_pretrained(runs[0], device=config.device, encoders=config.encoders)
+    protocol = open_protocol(runs[0], first, config, out)
     labels = label_runs(configs)
     shown = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
     evaluated: list[dict[str, Any]] = []
     samples, images = {}, {}
     for run, label in zip(runs, labels, strict=True):
-        pipeline = CoalescerPipeline.from_pretrained(run, device=config.device)
+        pipeline = CoalescerPipeline.from_pretrained(run, device=config.device, encoders=config.encoders)
         result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
         evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(run)})
         if label not in samples:

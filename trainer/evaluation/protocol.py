@@ -7,16 +7,17 @@ options and seed give the same report, except for times.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int
 
-from index.errors import OptionError, RunError, TableError
+from index.errors import RunError, TableError
+from index.ranges import COUNT, MACHINE_LIMIT, SEED, Range, check_ranges
 from index.table.schema import HELDOUT, TRAIN
-from index.table.storage import write_json, write_text
+from index.table.storage import Storage, write_json, write_text
 from index.table.table import Table, open_table
 from index.terminal import Progress
 from trainer.evaluation.calibration import measure_calibration
@@ -36,7 +37,7 @@ from trainer.evaluation.samples import (
     sample_prompts,
 )
 from trainer.grid import draw_grid
-from trainer.run_folder import read_config
+from trainer.run_folder import EncoderPlaces, read_config
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ NO_IMAGES = "the table stores no images: encode it with --keep-images"
 class EvaluationConfig:
     """What is sampled and measured."""
 
-    num_inference_steps: list[int]
+    num_inference_steps: Annotated[list[int], COUNT]
     """Numbers of steps to evaluate, each with all prompts."""
-    num_samples: int | None = None
+    num_samples: Annotated[int | None, Range(MIN_ROWS, MACHINE_LIMIT)] = None
     """Samples for each number of steps. If there are more than held-out rows, captions repeat with other noise.
     None: 2,000, or four per held-out row if that is less."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of captions and noise."""
     clip: Path | None = None
     """Folder of a CLIPModel, for the CLIP score."""
@@ -69,14 +70,14 @@ class EvaluationConfig:
     """TorchScript file of an Inception network, for FID and KID."""
     device: str = "auto"
     """Device of all networks."""
+    encoders: EncoderPlaces = field(default_factory=EncoderPlaces)
+    """Where the table's encoders are, if they were moved."""
+    storage: Storage = field(default_factory=Storage.of)
+    """How to reach a table on an object store."""
 
     def __post_init__(self) -> None:
         """Raise OptionError for values that cannot be evaluated, before anything is opened."""
-        if not self.num_inference_steps or min(self.num_inference_steps) < 1:
-            given = ",".join(map(str, self.num_inference_steps))
-            raise OptionError(f"--num-inference-steps {given!r} is out of range: use numbers from 1, such as 1,2,4,8")
-        if self.num_samples is not None and self.num_samples < MIN_ROWS:
-            raise OptionError(f"--num-samples {self.num_samples} is too small: use at least {MIN_ROWS}, such as 2000")
+        check_ranges(self)
 
 
 class RunEvaluation(NamedTuple):
@@ -168,7 +169,7 @@ def evaluate(run: Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
     """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report."""
     objective = read_config(run)["fit"]["objective"]
     began = time.perf_counter()
-    pipeline = CoalescerPipeline.from_pretrained(run, device=config.device)
+    pipeline = CoalescerPipeline.from_pretrained(run, device=config.device, encoders=config.encoders)
     protocol = open_protocol(run, pipeline, config, out)
     result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
     report: dict[str, Any] = {"run": str(run), "objective": objective, **protocol.summary()}
@@ -189,7 +190,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     Raises OptionError, RunError or TableError if extractors, run or table do not allow an evaluation.
     """
     pretrained = load_extractors(config.clip, config.inception, pipeline.device)
-    table = _open_table(run)
+    table = _open_table(run, config.storage)
     num_samples = config.num_samples or min(NUM_SAMPLES, 4 * len(table.positions(HELDOUT)))
     prompts, decode = draw_prompts(pipeline, table, num_samples, config.seed), _decoder(pipeline)
     candidates, encode_text = min(CANDIDATES, len(set(prompts.captions))), pipeline.text_encoder.encode
@@ -208,10 +209,10 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     return Protocol(table, prompts, heldout, pairs, decode, evaluator, references, settings, pipeline.device)
 
 
-def _open_table(run: Path) -> Table:
+def _open_table(run: Path, storage: Storage) -> Table:
     config = read_config(run)["table"]
     try:
-        table = open_table(config["uri"], version=config["version"])
+        table = open_table(config["uri"], version=config["version"], storage=storage)
     except TableError as error:
         raise RunError(f"the table of {run} cannot be opened: {error}") from error
     for split, size in ((HELDOUT, "larger"), (TRAIN, "smaller")):

@@ -1,0 +1,122 @@
+"""The ledger of a table, DB/NAME_shards.lance: one row for each shard that an encode run has read.
+
+It tells `pipeline encode --append` which shards need not be read again. A shard is known by its identity, that is, by
+what it holds. Rows of the ledger count only if the table names their run, so that a ledger that was left behind by a
+deleted table, or that is newer than a restored one, hides no shard. Which rows a table has is decided by row ids in any
+case: a ledger that lacks rows costs time, not data.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from index.table.storage import Storage
+from index.table.table import Table, is_table, rejects_uri
+
+if TYPE_CHECKING:
+    import lance
+
+LEDGER = pa.schema(
+    [
+        pa.field("shard", pa.string()),
+        pa.field("identity", pa.string()),  # of its content; empty if unknown
+        pa.field("options", pa.string()),  # digest of the options that decide which of its samples become rows
+        pa.field("run_id", pa.string()),
+        pa.field("samples", pa.int64()),  # read: the sum of the next four
+        pa.field("rows", pa.int64()),
+        pa.field("rejected", pa.int64()),
+        pa.field("filtered", pa.int64()),
+        pa.field("already_present", pa.int64()),  # the table had them before the run
+        pa.field("complete", pa.bool_()),  # read to its end: not cut short by --limit, not damaged
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerEntry:
+    """What became of one shard in one run: a row of the ledger."""
+
+    shard: str
+    identity: str = ""
+    options: str = ""
+    run_id: str = ""
+    samples: int = 0
+    rows: int = 0
+    rejected: int = 0
+    filtered: int = 0
+    already_present: int = 0
+    complete: bool = False
+
+
+def ledger_uri(uri: str) -> str:
+    """Return the URI of a table's ledger: DB/NAME_shards.lance."""
+    return uri.removesuffix(".lance") + "_shards.lance"
+
+
+def read_ledger(table: Table) -> list[LedgerEntry]:
+    """Return the entries of the runs that the table names, oldest first; none if it has no ledger."""
+    dataset = _open(ledger_uri(table.uri), table.storage)
+    if dataset is None:
+        return []
+    entries = [LedgerEntry(**row) for batch in dataset.to_batches(columns=LEDGER.names) for row in batch.to_pylist()]
+    return [entry for entry in entries if entry.run_id in table.meta.run_ids]
+
+
+def rebuild_ledger(table: Table) -> list[LedgerEntry]:
+    """Return entries for the shards of which a table holds rows or rejects, counted from these.
+
+    Their identities are unknown and they may have been cut short: they are read again by the next append.
+    """
+    rejects = _open(rejects_uri(table.uri), table.storage)
+    rows, rejected = Counter[str](), Counter[str]()
+    for counts, batches in (
+        (rows, table.scan(["shard"])),
+        (rejected, [] if rejects is None else rejects.to_batches(columns=["shard"])),
+    ):
+        for batch in batches:
+            for count in batch["shard"].value_counts().to_pylist():
+                counts[count["values"]] += count["counts"]
+    run_id = next(iter(table.meta.run_ids), "")
+    return [
+        LedgerEntry(
+            shard=shard,
+            run_id=run_id,
+            samples=rows[shard] + rejected[shard],
+            rows=rows[shard],
+            rejected=rejected[shard],
+        )
+        for shard in sorted(rows | rejected)
+    ]
+
+
+def add_entries(table: Table, entries: Sequence[LedgerEntry]) -> None:
+    """Add the entries of a run in one commit; nothing is done if the ledger has entries of that run.
+
+    The ledger of another table that had the same name is replaced.
+    """
+    import lance
+
+    runs = {entry.run_id for entry in entries}
+    present = read_ledger(table)
+    if not entries or runs <= {entry.run_id for entry in present}:
+        return
+    rows = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=LEDGER)
+    uri, storage = ledger_uri(table.uri), table.storage
+    mode = "append" if present else "overwrite" if is_table(uri, storage) else "create"
+    lance.write_dataset(rows, uri, mode=mode, storage_options=storage.lance)
+
+
+def ledger_summary(table: Table) -> dict[str, Any]:
+    """Return how many shards a table was encoded from, and which were not read to their end; None without a ledger."""
+    latest = {entry.shard: entry for entry in read_ledger(table)}
+    incomplete = [entry.shard for entry in latest.values() if not entry.complete]
+    return {"shards": len(latest) or None, "incomplete_shards": incomplete if latest else None}
+
+
+def _open(uri: str, storage: Storage) -> "lance.LanceDataset | None":
+    import lance
+
+    return lance.dataset(uri, storage_options=storage.lance) if is_table(uri, storage) else None

@@ -1,0 +1,144 @@
+"""The worker processes of Beam's local runner: notice that one died, and let none outlive the command.
+
+Beam itself waits for a dead worker forever. It starts all workers at once, and ends them one after another when it has
+finished; so if fewer live than there should be, and their number has not changed for a while, one of them died.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from index.background import repeat
+
+COMMAND = "sdk_worker_main"
+"""Beam's module that a worker process runs, part of its command line."""
+POLL_SECONDS, QUIET_SECONDS = 0.5, 5.0
+START_SECONDS = 120.0
+"""How long Beam may take before it starts its workers."""
+
+
+class WorkerDied(BaseException):
+    """Raised in the main thread, in the middle of Beam's waiting."""
+
+
+class LocalWorkers:
+    """The `expected` worker processes of this process."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        self._seen: dict[int, psutil.Process] = {}
+        self._alive, self._since = 0, time.monotonic()
+
+    def has_lost_one(self) -> bool:
+        """Return whether fewer live than expected, as many as some time ago."""
+        if not self.expected:
+            return False
+        self._look()
+        # A worker may be the child of a shell: count those that this process has started itself.
+        alive = sum(_is_alive(process) for process in self._seen.values() if _parent(process) == os.getpid())
+        if alive != self._alive:
+            self._alive, self._since = alive, time.monotonic()
+        patience = QUIET_SECONDS if self._seen else START_SECONDS
+        return alive < self.expected and time.monotonic() - self._since >= patience
+
+    def kill(self) -> None:
+        """Kill all of them, at work or not: what they have not finished is done again by the next run."""
+        self._look()
+        for process in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _look(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in self._seen and any(COMMAND in part for part in process.cmdline()):
+                    self._seen[process.pid] = process
+
+
+def num_local_workers(options: Any) -> int:
+    """Return how many worker processes Beam's options ask the local runner for; 0 for other runners."""
+    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+
+    direct = options.view_as(DirectOptions)
+    if options.view_as(StandardOptions).runner != "FnApiRunner" or direct.direct_running_mode != "multi_processing":
+        return 0
+    return int(direct.direct_num_workers or os.cpu_count() or 1)
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return int(process.ppid())
+    except psutil.Error:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def watch_workers(expected: int) -> Iterator[None]:
+    """Raise WorkerDied in the main thread if one of `expected` worker processes dies while the block runs.
+
+    A signal that ends the command (Ctrl-C, SIGTERM) kills the workers first, since Beam would wait for their work, and
+    leaves the block as the exception that its handler raises, whatever Beam makes of it on the way.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    workers, interrupts, leaving = LocalWorkers(expected), list[BaseException](), False
+
+    def check() -> None:
+        if workers.has_lost_one():
+            workers.kill()  # Beam waits for the others before it returns
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def on_death(number: int, frame: FrameType | None) -> None:
+        if not leaving:
+            raise WorkerDied
+
+    def killing_first(handler: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            workers.kill()
+            try:
+                handler(number, frame)
+            except BaseException as interrupt:
+                interrupts.append(interrupt)
+                raise
+
+        return on_signal
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_handler(signal.SIGUSR1, on_death))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(handler := signal.getsignal(number)):
+                stack.enter_context(_handler(number, killing_first(handler)))
+        stack.enter_context(repeat(POLL_SECONDS, check))
+        try:
+            yield
+        except BaseException as error:
+            if interrupts and error is not interrupts[0]:
+                raise interrupts[0] from None
+            raise
+        finally:
+            leaving = True
+            workers.kill()
+
+
+@contextlib.contextmanager
+def _handler(number: int, handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)

@@ -1,0 +1,260 @@
+"""What is left of an encode run to do: its plan, if it is unfinished, next to the table and the table's ledger.
+
+The plan of a run is written before its first checkpoint. It names the run, which has a part of its name that no other
+run has, so that what a run of the same settings has left behind is never taken for its own.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from index.errors import TableError
+from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger
+from index.table.table import Table, is_table
+from pipeline.encode.checkpoints import PLAN, Checkpoints, runs_folder
+from pipeline.encode.job import EncodeJob, run_identity
+from pipeline.encode.ledger import shard_identities, shards_to_read, source_of
+from pipeline.encode.plan import samples_within_limit
+from pipeline.encode.present import can_hash_images
+from pipeline.stored_encoders import check_encoder
+
+RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
+SHOWN_CHARACTERS = 40
+"""Of an option's value in an error message."""
+
+
+class State(Enum):
+    """How far a run is."""
+
+    TO_ENCODE = "to encode"
+    PUBLISHED = "published"
+    """The table has the rows; report and ledger may be missing."""
+    COMPLETE = "complete"
+    """There is nothing to do."""
+
+
+@dataclass(slots=True)
+class RemainingWork:
+    """A job with the shards that are left, and what the table's ledger says of the others."""
+
+    job: EncodeJob
+    state: State
+    settings: dict[str, Any]
+    """Of the run as it was planned."""
+    recorded: list[LedgerEntry] = field(default_factory=list)
+    """Entries for a table that has no ledger yet."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What is written before the work starts, so that it can be resumed."""
+    shards_already_present: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Files of the sources that are not read, by extension."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def remaining_work(job: EncodeJob) -> RemainingWork:
+    """Find an unfinished run, or plan a new one.
+
+    Raises TableError if the table or an unfinished run has other options.
+    """
+    table = job.open_table() if is_table(job.uri, job.runtime.storage) else None
+    plan = _find_plan(job)
+    if plan is not None and not _is_outdated(job, plan, table):
+        return _resumed(job, plan, table)
+    if table is None:
+        return _planned(job, None)
+    if not job.config.append:
+        return _complete(job, table)
+    return _planned(_appending(job, table), table)
+
+
+def begin(work: RemainingWork) -> None:
+    """Write the plan of a run, and delete what others have left, which cannot be resumed."""
+    storage, root = work.job.runtime.storage, runs_folder(work.job.uri)
+    for name in storage.names(root):
+        if RUN_FOLDER.fullmatch(name) and name != work.job.run_id:
+            storage.remove(f"{root}/{name}")
+    if work.plan:
+        work.job.checkpoints.write(PLAN, work.plan)
+
+
+def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
+    """Return the work of a new run, with the shards that the table's ledger does not have."""
+    config, settings = job.config, job.settings
+    work = RemainingWork(job, State.TO_ENCODE, settings)
+    if table is not None:
+        identities = shard_identities(config.shards, job.read_options)
+        entries = read_ledger(table)
+        shards = shards_to_read(config.shards, identities, entries, job.sample_options)
+        work.recorded = [] if entries else rebuild_ledger(table)
+        work.shards_already_present = len(config.shards) - len(shards)
+        if not shards:
+            return replace(work, state=State.COMPLETE)
+        job = replace(job, config=replace(config, shards=tuple(shards)))
+    else:
+        shard_identities((), job.read_options)  # forgets listings of earlier runs in this process
+    if config.limit is not None:
+        samples = samples_within_limit(job.config.shards, config.limit, job.read_options)
+        job.samples_per_shard = {shard: count for shard, count in samples.items() if count}
+        if job.samples_per_shard:  # an empty source is refused later
+            job = replace(job, config=replace(job.config, shards=tuple(job.samples_per_shard)))
+    work.job = job = job.named(f"{job.settings_digest}-{uuid.uuid4().hex[:8]}")
+    work.plan = {
+        "run_id": job.run_id,
+        "settings": run_identity(settings),
+        "shards": list(job.config.shards),
+        "samples_per_shard": job.samples_per_shard,
+        "base_run_ids": None if table is None else list(table.meta.run_ids),
+    }
+    return work
+
+
+def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> RemainingWork:
+    """Return the work of an unfinished run, with the shards of its plan. Raises TableError if its options differ."""
+    given = run_identity(job.settings)
+    stored = plan["settings"]
+    folder = Checkpoints(runs_folder(job.uri)).folder
+    has_grown = _has_grown(stored["shards"], given["shards"])
+    if changes := _changes(stored, given | ({"shards": stored["shards"]} if has_grown else {})):
+        raise TableError(
+            f"{folder} holds an unfinished run with other options ({changes}): "
+            "rerun with the original options to resume, or delete the folder to start over"
+        )
+    shard_identities((), job.read_options)
+    published = table is not None and plan["run_id"] in table.meta.run_ids
+    if table is not None and not published:
+        if plan["base_run_ids"] is None:
+            return _complete(job, table)
+        job = _appending(job, table)
+    job = job.named(plan["run_id"])
+    job = replace(
+        job,
+        config=replace(job.config, shards=tuple(plan["shards"])),
+        samples_per_shard=plan["samples_per_shard"],
+    )
+    published = table is not None and plan["run_id"] in table.meta.run_ids
+    work = RemainingWork(
+        job, State.PUBLISHED if published else State.TO_ENCODE, job.settings | {"shards": stored["shards"]}
+    )
+    if stored["shards"] != given["shards"]:
+        work.warnings.append(
+            f"resumed an unfinished run with the {len(stored['shards']):,} shards of its start; the source has changed "
+            "since: run again with --append to add what is new"
+        )
+    if table is not None and not published:
+        work.recorded = [] if read_ledger(table) else rebuild_ledger(table)
+    return work
+
+
+def _complete(job: EncodeJob, table: Table) -> RemainingWork:
+    """Return that the table is finished; raises TableError if it is one of another run."""
+    if job.settings_digest not in {run_id.partition("-")[0] for run_id in table.meta.run_ids}:
+        report = table.report("encode")
+        other = f" and was encoded with other options ({_changes(report['settings'], job.settings)})" if report else ""
+        raise TableError(f"{job.uri} exists{other}: name another --table, add --append, or delete it")
+    work = RemainingWork(job, State.COMPLETE, job.settings)
+    identities = shard_identities(job.config.shards, job.read_options)
+    known = {(entry.shard, entry.identity) for entry in read_ledger(table)}
+    changed = [each for each in zip(job.config.shards, identities, strict=True) if each[1] and each not in known]
+    if known and changed and job.config.limit is None:
+        work.warnings.append(
+            f"{len(changed):,} of {len(identities):,} shards have changed since they were encoded, such as "
+            f"{changed[0][0]}: run again with --append to add what is new"
+        )
+    return work
+
+
+def _appending(job: EncodeJob, table: Table) -> EncodeJob:
+    """Return the job for adding to a table. Raises TableError if its options do not fit."""
+    _check_appendable(job, table)
+    names = table.dataset().schema.names
+    return replace(job, base=table.meta, has_image_hash="image_hash" in names, can_hash_images=can_hash_images(table))
+
+
+def _find_plan(job: EncodeJob) -> dict[str, Any] | None:
+    """Return the plan of the table's unfinished run, None if there is none."""
+    root, storage = runs_folder(job.uri), job.runtime.storage
+    names = storage.names(root)
+    if PLAN in names:
+        raise TableError(
+            f"{root} holds an unfinished run of an earlier version of the software: delete the folder to start over"
+        )
+    for name in filter(RUN_FOLDER.fullmatch, names):
+        plan = Checkpoints(f"{root}/{name}", storage).read(PLAN)
+        if isinstance(plan, dict) and plan.get("run_id") == name:
+            return plan
+    return None
+
+
+def _is_outdated(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> bool:
+    """Return whether the table that an unfinished append was to be added to has been deleted or replaced since."""
+    base: list[str] | None = plan["base_run_ids"]
+    run_ids = [] if table is None else list(table.meta.run_ids)
+    if plan["run_id"] in run_ids:
+        return False
+    if base is None:
+        return job.config.append and table is not None
+    return run_ids != base
+
+
+def _has_grown(stored: Sequence[str], given: Sequence[str]) -> bool:
+    """Return whether all sources of the stored shards are still given, and have no fewer samples."""
+    stops = dict[str, int]()
+    for shard in given:
+        source, stop = source_of(shard)
+        stops[source] = max(stop, stops.get(source, 0))
+    return all(stops.get(source, -1) >= stop for source, stop in map(source_of, stored))
+
+
+def _check_appendable(job: EncodeJob, table: Table) -> None:
+    """Raise TableError if rows of this job would differ in kind from those of the table."""
+    meta, config = table.meta, job.config
+    check_encoder(meta.text_encoder, replace(job.text_ref, digest=meta.text_encoder.digest), "text")
+    geometry = meta.geometry
+    stored = {
+        "image-encoder": meta.image_encoder.digest,
+        "text-encoder": meta.text_encoder.digest,
+        "image-size": meta.image_size,
+        "val-fraction": meta.val_fraction,
+        "keep-images": "image" in table.dataset().schema.names,
+        "desc-scale": geometry.desc_scale,
+        "geometry": geometry.name,
+    }
+    given = {
+        "image-encoder": job.image_ref.digest,
+        "text-encoder": job.text_ref.digest,
+        "image-size": config.image_size,
+        "val-fraction": config.val_fraction,
+        "keep-images": config.keep_images,
+        "desc-scale": config.desc_scale or geometry.desc_scale,
+        "geometry": config.geometry or geometry.name,
+    }
+    if changes := _changes(stored, given, prefix="--"):
+        raise TableError(
+            f"{table.uri} was encoded with other options ({changes}): "
+            "append with the same options, or leave out --append and name another --table"
+        )
+    if config.filters.dedup and not can_hash_images(table):
+        raise TableError(
+            f"--dedup {config.filters.dedup} cannot compare with the rows of {table.uri}, which an earlier version "
+            "wrote without image hashes: append without --dedup, or encode the table again"
+        )
+
+
+def _changes(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
+    """Return the options that differ with both values, for a message; empty if none does."""
+    given = json.loads(json.dumps(given))
+    return "; ".join(
+        f"{prefix}{name}: {_shown(stored.get(name))}, now {_shown(value)}"
+        for name, value in given.items()
+        if stored.get(name) != value
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} from {value[0]} to {value[-1]}" if value else "none"
+    return "not set" if value is None else str(value)[:SHOWN_CHARACTERS]

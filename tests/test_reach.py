@@ -1,0 +1,230 @@
+"""A store that is away is waited for; the run is not finished without it, and no sample is rejected for it."""
+
+import contextlib
+import errno
+import io
+import tarfile
+import threading
+import zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from index.errors import SourceError
+from index.table.storage import Storage
+from index.table.table import is_table
+from pipeline.rejects import Rejected
+from pipeline.sources import reach
+from pipeline.sources.hub import _HubURI
+from pipeline.sources.listing import list_shards
+from pipeline.sources.read import read_samples, shard_identity
+from pipeline.sources.sample import ReadOptions
+
+
+def tar_bytes(count: int = 3) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for number in range(count):
+            image = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(image, "png")
+            for name, content in ((f"{number}.png", image.getvalue()), (f"{number}.txt", b"a caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+class Store:
+    """A web server whose files fail as often as they are told to, with a status or by a reset connection."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[int]] = {}
+        """Of the GET requests of a file, in order; 0 resets the connection, after half of the content was sent."""
+        self.requests: Counter[str] = Counter()
+
+    def handler(store):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *arguments):
+                pass
+
+            def do_HEAD(self):
+                self.answer(is_get=False)
+
+            def do_GET(self):
+                self.answer(is_get=True)
+
+            def answer(self, is_get):
+                name = self.path.lstrip("/").partition("?")[0]
+                store.requests[name] += 1
+                faults = store.faults.get(name, [])
+                fault = faults.pop(0) if is_get and faults else None
+                if fault or name not in store.files:
+                    self.send_error(fault or 404)
+                    return
+                content = store.files[name]
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", f'"{len(content)}"')
+                self.end_headers()
+                if is_get:
+                    self.wfile.write(content[: len(content) // 2] if fault == 0 else content)
+                if fault == 0:
+                    self.close_connection = True
+
+        return Handler
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(reach, "FIRST_PAUSE", 0.01)
+    store = Store()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), store.handler())
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    store.url = f"http://127.0.0.1:{server.server_port}"
+    yield store
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    with contextlib.suppress(Exception):
+        import fsspec
+
+        fsspec.filesystem("http").clear_instance_cache()
+
+
+@pytest.mark.parametrize("fault", [503, 500, 429, 0], ids=["503", "500", "429", "reset"])
+def test_a_store_that_fails_for_a_while_costs_no_sample(store, fault, caplog):
+    store.files["a.tar"] = tar_bytes()
+    (shard,) = list_shards([f"{store.url}/a.tar"])
+    store.faults["a.tar"] = [fault] * 3
+    with caplog.at_level("WARNING"):
+        assert [sample.key for sample in read_samples(shard)] == ["0", "1", "2"]
+    assert "is out of reach" in caplog.text
+
+
+@pytest.mark.parametrize(("fault", "error"), [(503, "503"), (404, "404"), (401, "401")])
+def test_a_store_that_stays_away_is_an_error_and_no_reject(store, fault, error, monkeypatch):
+    monkeypatch.setattr(reach, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(reach, "DENIED_SECONDS", 0.05)
+    store.files["a.tar"] = tar_bytes()
+    (shard,) = list_shards([f"{store.url}/a.tar"])
+    store.faults["a.tar"] = [fault] * 1000
+    with pytest.raises(SourceError, match=rf"^not finished: http.*a\.tar is out of reach \(.*{error}.*rerun"):
+        list(read_samples(shard))
+
+
+def test_a_local_shard_that_is_gone_is_an_error_and_no_reject(tmp_path):
+    with pytest.raises(SourceError, match=r"^not finished: .*gone\.tar is out of reach \(FileNotFoundError"):
+        list(read_samples(str(tmp_path / "gone.tar")))
+    with pytest.raises(SourceError, match="not finished"):
+        shard_identity(str(tmp_path / "gone.tar"))
+
+
+def test_a_run_whose_shard_is_out_of_reach_publishes_nothing_and_resumes(store, encode_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(reach, "RETRY_SECONDS", 0.1)
+    for name in ("a.tar", "b.tar"):
+        store.files[name] = tar_bytes()
+    sources = [f"{store.url}/{name}" for name in store.files]
+    listed = list_shards(sources)
+    assert len(listed) == 2
+    fail = store.faults.setdefault("b.tar", [])
+
+    def refuse(*arguments, list_shards=list_shards, **options):
+        found = list_shards(*arguments, **options)
+        fail.extend([503] * 1000)
+        return found
+
+    monkeypatch.setattr("pipeline.encode.plan.list_shards", refuse)
+    with pytest.raises(SourceError, match=r"not finished: .*b\.tar is out of reach"):
+        encode_shapes(sources, tmp_path / "t.lance", val_fraction=0.0)
+    assert not is_table(str(tmp_path / "t.lance"), Storage())
+    monkeypatch.setattr("pipeline.encode.plan.list_shards", list_shards)
+    fail.clear()
+    report = encode_shapes(sources, tmp_path / "t.lance", val_fraction=0.0).report
+    assert (report["rows"], report["rejected"]) == (6, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionResetError("reset"), True),
+        (TimeoutError("late"), True),
+        (FileNotFoundError("gone"), True),
+        (OSError(errno.EBUSY, "slow down"), True),
+        (OSError(errno.ESTALE, "stale"), True),
+        (OSError("Couldn't deserialize thrift"), False),
+        (tarfile.ReadError("truncated"), False),
+        (EOFError("Compressed file ended"), False),
+        (ValueError("no caption column"), False),
+    ],
+)
+def test_what_is_out_of_reach_and_what_is_bad(error, expected):
+    assert reach.is_out_of_reach(error) is expected
+    wrapped = tarfile.ReadError("in a reader")
+    wrapped.__cause__ = error
+    assert reach.is_out_of_reach(wrapped) is expected
+
+
+def test_brace_patterns_of_many_names_on_a_web_server(store):
+    for number in range(40):
+        if number != 7:
+            store.files[f"{number:05d}.tar"] = tar_bytes(1)
+    shards = list_shards([f"{store.url}/{{00000..00039}}.tar"])
+    assert shards == [f"{store.url}/{number:05d}.tar" for number in range(40) if number != 7]
+    store.faults["00003.tar"] = [403] * 9
+    store.files.pop("00003.tar")
+    with pytest.raises(SourceError, match=r"cannot be listed \(FileNotFoundError"):
+        list_shards([f"{store.url}/{{00000..00039}}.tar"])
+
+
+def test_a_presigned_url_is_a_shard_and_its_signature_is_not_stored(store, monkeypatch):
+    monkeypatch.setattr(reach, "RETRY_SECONDS", 0.05)
+    store.files["a.tar"] = tar_bytes()
+    (shard,) = list_shards([f"{store.url}/a.tar?X-Amz-Signature=secret"])
+    samples = list(read_samples(shard))
+    assert [sample.shard for sample in samples] == [f"{store.url}/a.tar"] * 3
+    store.faults["a.tar"] = [503] * 1000
+    with pytest.raises(SourceError, match="out of reach") as caught:
+        list(read_samples(shard))
+    assert "secret" not in str(caught.value)
+
+
+def test_options_of_s3_do_not_reach_other_stores(store, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    store.files["a.tar"] = tar_bytes()
+    options = ReadOptions(storage=Storage.of())
+    (shard,) = list_shards([f"{store.url}/a.tar"], options)
+    assert len(list(read_samples(shard, options))) == 3
+
+
+def test_a_hub_row_cannot_chain_to_another_file(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    with zipfile.ZipFile(data / "a.zip", "w") as file:
+        file.writestr("in.png", b"inside")
+    local = _HubURI.parse(f"hf:{data}")
+    assert local.read_file(f"zip://in.png::{data}/a.zip", 100) == b"inside"
+    assert local.read_file(f"file://{tmp_path}/secret.png::{data}/a.zip", 100) is None
+    hub = _HubURI.parse("hf:org/name?revision=abc")
+    assert hub._is_inside("zip://x.png::hf://datasets/org/name@abc/a.zip")
+    for path in (
+        "file:///etc/passwd::hf://datasets/org/name@abc/a.zip",
+        "zip://x.png::file:///etc/a.zip::hf://datasets/org/name@abc/a.zip",
+        "http://host/x::hf://datasets/org/name@abc/a.zip",
+        "simplecache::hf://datasets/org/name@abc/a.zip",
+        "hf://datasets/org/name@abc/../../other/private@main/x.png",
+        "hf://datasets/org/other@abc/x.png",
+        "/etc/passwd",
+    ):
+        assert not hub._is_inside(path), path
+
+
+def test_an_archive_in_a_row_cannot_be_larger_than_allowed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("in.png", bytes(5 * 2**20))
+    with pytest.raises(Rejected, match="sample_too_large: more than --max-sample-mb 1 allows"):
+        _HubURI.parse(f"hf:{tmp_path}").read_file(f"zip://in.png::{tmp_path}/a.zip", 2**20)
