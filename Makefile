@@ -10,8 +10,8 @@ help:  ## list the targets
 demo: setup  ## draw shapes, train on them, and generate images of captions that training has not seen
 	$(BIN)/python -m trainer.demo
 
-test: setup  ## all tests
-	$(BIN)/pytest
+test: setup  ## all tests, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: setup  ## all tests but the slow ones
 	$(BIN)/pytest -m "not slow"

@@ -96,10 +96,10 @@ def test_two_processes_share_the_gradients_of_mean_flow(indexed, tmp_path):
     assert all(torch.allclose(weights[name], shared[name], atol=1e-4) for name in weights)
 
 
-def test_bfloat16_trains_nearly_as_float32_does(undisturbed, indexed, tmp_path):
-    subprocess.run(command(indexed, tmp_path / "run", "--dtype", "bfloat16"), check=True, capture_output=True)
-    whole, half = (curve(out)[-1] for out in (undisturbed, tmp_path / "run"))
-    assert half["loss"] != whole["loss"]
-    assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
+def test_bfloat16_trains_nearly_as_float32_does(gentle, indexed, tmp_path):
+    subprocess.run(command(indexed, tmp_path / "run", *GENTLE, "--dtype", "bfloat16"), check=True, capture_output=True)
+    whole, half = ([line["loss"] for line in curve(out)] for out in (gentle, tmp_path / "run"))
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.02)
     weights = load_file(tmp_path / "run" / "network/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
