@@ -334,7 +334,7 @@ def test_the_whole_line_by_its_commands(refused, tmp_path, shapes, image_encoder
     other = tmp_path / "other"
     other.mkdir()
     line = refused(other, *encode[:4], tmp_path / "[db]" / "shapes.lance", *encoders)
-    assert "val_fraction: 0.2, now 0.05" in line
+    assert "--val-fraction: 0.2, now 0.05" in line
 
 
 def test_demo_data_and_autoencoders_by_their_commands(main, tmp_path):

@@ -93,9 +93,33 @@ def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shap
     assert not list(tmp_path.glob("t.encode*"))
 
 
+@pytest.mark.parametrize("stopped_before", ["ledger", "report"])
+def test_a_published_run_whose_checkpoints_are_gone_is_finished(
+    shapes, encode_shapes, tmp_path, monkeypatch, stopped_before
+):
+    with monkeypatch.context() as patch:
+        place, name = {"ledger": (publish, "add_entries"), "report": (Table, "write_report")}[stopped_before]
+        patch.setattr(place, name, fail)
+        with pytest.raises(KeyError, match="worker failure"):
+            encode_shapes(shapes, tmp_path / "t.lance")
+    lost = list_shards([str(shapes)])[1]
+    (run_folder(tmp_path / "t.lance") / file_name(lost)).unlink()
+    again = encode_shapes(shapes, tmp_path / "t.lance")
+    assert (again.already_complete, again.table.version, again.table.dataset().count_rows()) == (True, 1, 360)
+    assert (again.report["rows"], again.report["shards"]) == (240, 2)
+    assert "checkpoints of 1 shards are gone" in again.report["warnings"][0]
+    assert not list(tmp_path.glob("t.encode*"))
+    assert [entry.rows for entry in read_ledger(again.table)] == [120] * 3
+    assert [entry.shard for entry in read_ledger(again.table) if not entry.complete] == (
+        [lost] if stopped_before == "ledger" else []
+    )
+    added = encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    assert added.report["rows"] == 0
+
+
 def test_changed_options_are_refused_with_both_values(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance")
-    changes = r"\(val_fraction: 0.2, now 0.3; min_image_size: not set, now 8\)"
+    changes = r"\(--val-fraction: 0.2, now 0.3; --min-image-size: not set, now 8\)"
     with pytest.raises(TableError, match=rf"other options {changes}: name another --table, add --append"):
         encode_shapes(shapes, tmp_path / "t.lance", val_fraction=0.3, min_image_size=8)
 
@@ -122,7 +146,7 @@ def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encod
 def test_an_unfinished_run_is_not_resumed_with_other_options(shapes, encode_shapes, tmp_path, failure):
     with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance")
-    changes = r"\(image_size: 32, now 64\)"
+    changes = r"\(--image-size: 32, now 64\)"
     with pytest.raises(
         TableError, match=rf"t\.encode holds an unfinished run with other options {changes}: rerun with"
     ):
@@ -557,7 +581,7 @@ def test_append_refuses_other_options_than_the_table_has(shapes, encode_shapes, 
 
 def test_append_refuses_another_encoder(shapes, encode_shapes, changed_encoder, tmp_path):
     encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance")
-    with pytest.raises(TableError, match=r"other options \(--image-encoder: [0-9a-f]+, now [0-9a-f]+\)"):
+    with pytest.raises(TableError, match=r"other options \(weights of --image-encoder: [0-9a-f]+, now [0-9a-f]+\)"):
         encode_shapes(shapes, tmp_path / "t.lance", append=True, image_encoder=changed_encoder)
 
 

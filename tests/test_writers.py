@@ -67,11 +67,40 @@ def table(shapes, encode_shapes, tmp_path) -> Table:
     return encode_shapes(list_shards([str(shapes)])[:2], tmp_path / "t.lance").table
 
 
+def encode(shapes, uri: object, image_encoder: str, text_encoder: str, *more: str) -> subprocess.Popen:
+    encoders = ("--image-encoder", image_encoder, "--text-encoder", text_encoder)
+    options = ("--image-size", 32, "--val-fraction", 0.2, "--device", "cpu")
+    return start("pipeline", "encode", shapes, "--table", uri, *encoders, *options, *more)
+
+
 def append(shapes, table: Table) -> subprocess.Popen:
-    meta = table.meta
-    encoders = ("--image-encoder", meta.image_encoder.name, "--text-encoder", meta.text_encoder.name)
-    options = ("--image-size", 32, "--val-fraction", 0.2, "--device", "cpu", "--append")
-    return start("pipeline", "encode", shapes, "--table", table.uri, *encoders, *options)
+    return encode(shapes, table.uri, table.meta.image_encoder.name, table.meta.text_encoder.name, "--append")
+
+
+@pytest.mark.parametrize("more", [(), ("--limit", "200")], ids=["same", "other"])
+def test_of_two_encodes_of_one_table_one_is_refused_or_finds_it_done(
+    shapes, image_encoder, text_encoder, tmp_path, more
+):
+    uri = tmp_path / "t.lance"
+    runs = [encode(shapes, uri, image_encoder, text_encoder, *options) for options in ((), more)]
+    codes = []
+    for run in runs:
+        _, errors = run.communicate()
+        assert "Traceback" not in errors
+        codes.append(run.returncode)
+    assert 0 in codes
+    assert set(codes) <= {0, 2}
+    ids = open_table(uri).column("id", None).tolist()
+    assert len(ids) == len(set(ids)) == (360 if codes[0] == 0 or not more else 200)
+    assert inspect(str(uri))["rows"] == len(ids)
+
+
+def test_of_two_appends_both_rows_are_there_or_one_is_refused(table, shapes):
+    done = [finish(each) for each in [append(shapes, table), append(shapes, table)]]
+    assert any(done)
+    ids = open_table(table.uri).column("id", None).tolist()
+    assert len(ids) == len(set(ids)) == 360
+    assert inspect(table.uri)["rows"] == 360
 
 
 def test_an_append_during_build_index_is_not_lost(table, shapes):

@@ -50,6 +50,8 @@ class ShardCheckpoint:
     truncated_captions: int = 0
     """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
+    reject_example: str = ""
+    """Key, shard and detail of the first reject, for a message."""
     filtered_by_reason: dict[str, int] = field(default_factory=dict)
     uncounted: int = 0
     """Rejects that stand for the unknown number of samples in the rest of a shard, and count as one sample."""
@@ -167,6 +169,7 @@ class SampleCounts:
     already_present: int = 0
     truncated_captions: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    reject_example: str = ""
     filtered: Counter[str] = field(default_factory=Counter)
     uncounted: int = 0
     unused_captions: int = 0
@@ -179,6 +182,7 @@ class SampleCounts:
         self.already_present += checkpoint.already_present
         self.truncated_captions += checkpoint.truncated_captions
         self.rejects.update(checkpoint.rejects_by_reason)
+        self.reject_example = self.reject_example or checkpoint.reject_example
         self.filtered.update(checkpoint.filtered_by_reason)
         self.uncounted += checkpoint.uncounted
         self.unused_captions += checkpoint.unused_captions
@@ -196,8 +200,9 @@ class SampleCounts:
         return self.rejects.total() / max(1, self.rows + self.rejects.total() + self.already_present)
 
     def __str__(self) -> str:
-        """Return rejected and filtered samples with their reasons, for a message."""
-        text = f"{self.rejects.total():,} of {self.samples:,} samples were rejected{_reasons(self.rejects)}"
+        """Return rejected and filtered samples with their reasons and an example, for a message."""
+        reasons = _reasons(self.rejects, self.reject_example)
+        text = f"{self.rejects.total():,} of {self.samples:,} samples were rejected{reasons}"
         if self.filtered:
             text += f", {self.filtered.total():,} filtered{_reasons(self.filtered)}"
         if self.already_present:
@@ -207,5 +212,6 @@ class SampleCounts:
         return text
 
 
-def _reasons(counts: Counter[str]) -> str:
-    return f" ({', '.join(f'{reason} {count:,}' for reason, count in sorted(counts.items()))})" if counts else ""
+def _reasons(counts: Counter[str], example: str = "") -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
+    return f" ({reasons}{f'; for example {example}' if example else ''})" if counts else ""

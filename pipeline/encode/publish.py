@@ -14,7 +14,7 @@ from typing import Any
 
 from index.errors import TableError
 from index.table.commit import RECENT_COMMITS, append_rows, commit_fragments, publish, update_meta
-from index.table.ledger import LedgerEntry, add_entries, read_ledger
+from index.table.ledger import LedgerEntry, add_entries, read_ledger, rebuild_ledger
 from index.table.lock import Lock
 from index.table.schema import REJECTS
 from index.table.storage import unwritable
@@ -33,18 +33,22 @@ class RunOutcome:
     entries: list[LedgerEntry] = field(default_factory=list)
     """Of the ledger, one per shard."""
     reject_fragments: list[dict[str, Any]] = field(default_factory=list)
+    uncounted_shards: list[str] = field(default_factory=list)
+    """Of a published run: shards whose checkpoints are gone."""
 
 
-def read_outcome(job: EncodeJob) -> RunOutcome:
-    """Add up the checkpoints of a run; raises TableError if a shard has none."""
+def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
+    """Add up the checkpoints of a run; raises TableError if a shard has none and the run is not published yet."""
     outcome, shards = RunOutcome(), job.config.shards
     for checkpoint in job.checkpoints.load_all(shards):
         checkpoint.check()
         outcome.counts.add(checkpoint)
         outcome.entries.append(_entry(job, checkpoint))
         outcome.reject_fragments += checkpoint.reject_fragments
-    if outcome.counts.shards != len(shards):
+    if outcome.counts.shards != len(shards) and not is_published:
         raise not_finished(job.uri, outcome.counts.shards, len(shards))
+    counted = {entry.shard for entry in outcome.entries}
+    outcome.uncounted_shards = [shard for shard in shards if shard not in counted]
     return outcome
 
 
@@ -90,12 +94,13 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
     if job.run_id not in table.meta.run_ids:
         raise not_finished(job.uri, outcome.counts.shards, len(job.config.shards))
     rows = rows_of_run(table, job.run_id)  # a run without rows has no commit of rows
-    if rows is not None and rows != outcome.counts.rows:
+    if rows is not None and rows != outcome.counts.rows and not outcome.uncounted_shards:
         raise TableError(
             f"{job.uri} holds {rows:,} rows of this run and {outcome.counts.rows:,} were encoded: restore version "
             f"{table.version - 1} of the table, or delete it, and rerun the same command"
         )
-    add_entries(table, [*([] if read_ledger(table) else recorded), *outcome.entries])
+    uncounted = _entries_from_rows(job, table, outcome.uncounted_shards)
+    add_entries(table, [*([] if read_ledger(table) else recorded), *outcome.entries, *uncounted])
     return table
 
 
@@ -158,6 +163,13 @@ def _tells_more(job: EncodeJob, entries: list[LedgerEntry]) -> bool:
         return entry.shard, entry.identity, entry.options, entry.complete
 
     return not {finding(entry) for entry in entries} <= {finding(entry) for entry in read_ledger(job.open_table())}
+
+
+def _entries_from_rows(job: EncodeJob, table: Table, shards: list[str]) -> list[LedgerEntry]:
+    """Return entries for shards without checkpoints, which are not complete, so that an append reads them again."""
+    entries = {entry.shard: entry for entry in rebuild_ledger(table)} if shards else {}
+    found = (entries.get(shard, LedgerEntry(shard=shard)) for shard in shards)
+    return [replace(entry, run_id=job.run_id) for entry in found]
 
 
 def _entry(job: EncodeJob, checkpoint: ShardCheckpoint) -> LedgerEntry:

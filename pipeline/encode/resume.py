@@ -23,6 +23,13 @@ from pipeline.encode.present import can_hash_images
 from pipeline.encoders.stored import check_encoder
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
+NOT_TYPED = {
+    "shards": "shards",
+    "image_digest": "weights of --image-encoder",
+    "text_digest": "weights of --text-encoder",
+    "tokenizer_digest": "tokenizer of --text-encoder",
+}
+"""How settings that are no options of their own are called in an error message."""
 SHOWN_CHARACTERS = 40
 """Of an option's value in an error message."""
 
@@ -215,24 +222,24 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     check_encoder(meta.text_encoder, replace(job.text_ref, digest=meta.text_encoder.digest), "text")
     geometry = meta.geometry
     stored = {
-        "image-encoder": meta.image_encoder.digest,
-        "text-encoder": meta.text_encoder.digest,
-        "image-size": meta.image_size,
-        "val-fraction": meta.val_fraction,
-        "keep-images": "image" in table.dataset().schema.names,
-        "desc-scale": geometry.desc_scale,
+        "image_digest": meta.image_encoder.digest,
+        "text_digest": meta.text_encoder.digest,
+        "image_size": meta.image_size,
+        "val_fraction": meta.val_fraction,
+        "keep_images": "image" in table.dataset().schema.names,
+        "desc_scale": geometry.desc_scale,
         "geometry": geometry.name,
     }
     given = {
-        "image-encoder": job.image_ref.digest,
-        "text-encoder": job.text_ref.digest,
-        "image-size": config.image_size,
-        "val-fraction": config.val_fraction,
-        "keep-images": config.keep_images,
-        "desc-scale": config.desc_scale or geometry.desc_scale,
+        "image_digest": job.image_ref.digest,
+        "text_digest": job.text_ref.digest,
+        "image_size": config.image_size,
+        "val_fraction": config.val_fraction,
+        "keep_images": config.keep_images,
+        "desc_scale": config.desc_scale or geometry.desc_scale,
         "geometry": config.geometry or geometry.name,
     }
-    if changes := _changes(stored, given, prefix="--"):
+    if changes := _changes(stored, given):
         raise TableError(
             f"{table.uri} was encoded with other options ({changes}): "
             "append with the same options, or leave out --append and name another --table"
@@ -244,11 +251,11 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
         )
 
 
-def _changes(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the options that differ with both values, for a message; empty if none does."""
+def _changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Return the options that differ with both values, as they are typed, for a message; empty if none does."""
     given = json.loads(json.dumps(given))
     return "; ".join(
-        f"{prefix}{name}: {_shown(stored.get(name))}, now {_shown(value)}"
+        f"{NOT_TYPED.get(name) or '--' + name.replace('_', '-')}: {_shown(stored.get(name))}, now {_shown(value)}"
         for name, value in given.items()
         if stored.get(name) != value
     )

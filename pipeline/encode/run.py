@@ -116,7 +116,7 @@ def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str
     `seconds` is None if the run was stopped between its commit and its report, so that only the rest is done.
     """
     job = work.job
-    outcome = read_outcome(job)
+    outcome = read_outcome(job, is_published=seconds is None)
     with hold_lock(job.uri, job.runtime.storage, "encode") as lock:
         if seconds is None:
             table = record_run(job, outcome, work.recorded)
@@ -124,6 +124,11 @@ def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str
             table = publish_run(job, outcome, work.recorded, lock)
             if job.base is None:
                 remove_unused_files(table)
+    if outcome.uncounted_shards:
+        work.warnings.append(
+            f"checkpoints of {len(outcome.uncounted_shards):,} shards are gone, so this report does not count them: "
+            "the table holds all rows of the run; run again with --append to read these shards again"
+        )
     report = _report(work, outcome.counts, seconds)
     table.write_report("encode", report | {"table": job.uri, "settings": work.settings})
     job.checkpoints.remove()

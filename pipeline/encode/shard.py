@@ -75,6 +75,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
         complete=encoder.complete,
         truncated_captions=encoder.truncated_captions,
         rejects_by_reason=encoder.rejects_by_reason,
+        reject_example=_describe(encoder.rejects[0]) if encoder.rejects else "",
         unused_captions=encoder.unused_captions,
         uncounted=encoder.uncounted,
         filtered_by_reason=encoder.filtered_by_reason,
@@ -345,6 +346,10 @@ def _fault(encoded: Float16[np.ndarray, "D"], reason: RejectReason) -> Rejected 
     if not np.isfinite(encoded).all():
         return Rejected(reason, "not finite in float16")
     return None if encoded.any() else Rejected(reason, "all zero")
+
+
+def _describe(reject: dict[str, str]) -> str:
+    return f"{reject['key'] or 'the end'} of {reject['shard']}: {reject['reason']}, {reject['detail']}"
 
 
 def _reject_row(sample: Sample | Unreadable, rejected: Rejected) -> dict[str, str]:
