@@ -1,4 +1,4 @@
-"""Every image autoencoder of diffusers: our latents and images are those of diffusers; weights in every form they come in."""
+"""Image autoencoders: latents and images are those of diffusers, and weights are read in every form they come in."""
 
 import json
 import shutil
@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError
+from index.table.table import open_table
 from pipeline.encoders.autoencoder_classes import AUTOENCODERS, REFUSED
 from pipeline.encoders.image import DiffusersAutoencoder, find_variant
+from trainer.config import FitConfig
+from trainer.fit import fit
+from trainer.sampler import CoalescerPipeline
 
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 GROUPS = {"norm_num_groups": 4}
@@ -74,7 +79,10 @@ CONFIGS = {
         2,
         {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 2)},
     ),
-    "AutoencoderKLTemporalDecoder": (2, {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2}),
+    "AutoencoderKLTemporalDecoder": (
+        2,
+        {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
+    ),
     "AutoencoderRAE": (
         4,
         {
@@ -202,7 +210,10 @@ CONFIGS = {
     ),
     "AutoencoderKLQwenImage": (2, {"base_dim": 8, "dim_mult": [1, 2], **WAN}),
     "AutoencoderKLQwenImage21": (2, {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1], **WAN}),
-    "AutoencoderKLWan": (4, {"base_dim": 8, "dim_mult": [1, 2], "patch_size": 2, "in_channels": 12, "out_channels": 12, **WAN}),
+    "AutoencoderKLWan": (
+        4,
+        {"base_dim": 8, "dim_mult": [1, 2], "patch_size": 2, "in_channels": 12, "out_channels": 12, **WAN},
+    ),
     "AutoencoderVidTok": (8, {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}),
     "Kandinsky6SRVAE": (
         4,
@@ -270,7 +281,7 @@ def test_latents_and_images_are_those_of_diffusers(tmp_path, class_name):
         expected = [diffusers_latent(model, pixel) for pixel in PIXELS]
         images = [diffusers_image(model, latent) for latent in expected]
     latent = encoder.encode(PIXELS)
-    assert latent.std() > 1e-3
+    assert np.abs(latent[0] - latent[1]).max() > 1e-3
     assert latent.shape[1:] == encoder.latent_shape(16) == (latent.shape[1], 16 // factor, 16 // factor)
     assert np.allclose(latent, torch.cat(expected).numpy().reshape(latent.shape), atol=1e-5, rtol=1e-5)
     assert np.allclose(latent, np.concatenate([encoder.encode(PIXELS[i : i + 1]) for i in range(3)]), atol=1e-5)
@@ -278,6 +289,28 @@ def test_latents_and_images_are_those_of_diffusers(tmp_path, class_name):
     assert decoded.shape == PIXELS.shape
     assert np.abs(decoded - np.stack(images)).max() < 0.51  # rounding to bytes
     assert np.abs(decoded - np.stack([encoder.decode(latent[i : i + 1])[0] for i in range(3)]).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("class_name", CONFIGS)
+def test_half_precision_gives_the_same_latents_and_images(tmp_path, class_name):
+    """The default on CUDA."""
+    make_model(class_name).save_pretrained(tmp_path)
+    half, full = (DiffusersAutoencoder(str(tmp_path), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    latent = full.encode(PIXELS)
+    assert np.abs(half.encode(PIXELS) - latent).max() < 0.03 * np.abs(latent).max()
+    assert np.abs(half.decode(latent) - full.decode(latent).astype(int)).mean() < 2
+
+
+def test_an_alpha_channel_is_opaque(tmp_path):
+    """Qwen-Image-Layered has four channels."""
+    model = make_model("AutoencoderKLQwenImage", input_channels=4)
+    model.save_pretrained(tmp_path)
+    encoder = DiffusersAutoencoder(str(tmp_path))
+    x = torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = model.encode(torch.cat([x, torch.ones_like(x[:, :1])], 1)[:, :, None]).latent_dist.mode()
+    assert np.allclose(encoder.encode(PIXELS), expected[:, :, 0].numpy(), atol=1e-5)
+    assert encoder.decode(encoder.encode(PIXELS)).shape == PIXELS.shape
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)
@@ -326,10 +359,12 @@ def test_an_autoencoder_that_cannot_decode_one_frame_is_refused_before_the_work(
 
 
 def test_a_decoder_of_another_factor_is_refused_before_the_work(tmp_path):
-    make_model("AsymmetricAutoencoderKL", up_block_out_channels=(8,), up_block_types=("UpDecoderBlock2D",)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(EncoderError, match=r"shrinks images by 2 .* latents of 8 x 8 are decoded to 8 pixels: use another"):
+    make_model(
+        "AsymmetricAutoencoderKL", up_block_out_channels=(8,), up_block_types=("UpDecoderBlock2D",)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        EncoderError, match=r"shrinks images by 2 .* latents of 8 x 8 are decoded to 8 pixels: use another"
+    ):
         DiffusersAutoencoder(str(tmp_path)).latent_shape(16)
 
 
@@ -380,10 +415,12 @@ def test_of_several_variants_the_plain_one_is_opened(tmp_path):
     encoder = DiffusersAutoencoder(str(tmp_path))
     assert encoder.ref.digest == plain
     encoder.save(tmp_path / "copy")
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(EncoderError, match="weights in the variants bf16, fp16 and none without: keep one of them"):
-        DiffusersAutoencoder(str(tmp_path))
+    assert find_variant(tmp_path) == "fp16"
 
 
 def test_the_advice_about_weights_that_do_not_match_keeps_the_model_right(image_encoder, tmp_path):
@@ -393,7 +430,10 @@ def test_the_advice_about_weights_that_do_not_match_keeps_the_model_right(image_
     changes = {
         "unexpected": ({**weights, "extra.weight": torch.ones(1)}, "must name the class that made them"),
         "missing": (dict(list(weights.items())[1:]), "get the whole weights, or the config.json that belongs"),
-        "mismatched": ({**weights, "encoder.conv_in.bias": torch.ones(9)}, r"1 mismatched keys, such as .*conv_in.bias.*: get the config"),
+        "mismatched": (
+            {**weights, "encoder.conv_in.bias": torch.ones(9)},
+            r"1 mismatched keys, such as .*conv_in.bias.*: get the config",
+        ),
     }
     for problem, (changed, advice) in changes.items():
         folder = tmp_path / problem
@@ -402,6 +442,30 @@ def test_the_advice_about_weights_that_do_not_match_keeps_the_model_right(image_
         with pytest.raises(EncoderError, match=advice) as caught:
             DiffusersAutoencoder(str(folder))
         assert "save_pretrained" not in str(caught.value), problem
+
+
+def encode_fit_and_sample(class_name, folder, shapes, encode_shapes):
+    """Encode the shapes with an autoencoder, train four steps, and return the table and what is sampled."""
+    make_model(class_name).save_pretrained(folder / "autoencoder")
+    table = encode_shapes(
+        shapes, folder / "t.lance", image_encoder=str(folder / "autoencoder"), image_size=16, limit=120
+    ).table
+    built = build_index(open_table(table.uri), BuildConfig()).table
+    fit(built, FitConfig(size="tiny", images=4 * 16, batch_size=16), folder / "run")
+    shutil.rmtree(folder / "autoencoder")  # the run has a copy
+    return built, CoalescerPipeline.from_pretrained(folder / "run", device="cpu")(["a red circle", "a blue square"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "class_name", ["AsymmetricAutoencoderKL", "AutoencoderRAE", "AutoencoderKLWan", "AutoencoderKLFlux2"]
+)
+def test_fit_and_sample_with_one_autoencoder_of_each_kind(tmp_path, shapes, encode_shapes, class_name):
+    """Pixels of -1 to 1 and of 0 to 1, a time axis, more latent channels than images have."""
+    table, output = encode_fit_and_sample(class_name, tmp_path, shapes, encode_shapes)
+    assert table.meta.image_encoder.class_name == class_name
+    assert output.latents.shape == (2, *table.meta.latent_shape)
+    assert [image.size for image in output.images] == [(16, 16)] * 2
 
 
 def contents(folder):

@@ -14,9 +14,9 @@ Model = Any
 """A diffusers autoencoder."""
 
 
-def _halvings(*keys: str) -> Callable[[Model], int]:
-    """Return a function that gives 2 for every level but the last of the config's list `key`."""
-    return lambda model: 2 ** (len(next(model.config[key] for key in keys if model.config.get(key))) - 1)
+def _halvings(key: str) -> Callable[[Model], int]:
+    """Return a function of the model: 2 for every level but the last of the list `key` in its config."""
+    return lambda model: int(2 ** (len(model.config[key]) - 1))
 
 
 def _declared(model: Model) -> int:
@@ -63,6 +63,8 @@ class AutoencoderClass(NamedTuple):
     """How often the one frame is repeated for the encoder; the decoder gives back one frame."""
     alone: bool = False
     """Whether images go in one at a time: the decoder draws noise, or fails on a batch."""
+    float32: bool = False
+    """Whether it computes in float32 whatever is asked for: half precision gives other latents."""
     alpha: Callable[[Model], bool] = lambda model: False
     """Whether images have an alpha channel: 1 (opaque) is given, and what is decoded is left out."""
     image_size: Callable[[Model], int] | None = None
@@ -73,7 +75,6 @@ class AutoencoderClass(NamedTuple):
 
 _BLOCKS = _halvings("block_out_channels")
 _ENCODER_BLOCKS = _halvings("encoder_block_out_channels")
-_CHANNEL_MULTIPLES = _halvings("ch_mult", "dim_mult")
 
 AUTOENCODERS = {
     "AutoencoderKL": AutoencoderClass(_BLOCKS),
@@ -83,7 +84,7 @@ AUTOENCODERS = {
     "AsymmetricAutoencoderKL": AutoencoderClass(_halvings("down_block_out_channels")),
     "AutoencoderKLFlux2": AutoencoderClass(_BLOCKS),
     "AutoencoderKLHunyuanImage": AutoencoderClass(_declared),
-    "AutoencoderKLKVAE": AutoencoderClass(_CHANNEL_MULTIPLES),
+    "AutoencoderKLKVAE": AutoencoderClass(_halvings("ch_mult")),
     "AutoencoderKLTemporalDecoder": AutoencoderClass(_BLOCKS, decode_arguments=lambda model, latent: {"num_frames": 1}),
     "AutoencoderRAE": AutoencoderClass(
         lambda model: int(model.decoder_patch_size), low=0.0, image_size=lambda model: int(model.decoder_image_size)
@@ -94,12 +95,17 @@ AUTOENCODERS = {
     "AutoencoderKLHunyuanImageRefiner": AutoencoderClass(_declared, time_axis=True),
     "AutoencoderKLHunyuanVideo": AutoencoderClass(_declared, time_axis=True),
     "AutoencoderKLHunyuanVideo15": AutoencoderClass(_declared, time_axis=True, alone=True),
-    "AutoencoderKLKVAEVideo": AutoencoderClass(_CHANNEL_MULTIPLES, time_axis=True),
+    "AutoencoderKLKVAEVideo": AutoencoderClass(_halvings("ch_mult"), time_axis=True),
     "AutoencoderKLLTXVideo": AutoencoderClass(_ltx, time_axis=True, alone=True, decode_arguments=_timestep_zero),
     "AutoencoderKLLTX2Video": AutoencoderClass(_ltx, time_axis=True, alone=True, decode_arguments=_timestep_zero),
     "AutoencoderKLMagvit": AutoencoderClass(_BLOCKS, time_axis=True),
-    "AutoencoderKLMochi": AutoencoderClass(lambda model: math.prod(model.config["spatial_expansions"]), time_axis=True),
-    "AutoencoderKLQwenImage": AutoencoderClass(_CHANNEL_MULTIPLES, time_axis=True, alpha=_takes_alpha),
+    "AutoencoderKLMochi": AutoencoderClass(
+        # Its encoder takes sines of pixels, to 64 periods from black to white and more, that half precision blurs.
+        lambda model: math.prod(model.config["spatial_expansions"]),
+        time_axis=True,
+        float32=True,
+    ),
+    "AutoencoderKLQwenImage": AutoencoderClass(_halvings("dim_mult"), time_axis=True, alpha=_takes_alpha),
     "AutoencoderKLQwenImage21": AutoencoderClass(_patched, time_axis=True, alpha=_takes_alpha),
     "AutoencoderKLWan": AutoencoderClass(_patched, time_axis=True),
     "AutoencoderVidTok": AutoencoderClass(

@@ -27,6 +27,9 @@ TRIAL_PIXELS = 256
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.safetensors\.index(?:\.(.+))?\.json|(?:\.(.+))?\.safetensors)")
 """Names of weights that `from_pretrained` opens, with their variant; the shards of an index are not among them."""
 
+VARIANTS = ("fp32", "fp16", "bf16")
+"""Variants of weights that are read where there are no plain ones, the first that there is."""
+
 
 class DiffusersAutoencoder:
     """An autoencoder of AUTOENCODERS. Latents are unscaled; of a distribution they are its mode."""
@@ -36,9 +39,9 @@ class DiffusersAutoencoder:
 
         Raises EncoderError if it cannot be loaded or its weights do not match its config.
         """
-        self.model, self.ref, self.folder = load_autoencoder(name, revision)
+        self.model, self.ref, self._files = load_autoencoder(name, revision)
         self.kind = AUTOENCODERS[self.ref.class_name]
-        self.device, self.dtype = device, prepare(self.model, device, dtype)
+        self.device, self.dtype = device, prepare(self.model, device, "float32" if self.kind.float32 else dtype)
 
     @property
     def factor(self) -> int:
@@ -130,18 +133,18 @@ class DiffusersAutoencoder:
         with _fixed_seed(self.device) if self.kind.alone else contextlib.nullcontext():
             decoded = self.model.decode(x, **self.kind.decode_arguments(self.model, x))
         images = getattr(decoded, "sample", decoded)
-        return (images[:, :, 0] if self.kind.time_axis else images)[:, :3].float()
+        rgb: torch.Tensor = (images[:, :, 0] if self.kind.time_axis else images)[:, :3].float()
+        return rgb
 
     def save(self, folder: Path) -> None:
         """Write a diffusers folder: the very files that the weights were read from."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in weight_files(self.folder, find_variant(self.folder)):
+        for path in self._files:
             shutil.copyfile(path, folder / path.name)
-        shutil.copyfile(self.folder / "config.json", folder / "config.json")
 
 
-def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, Path]:
-    """Load a diffusers autoencoder, and return it with its folder.
+def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, list[Path]]:
+    """Load a diffusers autoencoder, and return it with the files that it was read from.
 
     Raises EncoderError if there is none, or its weights do not match its config.
     """
@@ -150,9 +153,10 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, 
     with loading(name, "an image encoder"):
         place = locate(name, revision)
         class_name = _class_name(name, diffusers.AutoencoderKL.load_config(place.folder))
+        variant = find_variant(place.folder)
         model, info = getattr(diffusers, class_name).from_pretrained(
             place.folder,
-            variant=find_variant(place.folder),
+            variant=variant,
             use_safetensors=True,
             low_cpu_mem_usage=False,
             ignore_mismatched_sizes=True,  # refused below, in our words
@@ -160,7 +164,7 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, 
         )
     check_weights(name, info)
     ref = EncoderRef(name=place.name, class_name=class_name, digest=digest_of(model), revision=place.revision)
-    return model, ref, place.folder
+    return model, ref, [place.folder / "config.json", *weight_files(place.folder, variant)]
 
 
 def _class_name(name: str, config: dict[str, Any]) -> str:
@@ -169,7 +173,9 @@ def _class_name(name: str, config: dict[str, Any]) -> str:
 
     class_name = str(config.get("_class_name") or next(iter(config.get("architectures") or ["model without a class"])))
     if class_name in REFUSED:
-        raise EncoderError(f"{name} is a {class_name}, which {REFUSED[class_name]}: use one of {', '.join(AUTOENCODERS)}")
+        raise EncoderError(
+            f"{name} is a {class_name}, which {REFUSED[class_name]}: use one of {', '.join(AUTOENCODERS)}"
+        )
     if class_name not in AUTOENCODERS:
         raise EncoderError(f"{name} is a {class_name}, not an autoencoder: use one of {', '.join(AUTOENCODERS)}")
     if not hasattr(diffusers, class_name):
@@ -181,17 +187,10 @@ def _class_name(name: str, config: dict[str, Any]) -> str:
 
 
 def find_variant(folder: Path) -> str | None:
-    """Return the variant of the weights to read: None if there are plain ones, else the only one.
-
-    Raises EncoderError if there are several, and none is plain.
-    """
+    """Return the variant of the weights to read: None if there are plain ones, else the first of VARIANTS that is there."""
     found = {match[1] or match[2] for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))}
-    found = {None if variant is None else re.sub(r"-\d+-of-\d+$", "", variant) for variant in found}
-    if len(found) > 1 and None not in found:
-        raise EncoderError(
-            f"{folder} has weights in the variants {', '.join(sorted(map(str, found)))} and none without: keep one of them"
-        )
-    return None if None in found or not found else found.pop()
+    names = {re.sub(r"-\d+-of-\d+$", "", variant) for variant in found if variant}
+    return None if None in found else next((variant for variant in VARIANTS if variant in names), None)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
