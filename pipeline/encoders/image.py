@@ -187,7 +187,7 @@ def _class_name(name: str, config: dict[str, Any]) -> str:
 
 
 def find_variant(folder: Path) -> str | None:
-    """Return the variant of the weights to read: None if there are plain ones, else the first of VARIANTS that is there."""
+    """Return the variant of the weights to read: None for plain ones, else the first of VARIANTS that is there."""
     found = {match[1] or match[2] for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))}
     names = {re.sub(r"-\d+-of-\d+$", "", variant) for variant in found if variant}
     return None if None in found else next((variant for variant in VARIANTS if variant in names), None)
