@@ -61,6 +61,8 @@ def create_run_folder(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, encoder in encoders.items():
+        if Path(encoder.ref.name) == (folder / name).absolute():
+            continue
         shutil.rmtree(folder / name, ignore_errors=True)
         if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
             encoder.save(folder / name)

@@ -33,13 +33,13 @@ def resolve_device(device: str = "auto") -> str:
 
 
 @contextlib.contextmanager
-def encoding(ref: EncoderRef) -> Iterator[None]:
+def encoding(ref: EncoderRef, task: str = "encode") -> Iterator[None]:
     """Turn the exceptions of a first encoding into an EncoderError: models raise those of any class."""
     try:
         yield
     except Exception as error:
         raise EncoderError(
-            f"{ref.class_name} {ref.name} cannot encode ({one_line(error, typed=True)}): use another encoder"
+            f"{ref.class_name} {ref.name} cannot {task} ({one_line(error, typed=True)}): use another encoder"
         ) from error
 
 

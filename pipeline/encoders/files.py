@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 UNREAD_FILES = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.tflite", "onnx/*", "*.md"]
 """Files of a hub repository that are never read: other formats of the same weights."""
 
+WEIGHT_FIXES = {
+    "missing_keys": "get the whole weights, or the config.json that belongs to them",
+    "unexpected_keys": "its config.json must name the class that made them (saving it again would only drop them); if "
+    "that class is not supported, use another encoder",
+    "mismatched_keys": "get the config.json that belongs to them",
+}
+"""What to do about weights that do not match: saving them again would keep a wrong model."""
+
 
 class Place(NamedTuple):
     """Where the files of an encoder are."""
@@ -110,10 +118,10 @@ def loading(name: str, role: str) -> Iterator[None]:
 
 def check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
     """Raise EncoderError if `from_pretrained` reported weights that do not match the model."""
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for problem in WEIGHT_FIXES:
         keys = sorted(str(key) for key in info.get(problem) or () if not str(key).startswith(exclude))
         if keys:
             raise EncoderError(
                 f"the weights of {name} do not match its config ({len(keys)} {problem.replace('_', ' ')}, such as "
-                f"{keys[0]}): save it again with save_pretrained"
+                f"{keys[0]}): {WEIGHT_FIXES[problem]}"
             )
