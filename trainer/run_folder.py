@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from index.errors import RunError, one_line
 from index.table.schema import TableMeta
 from index.table.storage import write_json
+from pipeline.encoders.hub import HubName, fetch, open_snapshot
+from pipeline.encoders.hub_errors import RUN
 from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.parts import SMALL
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder
 from pipeline.encoders.text import TransformersTextEncoder
 from trainer.models.base import Network
@@ -31,6 +34,8 @@ from trainer.optimizer import Optimizer
 FORMAT = "coalescer-run-3"
 NETWORK = "network"
 """The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
+ENCODER_FOLDERS = ("image_encoder", "text_encoder")
+"""The folders in RUN of copies of encoders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +87,44 @@ def open_run_text_encoder(folder: Path, meta: TableMeta, places: EncoderPlaces, 
 
 def _copy(folder: Path, name: str) -> str | None:
     return str(folder / name) if (folder / name).is_dir() else None
+
+
+def find_run(name: str | Path) -> Path:
+    """Return the folder of a run: a folder, or what is needed to sample from a hub id, in the hub cache.
+
+    Raises RunError, with what to type, if there is none.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    text = str(name)
+    if text.startswith((".", "/", "~")) or "/" not in text:
+        raise RunError(f"{text} is not a run: {RUN.usage}")
+    hub = HubName.parse(text, RUN)
+    snapshot = open_snapshot(hub, RUN)
+    prefix = f"{hub.subfolder}/" if hub.subfolder else ""
+    inside = [file.removeprefix(prefix) for file in snapshot.files if file.startswith(prefix)]
+    if not {"config.json", f"{NETWORK}/config.json"} <= set(inside):
+        raise snapshot.doubt(
+            RunError(
+                f"{hub} is not a run: it has no config.json with {NETWORK}/ beside it; upload the folder that "
+                f"`trainer fit --out` has made, by `hf upload {hub.repository} RUN`"
+            )
+        )
+    fetch(snapshot, [prefix + file for file in inside if _is_sampled_with(file)], RUN)
+    return snapshot.folder / hub.subfolder
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Return whether a run is no folder, so that nothing can be written into it."""
+    return not Path(name).expanduser().is_dir()
+
+
+def _is_sampled_with(file: str) -> bool:
+    """Return whether a file of a run is read to sample or evaluate; checkpoints and reports are not."""
+    folder, _, name = file.rpartition("/")
+    if not folder:
+        return name in ("config.json", "result.json")
+    return folder in (NETWORK, *ENCODER_FOLDERS) and name.endswith((*SMALL, ".safetensors"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

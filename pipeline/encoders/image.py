@@ -89,12 +89,12 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef]:
     import diffusers
 
     with loading(name, "an image encoder"):
-        place = locate(name, revision)
+        place = locate(name, revision, "image")
         class_name = diffusers.AutoencoderKL.load_config(place.folder).get("_class_name")
         if class_name not in AUTOENCODERS:
             raise EncoderError(f"{name} is a {class_name}, not an autoencoder: use one of {', '.join(AUTOENCODERS)}")
         model, info = getattr(diffusers, class_name).from_pretrained(
-            place.folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            place.folder, variant=place.variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     check_weights(name, info)
     digest = digest_of(model)
