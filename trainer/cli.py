@@ -331,10 +331,10 @@ def evaluate(
     from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
     from trainer.evaluation.report import metrics_by_name
-    from trainer.run_folder import is_hub_id
+    from trainer.run_folder import may_be_hub_id
 
-    if out is None and is_hub_id(run):
-        raise OptionError(f"{run} is not a folder, so the report needs one of its own: add --out DIR")
+    if out is None and may_be_hub_id(run):
+        raise OptionError(f"no folder {run}: check the path, or add --out DIR for the report if it is a hub id")
     out = out or run / "report"
     config = _evaluation(
         num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option

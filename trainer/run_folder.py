@@ -96,10 +96,9 @@ def find_run(name: str | Path) -> Path:
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    text = str(name)
-    if text.startswith((".", "/", "~")) or "/" not in text:
-        raise RunError(f"{text} is not a run: {RUN.usage}")
-    hub = HubName.parse(text, RUN)
+    if not may_be_hub_id(name):
+        raise RunError(f"{name} is not a run: {RUN.usage}")
+    hub = HubName.parse(str(name), RUN)
     snapshot = open_snapshot(hub, RUN)
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
     inside = [file.removeprefix(prefix) for file in snapshot.files if file.startswith(prefix)]
@@ -114,9 +113,10 @@ def find_run(name: str | Path) -> Path:
     return snapshot.folder / hub.subfolder
 
 
-def is_hub_id(name: str | Path) -> bool:
-    """Return whether a run is no folder, so that nothing can be written into it."""
-    return not Path(name).expanduser().is_dir()
+def may_be_hub_id(name: str | Path) -> bool:
+    """Return whether the name of a run is no folder, but could be a hub id."""
+    text = str(name)
+    return "/" in text and not text.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 def _is_sampled_with(file: str) -> bool:

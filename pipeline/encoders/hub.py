@@ -129,11 +129,11 @@ def fetch(snapshot: Snapshot, files: Sequence[str], kind: Kind) -> None:
         if not (snapshot.folder / file).exists():
             _download(snapshot, file, kind)
         if _is_damaged(snapshot, file):
-            print_status(f"{file} of {snapshot.hub} is damaged in the cache: fetching it again")
+            print_status(f"{file} of {snapshot.hub.at('')} is damaged in the cache: fetching it again")
             _download(snapshot, file, kind, force_download=True)
             if _is_damaged(snapshot, file):
                 raise kind.error(
-                    f"{file} of {snapshot.hub} arrives damaged: its SHA-256 is not the one that the hub names; check "
+                    f"{file} of {snapshot.hub.at('')} arrives damaged: its SHA-256 is not the one that the hub names; check "
                     f"the disk of {snapshot.cache} and the connection, then rerun the command"
                 )
     revision = snapshot.hub.revision or "main"
@@ -183,13 +183,16 @@ def _download(snapshot: Snapshot, file: str, kind: Kind, **options: Any) -> None
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    repository, commit = snapshot.hub.repository, snapshot.commit
+    whole = HubName(snapshot.hub.repository, revision=snapshot.commit)
     if constants.HF_HUB_OFFLINE:
-        raise explain(OfflineModeIsEnabled(), replace(snapshot.hub, revision=commit), kind, file)
+        raise explain(OfflineModeIsEnabled(), whole, kind, file)
     try:
-        retried(f"{file} of {snapshot.hub}", lambda: hf_hub_download(repository, file, revision=commit, **options))
+        retried(
+            f"{file} of {whole}",
+            lambda: hf_hub_download(whole.repository, file, revision=snapshot.commit, **options),
+        )
     except Exception as error:  # of the hub client, of HTTP libraries, of the disk
-        raise explain(error, replace(snapshot.hub, revision=commit), kind, file) from error
+        raise explain(error, whole, kind, file) from error
 
 
 def _is_damaged(snapshot: Snapshot, file: str) -> bool:

@@ -165,7 +165,7 @@ class Protocol:
         }
 
 
-def evaluate(run: Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
+def evaluate(run: str | Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
     """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report."""
     folder = find_run(run)
     objective = read_config(folder)["fit"]["objective"]
