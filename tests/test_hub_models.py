@@ -382,5 +382,5 @@ def test_a_runs_own_copy_of_an_encoder_is_compared(indexed, tmp_path, changed_en
     shutil.copytree(changed_encoder, tmp_path / "run" / "image_encoder")
     config = EvaluationConfig(num_inference_steps=[1], num_samples=16, device="cpu")
     for use in (CoalescerPipeline.from_pretrained, lambda run: evaluate(run, config, tmp_path / "report")):
-        with pytest.raises(EncoderError, match="the weights of .* are not those that the table is encoded with"):
+        with pytest.raises(EncoderError, match=r"the weights of .* are not those that the table is encoded with"):
             use(tmp_path / "run")

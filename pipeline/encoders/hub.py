@@ -133,8 +133,8 @@ def fetch(snapshot: Snapshot, files: Sequence[str], kind: Kind) -> None:
             _download(snapshot, file, kind, force_download=True)
             if _is_damaged(snapshot, file):
                 raise kind.error(
-                    f"{file} of {snapshot.hub.at('')} arrives damaged: its SHA-256 is not the one that the hub names; check "
-                    f"the disk of {snapshot.cache} and the connection, then rerun the command"
+                    f"{file} of {snapshot.hub.at('')} arrives damaged: its SHA-256 is not the one that the hub names; "
+                    f"check the disk of {snapshot.cache} and the connection, then rerun the command"
                 )
     revision = snapshot.hub.revision or "main"
     ref = snapshot.cache / "refs" / revision
