@@ -253,7 +253,7 @@ def test_one_wrong_byte_of_the_weights_is_noticed(hub, times, capsys):
             locate("org/vae")
         return
     place = locate("org/vae")
-    assert "is damaged in the cache: fetching it again" in capsys.readouterr().err
+    assert "is damaged: fetching it again" in capsys.readouterr().err
     weights = place.folder / "diffusion_pytorch_model.safetensors"
     assert weights.read_bytes() == b"weights"
     hub.take_requests()
@@ -271,7 +271,7 @@ def test_a_cache_that_is_filled_by_others_is_completed(hub):
         hf_hub_download("org/text", file)
     hub.take_requests()
     assert (locate("org/text", commit).folder / "tokenizer.json").is_file()
-    assert len(hub.take_requests()) == 3
+    assert len(hub.take_requests()) == 2  # the list, and a file whose content the cache has
 
 
 def test_a_commit_is_no_folder_of_the_same_name(hub, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def fetch(snapshot: Snapshot, files: Sequence[str], kind: Kind) -> None:
         if not (snapshot.folder / file).exists():
             _download(snapshot, file, kind)
         if _is_damaged(snapshot, file):
-            print_status(f"{file} of {snapshot.hub.at('')} is damaged in the cache: fetching it again")
+            print_status(f"{file} of {snapshot.hub.at('')} is damaged: fetching it again")
             _download(snapshot, file, kind, force_download=True)
             if _is_damaged(snapshot, file):
                 raise kind.error(

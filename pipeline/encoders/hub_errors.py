@@ -70,10 +70,15 @@ def explain(error: BaseException, hub: "HubName", kind: Kind, file: str = "") ->
             f"the hub does not accept your token, so {what} cannot be read: log in again with `hf auth login`, or "
             "correct or unset HF_TOKEN"
         )
-    elif status_of(error) == 403:
+    elif status_of(error) == 403 and has_token:
         text = (
             f"your token may not read {what}: give it read access to {hub.repository} on "
             f"{constants.ENDPOINT}/settings/tokens, or set HF_TOKEN to another one"
+        )
+    elif status_of(error) == 403:
+        text = (
+            f"{what} is forbidden (403): log in with `hf auth login` or set HF_TOKEN, and check whether a proxy between "
+            "here and the hub forbids it"
         )
     elif _first(error, errors.EntryNotFoundError) and status_of(error) == 404:
         text = f"{hub.repository} has no file {file} any more: rerun the command, or name another revision"
@@ -126,8 +131,9 @@ def _download_command(hub: "HubName") -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the error that others came from, which tells most."""
-    return describe(list(_chain(error))[-1])
+    """Return the status of an answer, or the error that others came from, which tells most."""
+    status = status_of(error)
+    return describe(list(_chain(error))[-1]) if status is None else f"status {status}"
 
 
 def _first(error: BaseException, kind: type[E]) -> E | None:
