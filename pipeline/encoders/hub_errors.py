@@ -77,8 +77,8 @@ def explain(error: BaseException, hub: "HubName", kind: Kind, file: str = "") ->
         )
     elif status_of(error) == 403:
         text = (
-            f"{what} is forbidden (403): log in with `hf auth login` or set HF_TOKEN, and check whether a proxy between "
-            "here and the hub forbids it"
+            f"{what} is forbidden (403): log in with `hf auth login` or set HF_TOKEN, and check whether a proxy "
+            "between here and the hub forbids it"
         )
     elif _first(error, errors.EntryNotFoundError) and status_of(error) == 404:
         text = f"{hub.repository} has no file {file} any more: rerun the command, or name another revision"
