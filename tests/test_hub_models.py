@@ -327,7 +327,7 @@ def test_of_a_run_what_is_sampled_with_is_fetched(hub):
     [
         ("nowhere", "nowhere is not a run: use a folder that `trainer fit --out` has made, or a hub id ORG/NAME"),
         ("org/none", "no folder org/none, and no model org/none on the hub"),
-        ("org/vae", "org/vae is not a run: it has no config.json with network/ beside it; upload the folder"),
+        ("org/vae", "org/vae is not a run: it has no config.json with network/ beside it; use a repository"),
         ("org/run@nope", "org/run has no revision nope: use a commit, or one of main"),
         ("org/data", "org/data is a dataset of the hub, not a run"),
         ("org/gated", "org/gated is gated: accept its terms"),

@@ -105,8 +105,8 @@ def find_run(name: str | Path) -> Path:
     if not {"config.json", f"{NETWORK}/config.json"} <= set(inside):
         raise snapshot.doubt(
             RunError(
-                f"{hub} is not a run: it has no config.json with {NETWORK}/ beside it; upload the folder that "
-                f"`trainer fit --out` has made, by `hf upload {hub.repository} RUN`"
+                f"{hub} is not a run: it has no config.json with {NETWORK}/ beside it; use a repository into which the "
+                "folder that `trainer fit --out` has made was uploaded as it is (`hf upload ORG/NAME RUN`)"
             )
         )
     fetch(snapshot, [prefix + file for file in inside if _is_sampled_with(file)], RUN)
