@@ -11,8 +11,7 @@ from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, RunError
 from index.table.table import open_table
 from pipeline.encoders.files import find_encoder, locate
-from pipeline.encoders.hub import HubName
-from pipeline.encoders.hub_errors import ENCODER
+from pipeline.encoders.hub_names import ENCODER, HubName
 from pipeline.sources import reach
 from trainer.config import FitConfig
 from trainer.evaluation.protocol import EvaluationConfig, evaluate

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from index.errors import RunError, one_line
 from index.table.schema import TableMeta
 from index.table.storage import write_json
-from pipeline.encoders.hub import HubName, fetch, open_snapshot
-from pipeline.encoders.hub_errors import RUN
+from pipeline.encoders.hub import fetch, open_snapshot
+from pipeline.encoders.hub_names import RUN, HubName
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.parts import SMALL
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder

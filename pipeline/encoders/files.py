@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from index.errors import CoalescerError, EncoderError, one_line
-from pipeline.encoders.hub import HubName, fetch, open_snapshot
-from pipeline.encoders.hub_errors import ENCODER
+from pipeline.encoders.hub import fetch, open_snapshot
+from pipeline.encoders.hub_names import ENCODER, HubName
 from pipeline.encoders.parts import choose_part, list_files
 
 if TYPE_CHECKING:

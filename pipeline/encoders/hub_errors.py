@@ -2,33 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from index.errors import CoalescerError, EncoderError, RunError
+from index.errors import CoalescerError
+from pipeline.encoders.hub_names import HubName, Kind, is_other
 from pipeline.sources.reach import describe, is_out_of_reach, status_of
 
-if TYPE_CHECKING:
-    from pipeline.encoders.hub import HubName
-
 E = TypeVar("E", bound=BaseException)
-
-
-class Kind(NamedTuple):
-    """What a repository is asked for."""
-
-    noun: str
-    usage: str
-    error: type[CoalescerError]
-
-
-ENCODER = Kind(
-    "an encoder",
-    "use a folder with config.json and model weights, or a hub id ORG/NAME, ORG/NAME/SUBFOLDER or ...@REVISION",
-    EncoderError,
-)
-RUN = Kind(
-    "a run", "use a folder that `trainer fit --out` has made, or a hub id ORG/NAME or ORG/NAME@REVISION", RunError
-)
 
 
 def is_away(error: BaseException) -> bool:
@@ -37,13 +17,7 @@ def is_away(error: BaseException) -> bool:
     return is_out_of_reach(error) and (status is None or status == 429 or status >= 500)
 
 
-def is_other(text: str, other: str, repository: str, kind: Kind) -> str:
-    """Say that what the user typed is a dataset or a space."""
-    source = f"as a source of samples it is hf:{repository}; here " if other == "dataset" else ""
-    return f"{text} is a {other} of the hub, not {kind.noun}: {source}{kind.usage}"
-
-
-def explain(error: BaseException, hub: "HubName", kind: Kind, file: str = "") -> CoalescerError:
+def explain(error: BaseException, hub: HubName, kind: Kind, file: str = "") -> CoalescerError:
     """Return the error for what the hub client raised while it was asked for a repository, or for a file of it."""
     from huggingface_hub import constants, errors, get_token
 
@@ -97,7 +71,7 @@ def explain(error: BaseException, hub: "HubName", kind: Kind, file: str = "") ->
     return kind.error(text)
 
 
-def _not_found(hub: "HubName", kind: Kind, *, has_token: bool) -> str:
+def _not_found(hub: HubName, kind: Kind, *, has_token: bool) -> str:
     """Say that there is no such model: of a dataset or a space that it is one."""
     from huggingface_hub import HfApi
 
@@ -113,7 +87,7 @@ def _not_found(hub: "HubName", kind: Kind, *, has_token: bool) -> str:
     return f"no folder {hub}, and no model {hub.repository} on the hub: check the name; {private}"
 
 
-def _revisions(hub: "HubName") -> str:
+def _revisions(hub: HubName) -> str:
     """Say which revisions a repository has."""
     from huggingface_hub import HfApi
 
@@ -126,7 +100,7 @@ def _revisions(hub: "HubName") -> str:
     return listed + (inside if "/" in (hub.revision or "") else "")
 
 
-def _download_command(hub: "HubName") -> str:
+def _download_command(hub: HubName) -> str:
     return f"hf download {hub.repository}" + (f" --revision {hub.revision}" if hub.revision else "")
 
 
