@@ -127,10 +127,12 @@ def _choose_weights(inside: list[str], here: object) -> tuple[list[str], str]:
             f"you trust it, load it in Python with {'diffusers' if is_diffusers else 'transformers'}, as {load}(...), "
             f"write it with .save_pretrained('FOLDER'){'' if is_diffusers else ', its tokenizer too,'} and use FOLDER"
         )
-    others = [f", but {file}" for file in inside if file.endswith(".safetensors") and "/" not in file]
+    others = [file for file in inside if file.endswith((".safetensors", ".gguf", ".onnx")) and "/" not in file]
+    if not others:  # what its config says tells more than that it has no weights
+        return [], ""
     raise EncoderError(
         f"{here} has no weights under the names that diffusers and transformers read "
-        f"(diffusion_pytorch_model.safetensors, model.safetensors){''.join(others[:1])}: save it with save_pretrained"
+        f"(diffusion_pytorch_model.safetensors, model.safetensors), but {others[0]}: save it with save_pretrained"
     )
 
 
