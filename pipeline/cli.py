@@ -348,7 +348,9 @@ def build_index(
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
     if decode is None and not keeps_images(built.table):
         ref = built.table.meta.image_encoder
-        print_status(f"pipeline build-index: the page shows no images: {ref.name} is not the table's image encoder")
+        print_status(
+            f"pipeline build-index: the page shows no images: the table's image encoder cannot be opened at {ref.name}"
+        )
     page = built.table.write_page(
         "index", index_page(built.table, built.report, decode=decode, memory=config.max_memory)
     )

@@ -13,7 +13,8 @@ from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError
 from index.table.table import open_table
 from pipeline.encoders.autoencoder_classes import AUTOENCODERS, REFUSED
-from pipeline.encoders.image import DiffusersAutoencoder, find_variant
+from pipeline.encoders.files import locate
+from pipeline.encoders.image import DiffusersAutoencoder
 from trainer.config import FitConfig
 from trainer.fit import fit
 from trainer.sampler import CoalescerPipeline
@@ -398,7 +399,7 @@ def test_sharded_weights(tmp_path, variant):
 def test_a_folder_with_one_variant_alone_is_opened(tmp_path):
     model = make_model("AutoencoderKL")
     model.half().save_pretrained(tmp_path, variant="fp16")
-    assert find_variant(tmp_path) == "fp16"
+    assert locate(str(tmp_path), None, "image").variant == "fp16"
     encoder = DiffusersAutoencoder(str(tmp_path))
     encoder.save(tmp_path / "copy")
     assert DiffusersAutoencoder(str(tmp_path / "copy")).ref.digest == encoder.ref.digest
@@ -420,7 +421,7 @@ def test_of_several_variants_the_plain_one_is_opened(tmp_path):
         "diffusion_pytorch_model.safetensors",
     }
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    assert find_variant(tmp_path) == "fp16"
+    assert locate(str(tmp_path), None, "image").variant == "fp16"
 
 
 def test_the_advice_about_weights_that_do_not_match_keeps_the_model_right(image_encoder, tmp_path):

@@ -43,7 +43,7 @@ Search = Literal["ann", "exact"]
 Condition = Literal["retrieved", "query"]
 Dtype = Literal["float32", "bfloat16"]
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote, or hub id.")]
 StepsOption = Annotated[
     Any, COUNT, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
 ]
@@ -328,9 +328,13 @@ def evaluate(
         --out reports/shapes
     """
     print_status(f"trainer evaluate: opening {run}")
+    from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
     from trainer.evaluation.report import metrics_by_name
+    from trainer.run_folder import may_be_hub_id
 
+    if out is None and may_be_hub_id(run):
+        raise OptionError(f"no folder {run}: check the path, or add --out DIR for the report if it is a hub id")
     out = out or run / "report"
     config = _evaluation(
         num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
@@ -346,7 +350,7 @@ def evaluate(
 
 @app.command(cls=Command)
 def compare(
-    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders or hub ids.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report.")],
     caption: Annotated[
         list[str] | None,

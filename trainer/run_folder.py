@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from index.errors import RunError, one_line
 from index.table.schema import TableMeta
 from index.table.storage import write_json
+from pipeline.encoders.hub import fetch, open_snapshot
+from pipeline.encoders.hub_names import RUN, HubName
 from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.parts import SMALL
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder
 from pipeline.encoders.text import TransformersTextEncoder
 from trainer.models.base import Network
@@ -31,6 +34,8 @@ from trainer.optimizer import Optimizer
 FORMAT = "coalescer-run-3"
 NETWORK = "network"
 """The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
+ENCODER_FOLDERS = ("image_encoder", "text_encoder")
+"""The folders in RUN of copies of encoders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +89,44 @@ def open_run_text_encoder(folder: Path, meta: TableMeta, places: EncoderPlaces, 
 
 def _copy(folder: Path, name: str) -> str | None:
     return str(folder / name) if (folder / name).is_dir() else None
+
+
+def find_run(name: str | Path) -> Path:
+    """Return the folder of a run: a folder, or what is needed to sample from a hub id, in the hub cache.
+
+    Raises RunError, with what to type, if there is none.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if not may_be_hub_id(name):
+        raise RunError(f"{name} is not a run: {RUN.usage}")
+    hub = HubName.parse(str(name), RUN)
+    snapshot = open_snapshot(hub, RUN)
+    prefix = f"{hub.subfolder}/" if hub.subfolder else ""
+    inside = [file.removeprefix(prefix) for file in snapshot.files if file.startswith(prefix)]
+    if not {"config.json", f"{NETWORK}/config.json"} <= set(inside):
+        raise snapshot.doubt(
+            RunError(
+                f"{hub} is not a run: it has no config.json with {NETWORK}/ beside it; use a repository into which the "
+                "folder that `trainer fit --out` has made was uploaded as it is (`hf upload ORG/NAME RUN`)"
+            )
+        )
+    fetch(snapshot, [prefix + file for file in inside if _is_sampled_with(file)], RUN)
+    return snapshot.folder / hub.subfolder
+
+
+def may_be_hub_id(name: str | Path) -> bool:
+    """Return whether the name of a run is no folder, but could be a hub id."""
+    text = str(name)
+    return "/" in text and not text.startswith((".", "/", "~")) and not Path(name).is_dir()
+
+
+def _is_sampled_with(file: str) -> bool:
+    """Return whether a file of a run is read to sample or evaluate; checkpoints and reports are not."""
+    folder, _, name = file.rpartition("/")
+    if not folder:
+        return name in ("config.json", "result.json")
+    return folder in (NETWORK, *ENCODER_FOLDERS) and name.endswith((*SMALL, ".safetensors"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

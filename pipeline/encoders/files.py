@@ -9,16 +9,17 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from index.errors import EncoderError, one_line
+from index.errors import CoalescerError, EncoderError, one_line
+from pipeline.encoders.hub import fetch, open_snapshot
+from pipeline.encoders.hub_names import ENCODER, HubName
+from pipeline.encoders.parts import choose_part, list_files
 
 if TYPE_CHECKING:
     import torch
-
-UNREAD_FILES = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.tflite", "onnx/*", "*.md"]
-"""Files of a hub repository that are never read: other formats of the same weights."""
 
 WEIGHT_FIXES = {
     "missing_keys": "get the whole weights, or the config.json that belongs to them",
@@ -38,38 +39,44 @@ class Place(NamedTuple):
     """On this machine: of a hub id the folder in the cache, with the other parts of its pipeline beside it."""
     revision: str | None
     """Commit of a hub repository; None for a folder."""
+    variant: str | None = None
+    """`variant` of from_pretrained; None for plain weights."""
 
 
-def locate(name: str, revision: str | None = None) -> Place:
+def locate(name: str, revision: str | None = None, role: str | None = None) -> Place:
     """Find a folder, or fetch what is needed of a hub id `ORG/NAME`, `ORG/NAME/SUBFOLDER`, `...@REVISION`.
 
-    Raises EncoderError if there is no such folder and the name is no hub id, or what the hub client raises.
-    """
-    folder = os.path.abspath(os.path.expanduser(name))
-    if Path(folder).is_dir():
-        return Place(folder, Path(folder), None)
-    if name.startswith((".", "/", "~")) or name.count("/") < 1:
-        raise EncoderError(f"no folder {name}: use a folder with config.json and model weights, or a hub id ORG/NAME")
-    hub_id, _, typed = name.partition("@")
-    organization, repository, *subfolders = hub_id.split("/")
-    subfolder = "/".join(subfolders)
-    from huggingface_hub import snapshot_download
+    A commit costs no request if the cache has its files.
 
-    beside = subfolder.replace("text_encoder", "tokenizer")
-    cached = snapshot_download(
-        f"{organization}/{repository}",
-        revision=revision or typed or None,
-        allow_patterns=[f"{part}/*" for part in {subfolder, beside}] if subfolder else None,
-        ignore_patterns=UNREAD_FILES,
-    )
-    # The cache keeps it as .../snapshots/COMMIT.
-    return Place(hub_id, Path(cached) / subfolder, Path(cached).name)
+    Args:
+        name: what the user typed, or what `Place.name` was.
+        revision: commit of a hub id that was found before.
+        role: image or text, to find the encoder of a pipeline by the pipeline's root.
+
+    Raises EncoderError, with what to type, if there is no such folder and the hub does not give it.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(name)))
+    if folder.is_dir() and revision is None:
+        part = choose_part(list_files(folder), "", role, lambda subfolder: folder / subfolder)
+        return Place(str(folder / part.subfolder), folder / part.subfolder, None, part.variant)
+    if folder.is_file():
+        raise EncoderError(f"{name} is a file: use the folder that it is in, with config.json and model weights")
+    if name.startswith((".", "/", "~")) or "/" not in name:
+        raise EncoderError(f"no folder {name}: {ENCODER.usage}")
+    hub = HubName.parse(name, ENCODER)
+    snapshot = open_snapshot(replace(hub, revision=revision or hub.revision), ENCODER)
+    try:
+        part = choose_part(snapshot.files, hub.subfolder, role, hub.at)
+    except EncoderError as error:
+        raise snapshot.doubt(error) from error
+    fetch(snapshot, part.files, ENCODER)
+    return Place(hub.at(part.subfolder).path, snapshot.folder / part.subfolder, snapshot.commit, part.variant)
 
 
 def find_encoder(name: str, role: str) -> tuple[str, str | None]:
     """Return the absolute folder of an encoder and None, or its hub id and commit. Raises EncoderError."""
     with loading(name, f"the {role} encoder"):
-        place = locate(name)
+        place = locate(name, role=role)
     return place.name, place.revision
 
 
@@ -105,15 +112,12 @@ def loading(name: str, role: str) -> Iterator[None]:
     quiet_libraries()
     try:
         yield
-    except EncoderError:
+    except (CoalescerError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
-        fix = (
-            "save it with save_pretrained"
-            if Path(name).is_dir()
-            else "there is no such folder: check the path, or the hub id and the connection"
-        )
-        raise EncoderError(f"{name} cannot be loaded as {role} ({one_line(error)}): {fix}") from error
+    except Exception as error:  # libraries raise exceptions of any class; tokenizers Exception itself
+        raise EncoderError(
+            f"{name} cannot be loaded as {role} ({one_line(error)}): check that it is one, as save_pretrained writes it"
+        ) from error
 
 
 def check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,6 @@ CPU_BATCH_PIXELS = 2**17
 """A CPU takes larger batches in parts: activations that leave its caches cost a tenth of the speed."""
 TRIAL_PIXELS = 256
 """Side of the image that is decoded on trial."""
-WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.safetensors\.index(?:\.(.+))?\.json|(?:\.(.+))?\.safetensors)")
-"""Names of weights that `from_pretrained` opens, with their variant; the shards of an index are not among them."""
-
-VARIANTS = ("fp32", "fp16", "bf16")
-"""Variants of weights that are read where there are no plain ones, the first that there is."""
 
 
 class DiffusersAutoencoder:
@@ -151,12 +145,11 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, 
     import diffusers
 
     with loading(name, "an image encoder"):
-        place = locate(name, revision)
+        place = locate(name, revision, "image")
         class_name = _class_name(name, diffusers.AutoencoderKL.load_config(place.folder))
-        variant = find_variant(place.folder)
         model, info = getattr(diffusers, class_name).from_pretrained(
             place.folder,
-            variant=variant,
+            variant=place.variant,
             use_safetensors=True,
             low_cpu_mem_usage=False,
             ignore_mismatched_sizes=True,  # refused below, in our words
@@ -164,7 +157,7 @@ def load_autoencoder(name: str, revision: str | None) -> tuple[Any, EncoderRef, 
         )
     check_weights(name, info)
     ref = EncoderRef(name=place.name, class_name=class_name, digest=digest_of(model), revision=place.revision)
-    return model, ref, [place.folder / "config.json", *weight_files(place.folder, variant)]
+    return model, ref, [place.folder / "config.json", *weight_files(place.folder, place.variant)]
 
 
 def _class_name(name: str, config: dict[str, Any]) -> str:
@@ -184,13 +177,6 @@ def _class_name(name: str, config: dict[str, Any]) -> str:
             "update it with pip install --upgrade diffusers"
         )
     return class_name
-
-
-def find_variant(folder: Path) -> str | None:
-    """Return the variant of the weights to read: None for plain ones, else the first of VARIANTS that is there."""
-    found = {match[1] or match[2] for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))}
-    names = {re.sub(r"-\d+-of-\d+$", "", variant) for variant in found if variant}
-    return None if None in found else next((variant for variant in VARIANTS if variant in names), None)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

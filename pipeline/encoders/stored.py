@@ -105,9 +105,14 @@ def _naming_option(ref: EncoderRef, given: str | None, role: str) -> Iterator[No
     try:
         yield
     except EncoderError as error:
-        if given is None:
+        option = f"--{role}-encoder"
+        if given is None and is_missing(ref):
             raise EncoderError(
                 f"the {role} encoder of the table cannot be opened at {ref.name} ({str(error).partition(': ')[0]}): "
-                f"if it was moved, name its folder or hub id by --{role}-encoder"
+                f"if it was moved, name its folder or hub id by {option}"
+            ) from error
+        if given is None:
+            raise EncoderError(
+                f"the {role} encoder of the table cannot be opened: {error}; a copy elsewhere can be named by {option}"
             ) from error
         raise

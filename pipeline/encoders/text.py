@@ -132,10 +132,10 @@ def load_text_model(name: str, revision: str | None) -> tuple[Any, Any, EncoderR
     import transformers
 
     with loading(name, "a text encoder"):
-        place = locate(name, revision)
+        place = locate(name, revision, "text")
         config = transformers.AutoConfig.from_pretrained(place.folder)
         model, info = getattr(transformers, TEXT_MODELS.get(config.model_type, "AutoModel")).from_pretrained(
-            place.folder, use_safetensors=True, output_loading_info=True
+            place.folder, variant=place.variant, use_safetensors=True, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder(place.folder))
     check_weights(name, info, exclude=UNUSED_WEIGHTS)
