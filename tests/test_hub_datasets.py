@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections import Counter
 
@@ -12,7 +13,7 @@ import pytest
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
-from index.errors import SourceError
+from index.errors import SourceError, TableError
 from index.table.hub_files import hub_files
 from pipeline.sources.hub import commits_of
 from pipeline.sources.listing import list_shards
@@ -267,6 +268,54 @@ def test_append_adds_what_the_hub_has_new(hub, encode_shapes, tmp_path):
     assert added.report["already_present"] == 10
     assert "1 files of the hub have changed since they were encoded, such as hf://" in added.report["warnings"][0]
     assert rows(added.table) == {f"image {n}": 1 for n in range(14)}
+
+
+def test_an_interrupted_run_goes_on_at_its_own_commit(hub, encode_shapes, tmp_path, monkeypatch):
+    from pipeline.encode import graph
+
+    files = {f"data/train-{n:05}-of-00002.parquet": parquet(range(10 * n, 10 * n + 10)) for n in range(2)}
+    repository = hub.add("org/name")
+    first = repository.commit(files)
+    write_shard = graph.write_shard
+
+    def write_first_only(job, shard, duplicates):
+        if "00001-of" in shard:
+            raise KeyError("worker failure")
+        return write_shard(job, shard, duplicates)
+
+    monkeypatch.setattr(graph, "write_shard", write_first_only)
+    with pytest.raises(Exception, match="worker failure"):
+        encode_shapes("hf:org/name", tmp_path / "t.lance")
+    monkeypatch.setattr(graph, "write_shard", write_shard)
+    (plan,) = (tmp_path / "t.encode").glob("*/plan.json")
+    assert first in plan.read_text()
+    repository.commit({"data/train-00000-of-00001.parquet": parquet(range(50, 53))})
+    with pytest.raises(TableError, match="holds an unfinished run with other options"):
+        encode_shapes("hf:org/name?name=default", tmp_path / "t.lance")
+    resumed = encode_shapes("hf:org/name", tmp_path / "t.lance")
+    assert rows(resumed.table) == {f"image {n}": 1 for n in range(20)}
+    assert resumed.report["hub_commits"] == {"org/name": first}
+    assert f"org/name at commit {first}" in resumed.report["warnings"][0]
+
+
+def test_an_interrupted_run_of_a_table_that_was_deleted_begins_anew(hub, encode_shapes, tmp_path, monkeypatch):
+    from pipeline.encode import graph
+
+    files = {f"{n}.parquet": parquet(range(10 * n, 10 * n + 10)) for n in range(2)}
+    repository, table = hub.add("org/name", {"0.parquet": files["0.parquet"]}), tmp_path / "t.lance"
+    encode_shapes("hf:org/name", table)
+    repository.commit(files)
+
+    def fail(job, shard, duplicates):
+        raise KeyError("worker failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "write_shard", fail)
+        with pytest.raises(Exception, match="worker failure"):
+            encode_shapes("hf:org/name", table, append=True)
+    shutil.rmtree(table)
+    assert list((tmp_path / "t.encode").glob("*/plan.json"))
+    assert rows(encode_shapes("hf:org/name", table).table).total() == 20
 
 
 # --- what the hub refuses ------------------------------------------------------------------------------------------
