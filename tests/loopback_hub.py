@@ -51,6 +51,8 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.fault: int | None = None
         """The status of every answer, if set."""
+        self.faults: list[str] = []
+        """Beginnings of paths whose next request is answered by 503."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -90,6 +92,9 @@ def _handler_of(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             if hub.fault is not None:
                 return self.answer(hub.fault, b"out of order")
+            for start in [each for each in hub.faults if url.path.startswith(each)]:
+                hub.faults.remove(start)
+                return self.answer(503, b"out of order")
             if token and token != TOKEN:
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
             if parts[:1] == ["api"]:

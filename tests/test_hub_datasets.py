@@ -370,6 +370,21 @@ def test_a_missing_revision_offline_and_down(hub, monkeypatch):
         list_shards(["hf:org/name"])
 
 
+@pytest.mark.parametrize("source", ["hf:org/name", "hf://datasets/org/name/data"])
+@pytest.mark.parametrize(
+    "path", ["/api/datasets/org/name", "/api/datasets/org/name/tree", "/datasets/org/name/resolve"]
+)
+def test_one_refusal_of_the_hub_is_waited_for(hub, monkeypatch, source, path):
+    hub.add("org/name", {"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1])})
+    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 10.0)
+    monkeypatch.setattr("pipeline.sources.reach.FIRST_PAUSE", 0.01)
+    hub.faults.append(path)
+    shards = list_shards([source])
+    hub.faults += ["/datasets/org/name/resolve"]
+    forget()
+    assert captions(shards) == ["image 0", "image 1"]
+
+
 @pytest.mark.parametrize(
     ("page", "source"),
     [

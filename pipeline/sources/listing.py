@@ -11,6 +11,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from index.errors import SourceError
@@ -34,7 +35,11 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
     hub.forget()
     for source in sources:
         with _listing(source):
-            matches = (streamed.list_shards if hub.is_dataset(source) else _list_paths)(source, options)
+            list_source = streamed.list_shards if hub.is_dataset(source) else _list_paths
+            if source.startswith(hub.SCHEME):
+                matches = retried(path_of(source), partial(list_source, source, options))
+            else:
+                matches = list_source(source, options)
         if not matches:
             raise SourceError(
                 f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
