@@ -365,6 +365,9 @@ def test_a_missing_revision_offline_and_down(hub, monkeypatch):
     hub.fault = 503
     with pytest.raises(SourceError, match=r"the hub cannot be reached .*503.*: check the connection and HF_ENDPOINT"):
         list_shards(["hf:org/name"])
+    hub.fault = 429
+    with pytest.raises(SourceError, match=r"too many requests \(429\): wait some minutes and try again; log in"):
+        list_shards(["hf:org/name"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set: unset it, or name a folder"):
         list_shards(["hf:org/name"])

@@ -219,6 +219,9 @@ def explained(shown: str, name: str, revision: str | None, error: BaseException)
             text = f"the hub has no such dataset, or it is private: check the name, or {login}"
     elif of(errors.HFValidationError):
         text = "a dataset of the hub is ORG/NAME, a folder of this machine begins with ./ or /"
+    elif status_of(error) == 429:
+        higher = "" if get_token() else f"; {login} for a higher limit"
+        text = f"the hub has had too many requests (429): wait some minutes and try again{higher}"
     elif status_of(error) in (401, 403):
         text = f"the hub denies access ({describe(error)}): {login}"
     else:
