@@ -231,7 +231,19 @@ def encode(
         print(f"{table}: nothing to add")
     elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    hidden = ("warnings", "table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    for name, commit in encoded.report.get("hub_commits", {}).items():
+        print(f"hf:{name} at commit {commit}")
+    hidden = (
+        "hub_commits",
+        "warnings",
+        "table",
+        "settings",
+        "image_encoder",
+        "text_encoder",
+        "run_id",
+        "beam_options",
+        "versions",
+    )
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
     for warning in encoded.report.get("warnings", ()):
         print(f"\nwarning: {warning}")

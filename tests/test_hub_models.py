@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from loopback_hub import OTHER_TOKEN, TOKEN, serve
+from loopback_models import OTHER_TOKEN, TOKEN, serve
 
 from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, RunError

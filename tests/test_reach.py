@@ -17,7 +17,8 @@ from index.table.storage import Storage
 from index.table.table import is_table
 from pipeline.rejects import Rejected
 from pipeline.sources import reach
-from pipeline.sources.hub import _HubURI
+from pipeline.sources.dataset_images import is_inside, read_image
+from pipeline.sources.hub import DatasetURI
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import read_samples, shard_identity
 from pipeline.sources.sample import ReadOptions
@@ -206,11 +207,10 @@ def test_a_hub_row_cannot_chain_to_another_file(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"secret")
     with zipfile.ZipFile(data / "a.zip", "w") as file:
         file.writestr("in.png", b"inside")
-    local = _HubURI.parse(f"hf:{data}")
-    assert local.read_file(f"zip://in.png::{data}/a.zip", 100) == b"inside"
-    assert local.read_file(f"file://{tmp_path}/secret.png::{data}/a.zip", 100) is None
-    hub = _HubURI.parse("hf:org/name?revision=abc")
-    assert hub._is_inside("zip://x.png::hf://datasets/org/name@abc/a.zip")
+    assert read_image(str(data), f"zip://in.png::{data}/a.zip", 100) == b"inside"
+    assert read_image(str(data), f"file://{tmp_path}/secret.png::{data}/a.zip", 100) is None
+    hub = DatasetURI.parse("hf:org/name?revision=abc").root
+    assert is_inside(hub, "zip://x.png::hf://datasets/org/name@abc/a.zip")
     for path in (
         "file:///etc/passwd::hf://datasets/org/name@abc/a.zip",
         "zip://x.png::file:///etc/a.zip::hf://datasets/org/name@abc/a.zip",
@@ -220,11 +220,11 @@ def test_a_hub_row_cannot_chain_to_another_file(tmp_path):
         "hf://datasets/org/other@abc/x.png",
         "/etc/passwd",
     ):
-        assert not hub._is_inside(path), path
+        assert not is_inside(hub, path), path
 
 
 def test_an_archive_in_a_row_cannot_be_larger_than_allowed(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("in.png", bytes(5 * 2**20))
     with pytest.raises(Rejected, match="sample_too_large: more than --max-sample-mb 1 allows"):
-        _HubURI.parse(f"hf:{tmp_path}").read_file(f"zip://in.png::{tmp_path}/a.zip", 2**20)
+        read_image(str(tmp_path), f"zip://in.png::{tmp_path}/a.zip", 2**20)

@@ -108,6 +108,11 @@ class Storage:
         """
         from fsspec.core import url_to_fs
 
+        if uri.startswith("hf://"):
+            from index.table.hub_files import hub_files, is_pinned
+
+            if is_pinned(uri):
+                return hub_files(), uri.removeprefix("hf://")
         options: Mapping[str, Any] = {}
         if uri.startswith("s3://"):
             renamed = {S3_NAMES[name]: value for name, value in self.options if name in S3_NAMES}

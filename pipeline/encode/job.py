@@ -25,6 +25,7 @@ from pipeline.encoders.files import find_encoder
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.stored import check_encoder
 from pipeline.encoders.text import TransformersTextEncoder
+from pipeline.sources.hub import without_commit
 from pipeline.sources.sample import ReadOptions
 
 Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
@@ -221,6 +222,8 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that tell one run from another.
 
     A run that stopped for too many rejects resumes under a higher limit, so `max_reject_rate` is not one of them.
-    Encoders are known by what they hold, so it also resumes after they were moved.
+    Encoders are known by what they hold, so it also resumes after they were moved. A dataset of the hub is the same
+    whatever its newest commit: the run's own is in its plan.
     """
-    return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    identity = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    return identity | {"shards": [without_commit(shard) for shard in settings["shards"]]}

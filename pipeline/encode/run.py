@@ -25,6 +25,7 @@ from pipeline.encode.monitor import monitor
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
 from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
 from pipeline.encode.resume import RemainingWork, State, begin, remaining_work
+from pipeline.sources.hub import commits_of
 from pipeline.sources.listing import passed_over
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
@@ -64,7 +65,7 @@ def encode_dataset(
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
     with contextlib.nullcontext() if dry_run else hold_lock(runs_folder(uri), runtime.storage):
-        work = remaining_work(job)
+        work = remaining_work(job, sources)
         if work.state == State.COMPLETE:
             return _nothing_to_do(work, dry_run=dry_run)
         if work.state == State.PUBLISHED:
@@ -172,6 +173,7 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "warnings": _warnings(work, counts),
         "run_id": job.run_id,
         "num_workers": job.runtime.num_workers,
+        "hub_commits": commits_of(job.config.shards),
         "device": job.runtime.device,
         "beam_options": list(job.runtime.beam_options),
         "versions": {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},

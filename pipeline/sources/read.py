@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from index.errors import CoalescerError
 from index.table.storage import is_local
 from pipeline.rejects import RejectReason
-from pipeline.sources import folder, hub, parquet, saved, tar
+from pipeline.sources import folder, hub, parquet, saved, streamed, tar
 from pipeline.sources.ranges import SampleRange
 from pipeline.sources.reach import Patience, describe, is_out_of_reach
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
@@ -20,7 +20,7 @@ from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
 
 @runtime_checkable
 class Reader(Protocol):
-    """What the module of each format offers: tar, parquet, folder, saved and hub."""
+    """What the module of each format offers: tar, parquet, folder, saved and streamed."""
 
     def count_samples(self, shard: str, options: ReadOptions) -> int | None:
         """Return the number of samples if it is known without reading them, else None."""
@@ -123,8 +123,8 @@ def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
 
 def _reader_of(shard: str, options: ReadOptions) -> Reader:
     path = path_of(shard)
-    if shard.startswith(hub.SCHEME):
-        return hub
+    if hub.is_dataset(shard):
+        return streamed
     if path.endswith(parquet.EXTENSIONS):
         return parquet
     if path.endswith(tar.EXTENSIONS):
