@@ -217,6 +217,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     stored = {
         "image-encoder": meta.image_encoder.digest,
         "text-encoder": meta.text_encoder.digest,
+        "text-pooling": meta.text_encoder.pooling or job.text_ref.pooling,
+        "text-prompt": meta.text_encoder.prompt,
         "image-size": meta.image_size,
         "val-fraction": meta.val_fraction,
         "keep-images": "image" in table.dataset().schema.names,
@@ -226,6 +228,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     given = {
         "image-encoder": job.image_ref.digest,
         "text-encoder": job.text_ref.digest,
+        "text-pooling": job.text_ref.pooling,
+        "text-prompt": job.text_ref.prompt,
         "image-size": config.image_size,
         "val-fraction": config.val_fraction,
         "keep-images": config.keep_images,
