@@ -10,7 +10,7 @@ from index.table.schema import EncoderRef
 from pipeline.encoders.families import SENTENCE_TRANSFORMERS
 from pipeline.encoders.files import Place, check_weights, digest_of
 from pipeline.encoders.tokenizers import UNLIMITED, check_tokenizer, find_tokenizer, tokenizer_digest_of
-from pipeline.encoders.transformer import Encoded, compute_in, dtypes_of, in_dtypes, read_json
+from pipeline.encoders.transformer import Encoded, compute_in, dtypes_of, in_dtypes, own_tokens, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -60,19 +60,16 @@ class SentenceModel:
     def encode(self, captions: list[str], prompt: str) -> Encoded:
         """Run the model on captions, each after the prompt."""
         import torch
-        from torch.nn.utils.rnn import pad_sequence
 
         outputs = self.model.encode(
             captions, prompt=prompt, batch_size=len(captions), output_value=None, show_progress_bar=False
         )
         pooled = torch.stack([output["sentence_embedding"] for output in outputs])
-        masks = [output["attention_mask"].bool() for output in outputs]
+        masks = [output["attention_mask"] for output in outputs]
         lengths = [int(mask.sum()) for mask in masks]
         if any(output.get("token_embeddings") is None for output in outputs):
             return Encoded(pooled, None, lengths)
-        # Tokenizers of decoders pad on the left; a caption's own tokens come first here.
-        own = [output["token_embeddings"][mask] for output, mask in zip(outputs, masks, strict=True)]
-        return Encoded(pooled, pad_sequence(own, batch_first=True), lengths)
+        return Encoded(pooled, own_tokens([output["token_embeddings"] for output in outputs], masks), lengths)
 
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers folder, in the data types of the weights as they were read."""

@@ -36,7 +36,7 @@ PAIRS = (
 
 
 def load_tokenizer(place: Place, rows: int) -> Any:
-    """Load the tokenizer of a model with `rows` token embeddings, to pad on the right.
+    """Load the tokenizer of a model with `rows` token embeddings.
 
     Raises EncoderError if there is none, or if it is another model's.
     """
@@ -44,7 +44,6 @@ def load_tokenizer(place: Place, rows: int) -> Any:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(find_tokenizer(place, place.folder))
     check_tokenizer(place.name, tokenizer, rows)
-    tokenizer.padding_side = "right"  # a caption's first tokens are its own, whatever the batch
     if tokenizer.pad_token is None:  # as in GPT-2; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or min(tokenizer.get_vocab())
     return tokenizer
@@ -80,12 +79,19 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
 
 
 def telling_pairs(tokenizer: Any) -> list[tuple[str, str]]:
-    """Return pairs of captions that differ, of which any text encoder must tell some apart."""
+    """Return pairs of captions that differ and have equally many tokens; any text encoder must tell some apart."""
     added = set(tokenizer.get_added_vocab())
     words = [word for word in sorted(tokenizer.get_vocab()) if word not in added]
     texts = [tokenizer.convert_tokens_to_string([word]).strip() for word in words[:: max(1, len(words) // 16)]]
-    known = [text for text in texts if text]
-    return [*PAIRS, *itertools.pairwise(known)]
+    known = sorted({text for text in texts if text}, key=lambda text: (_num_tokens(tokenizer, text), text))
+    pairs = [*PAIRS, *itertools.pairwise(known)]
+    # Where lengths differ, the positions of tokens alone make vectors differ.
+    equal = [pair for pair in pairs if _num_tokens(tokenizer, pair[0]) == _num_tokens(tokenizer, pair[1])]
+    return equal or pairs
+
+
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer([text], verbose=False)["input_ids"][0])
 
 
 def tokenizer_digest_of(tokenizer: Any) -> str:

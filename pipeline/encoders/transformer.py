@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +43,8 @@ class TransformerModel:
         unused = tuple(each for each in (*self._family.unused, *HEADS) if not self._reads(each))
         check_weights(place.name, info, exclude=unused)
         self.tokenizer: Any = load_tokenizer(place, self.model.get_input_embeddings().num_embeddings)
+        if not self._family.padded:  # else the side of padding is part of how the model was trained
+            self.tokenizer.padding_side = "right"
         self.ref = EncoderRef(
             name=place.name,
             class_name=type(self.model).__name__,
@@ -65,7 +67,7 @@ class TransformerModel:
         return prefix == "text_projection." and hasattr(self.model, "text_projection")
 
     def encode(self, captions: list[str], prompt: str) -> Encoded:
-        """Run the model on captions, each after the prompt, padded on the right."""
+        """Run the model on captions, each after the prompt."""
         import torch
 
         inputs = self.tokenizer(
@@ -80,13 +82,22 @@ class TransformerModel:
         with torch.inference_mode():
             outputs = self._encoder(input_ids=ids, **({} if self._family.padded else {"attention_mask": mask}))
             pooled = pool(self.ref.pooling, outputs, mask)
-            return Encoded(pooled, outputs.last_hidden_state * mask[..., None], mask.sum(1).tolist())
+            own = own_tokens(outputs.last_hidden_state, mask)
+            return Encoded(pooled, own, mask.sum(1).tolist())
 
     def save(self, folder: Path) -> None:
         """Write a transformers folder with the tokenizer in it, in the data types of the weights as they were read."""
         with in_dtypes(self.model, self._stored):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def own_tokens(states: Iterable["torch.Tensor"], masks: Iterable["torch.Tensor"]) -> "torch.Tensor":
+    """Return the token states (B, tokens, D) at which masks are 1, first, whatever the side of padding; then zeros."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    own = [each[mask.bool()] for each, mask in zip(states, masks, strict=True)]
+    return pad_sequence(own, batch_first=True)
 
 
 def compute_in(model: "torch.nn.Module", device: str, dtype: str) -> None:
