@@ -352,3 +352,21 @@ def test_half_precision_and_variants_keep_their_bytes(tmp_path, words):
     model.half().save_pretrained(tmp_path / "model", variant="fp16")
     assert not (tmp_path / "model" / "model.safetensors").exists()
     check_copy(TransformersTextEncoder(str(tmp_path / "model")), tmp_path / "copy", CAPTIONS)
+
+
+def test_pooling_and_prompt_belong_to_the_table(tmp_path, shapes, encode_shapes):
+    from index.errors import TableError
+    from pipeline.encoders.stored import open_text_encoder
+
+    options = {"text_pooling": "cls", "text_prompt": "red ", "limit": 40}
+    table = encode_shapes(shapes, tmp_path / "t.lance", **options).table
+    ref = table.meta.text_encoder
+    assert (ref.pooling, ref.prompt) == ("cls", "red ")
+    encoder = open_text_encoder(ref)
+    rows = table.dataset().to_table(["caption", "text"]).to_pylist()
+    given = encoder.encode([row["caption"] for row in rows])
+    assert np.abs(given - np.array([row["text"] for row in rows], np.float32)).max() < 1e-2
+    with pytest.raises(TableError, match=r"--text-pooling: cls, now mean; --text-prompt: red , now "):
+        encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    with pytest.raises(TableError, match=r"text_prompt: red , now blue"):
+        encode_shapes(shapes, tmp_path / "t.lance", **{**options, "text_prompt": "blue"})
