@@ -102,7 +102,7 @@ def words(tokenizer):
         made.model_max_length = 10**30
         if class_name.startswith(PADS_LEFT):
             made.padding_side = "left"
-        if class_name.startswith(("GPT2", "Llama", "Mistral")):
+        if class_name.startswith(("GPT2", "Llama")):
             made.pad_token = None
         return made
 
@@ -127,6 +127,8 @@ def save_model(class_name, config, tokenizer, folder):
         if "norm" not in name.lower() and weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.2)
     model.save_pretrained(folder)
+    if class_name.startswith("Mistral"):  # a padding token that the model has no embedding for
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
     return model
 

@@ -44,7 +44,8 @@ def load_tokenizer(place: Place, rows: int) -> Any:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(find_tokenizer(place, place.folder))
     check_tokenizer(place.name, tokenizer, rows)
-    if tokenizer.pad_token is None:  # as in GPT-2; padding is masked, so any token will do
+    # As in GPT-2, or added to the tokenizer alone. Padding is masked, so any token will do.
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or min(tokenizer.get_vocab())
     return tokenizer
 
