@@ -33,6 +33,7 @@ Geometry = Literal["sphere", "standard", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Captions = Literal["first", "all"]
 Dedup = Literal["image", "pair"]
+TextPooling = Literal["pooled", "projected", "mean", "cls", "last", "sentence-transformers"]
 IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
 
 SmallDescScaleOption = Annotated[
@@ -81,7 +82,15 @@ def encode(
     source: SourceArgument,
     table: Annotated[str, typer.Option(metavar="TABLE", help="Table to write, DB/NAME.lance or s3://...")],
     image_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a diffusers autoencoder.")],
-    text_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a transformers text model.")],
+    text_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a text model.")],
+    text_pooling: Annotated[
+        TextPooling | None,
+        typer.Option(help="How the text embedding is made of the model's output.", show_default="the model's own"),
+    ] = None,
+    text_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Put before each caption, as in 'query: '.", show_default="the model's own"),
+    ] = None,
     image_size: ImageSizeOption = 256,
     image_key: Annotated[
         str | None,
@@ -198,6 +207,8 @@ def encode(
         shards=(),
         image_encoder=image_encoder,
         text_encoder=text_encoder,
+        text_pooling=text_pooling,
+        text_prompt=text_prompt,
         image_size=image_size,
         image_key=image_key,
         caption_key=caption_key,

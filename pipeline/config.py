@@ -24,7 +24,11 @@ class EncodeConfig:
     image_encoder: str
     """Folder or hub id of a diffusers autoencoder."""
     text_encoder: str
-    """Folder or hub id of a transformers text model."""
+    """Folder or hub id of a transformers or sentence-transformers text model."""
+    text_pooling: str | None = None
+    """How its vector is made, one of `pipeline.encoders.families.POOLINGS`; None: as the model's family does."""
+    text_prompt: str | None = None
+    """Text that is put before each caption; None: the model's own default."""
     image_size: Annotated[int, PIXELS]
     """Side of the square image that is encoded, in pixels."""
     image_key: str | None = None

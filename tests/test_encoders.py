@@ -234,15 +234,22 @@ def text_model(kind, tokenizer, folder):
     return folder / "model", expected
 
 
-def test_a_text_model_that_cannot_encode_is_one_line(tmp_path, tokenizer):
+def test_a_family_that_is_not_known_is_refused_with_the_list(tmp_path, tokenizer):
     from transformers import ViTConfig, ViTModel
 
     folder = tmp_path / "vit"
     shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     ViTModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(EncoderError, match=r"^ViTModel .* cannot encode \(\w+Error: .*\): use another encoder$"):
-        TransformersTextEncoder(str(folder)).text_dim()
+    with pytest.raises(EncoderError, match=r"is of model_type vit: text encoders are albert, .*, or a sentence-"):
+        TransformersTextEncoder(str(folder))
+
+
+def test_a_text_model_that_fails_is_one_line(text_encoder, monkeypatch):
+    encoder = TransformersTextEncoder(text_encoder)
+    monkeypatch.setattr(encoder.model, "forward", lambda **_: [][0])
+    with pytest.raises(EncoderError, match=r"^BertModel .* cannot encode \(\w+Error: .*\): use another encoder$"):
+        encoder.text_dim()
 
 
 def test_a_text_encoder_without_a_tokenizer_is_refused(text_encoder, tmp_path):

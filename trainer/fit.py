@@ -147,7 +147,9 @@ class Trainer:
         if not self.network.num_tokens:
             return None
         encoder = open_run_text_encoder(self.out, self.table.meta, self.runtime.encoders, self.device)
-        return partial(encoder.encode_tokens, num_tokens=self.network.num_tokens)
+        encode_tokens = partial(encoder.encode_tokens, num_tokens=self.network.num_tokens)
+        encode_tokens(["a"])  # refused here rather than by a search ahead, if the encoder gives no such tokens
+        return encode_tokens
 
     def _open_stream(self, start: int = 0) -> NeighborStream:
         return NeighborStream(

@@ -32,6 +32,7 @@ Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 
 OTHER_OPTIONS = (
     *("shards", "limit", "append", "max_reject_rate", "image_encoder", "text_encoder", "dtype", "image_size"),
+    *("text_pooling", "text_prompt"),
     *("desc_scale", "allow_small_desc_scale", "geometry", "val_fraction", "keep_images"),
 )
 """Options that do not decide which samples of a shard become rows."""
@@ -40,10 +41,17 @@ _loading = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _load_encoders(image: tuple[str, str | None], text: tuple[str, str | None], device: str, dtype: str) -> Encoders:
+def _load_encoders(
+    image: tuple[str, str | None],
+    text: tuple[str, str | None],
+    device: str,
+    dtype: str,
+    pooling: str | None,
+    prompt: str | None,
+) -> Encoders:
     return (
         DiffusersAutoencoder(image[0], device, dtype, revision=image[1]),
-        TransformersTextEncoder(text[0], device, dtype, revision=text[1]),
+        TransformersTextEncoder(text[0], device, dtype, revision=text[1], pooling=pooling, prompt=prompt),
     )
 
 
@@ -52,7 +60,8 @@ def cached_encoders(
 ) -> Encoders:
     """Return encoders by (name, revision), loaded once per process for any number of threads."""
     with _loading:
-        return _load_encoders(image, text, resolve_device(runtime.device), config.dtype)
+        device = resolve_device(runtime.device)
+        return _load_encoders(image, text, device, config.dtype, config.text_pooling, config.text_prompt)
 
 
 @dataclass(slots=True)
@@ -124,6 +133,8 @@ class EncodeJob:
             "image_digest": self.image_ref.digest,
             "text_digest": self.text_ref.digest,
             "tokenizer_digest": self.text_ref.tokenizer_digest,
+            "text_pooling": self.text_ref.pooling,
+            "text_prompt": self.text_ref.prompt,
         }
         return {**self.config.settings, **encoders}
 

@@ -249,6 +249,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     stored = {
         "image_digest": meta.image_encoder.digest,
         "text_digest": meta.text_encoder.digest,
+        "text_pooling": meta.text_encoder.pooling or job.text_ref.pooling,
+        "text_prompt": meta.text_encoder.prompt,
         "image_size": meta.image_size,
         "val_fraction": meta.val_fraction,
         "keep_images": "image" in table.dataset().schema.names,
@@ -258,6 +260,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     given = {
         "image_digest": job.image_ref.digest,
         "text_digest": job.text_ref.digest,
+        "text_pooling": job.text_ref.pooling,
+        "text_prompt": job.text_ref.prompt,
         "image_size": config.image_size,
         "val_fraction": config.val_fraction,
         "keep_images": config.keep_images,

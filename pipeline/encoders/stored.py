@@ -38,7 +38,14 @@ def open_text_encoder(
     Raises EncoderError if it is not there or is not the same.
     """
     with _naming_option(ref, given, "text"):
-        encoder = TransformersTextEncoder(given or ref.name, device, dtype, revision=None if given else ref.revision)
+        encoder = TransformersTextEncoder(
+            given or ref.name,
+            device,
+            dtype,
+            revision=None if given else ref.revision,
+            pooling=ref.pooling,
+            prompt=ref.prompt,
+        )
     check_encoder(ref, encoder.ref, "text")
     return encoder
 
