@@ -64,7 +64,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(
         datasets.config, "HUB_DATASETS_URL", server.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
     )
-    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 0.0)
+    monkeypatch.setattr("index.reach.LISTING_SECONDS", 0.0)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     forget()
     yield server
@@ -379,8 +379,8 @@ def test_a_missing_revision_offline_and_down(hub, monkeypatch):
 )
 def test_one_refusal_of_the_hub_is_waited_for(hub, monkeypatch, source, path):
     hub.add("org/name", {"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1])})
-    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 10.0)
-    monkeypatch.setattr("pipeline.sources.reach.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("index.reach.LISTING_SECONDS", 10.0)
+    monkeypatch.setattr("index.reach.FIRST_PAUSE", 0.01)
     hub.faults.append(path)
     shards = list_shards([source])
     hub.faults += ["/datasets/org/name/resolve"]

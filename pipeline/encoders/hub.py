@@ -17,7 +17,7 @@ from index.errors import CoalescerError
 from index.terminal import print_status
 from pipeline.encoders.hub_errors import explain, is_away
 from pipeline.encoders.hub_names import HubName, Kind
-from pipeline.sources.reach import retried
+from index.reach import retried
 
 COMMIT, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 NOTES = ".coalescer"

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from index.errors import CoalescerError
 from pipeline.encoders.hub_names import HubName, Kind, is_other
-from pipeline.sources.reach import describe, is_out_of_reach, status_of
+from index.reach import describe, is_out_of_reach, status_of
 
 E = TypeVar("E", bound=BaseException)
 

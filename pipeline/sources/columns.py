@@ -14,7 +14,7 @@ from typing import Any
 
 from index.errors import SourceError, one_line
 from pipeline.rejects import Rejected, RejectReason
-from pipeline.sources.reach import is_out_of_reach
+from index.reach import is_out_of_reach
 from pipeline.sources.sample import (
     CAPTION_FIELDS,
     ReadOptions,

@@ -22,7 +22,7 @@ from pipeline.sources.columns import ROWS_PER_READ
 from pipeline.sources.identity import FileInfo
 from pipeline.sources.metadata import METADATA_FILES, Row, read_metadata
 from pipeline.sources.ranges import SampleRange, split_into_ranges
-from pipeline.sources.reach import is_out_of_reach
+from index.reach import is_out_of_reach
 from pipeline.sources.sample import Caption, ReadOptions, Sample, Unreadable
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from index.errors import SourceError
-from pipeline.sources.reach import describe, retried, status_of
+from index.reach import describe, retried, status_of
 
 SCHEME = "hf:"
 FILES = "hf://"

@@ -14,7 +14,7 @@ from index.table.storage import is_local
 from pipeline.rejects import RejectReason
 from pipeline.sources import folder, hub, parquet, saved, streamed, tar
 from pipeline.sources.ranges import SampleRange
-from pipeline.sources.reach import Patience, describe, is_out_of_reach
+from index.reach import Patience, describe, is_out_of_reach
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
 
 

@@ -22,7 +22,7 @@ from pipeline.sources.dataset_images import read_image
 from pipeline.sources.hub import FILES, SCHEME, DatasetURI, check_not_refused
 from pipeline.sources.identity import FileInfo
 from pipeline.sources.metadata import METADATA_FILES
-from pipeline.sources.reach import is_out_of_reach, retried
+from index.reach import is_out_of_reach, retried
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 MAX_FOLDERS = 8
