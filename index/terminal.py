@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from index.errors import CoalescerError
+from index.reach import WAITS, describe, is_store_failure
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -51,6 +52,7 @@ def run(app: Callable[..., Any]) -> NoReturn:
     caller = sys._getframe(1)
     is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
+    _show_waits()
     stops = _raise_on_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -79,10 +81,37 @@ def _report(error: BaseException, is_program: bool) -> int:
         # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    if is_store_failure(error):
+        return _fail(
+            f"a store could not be reached ({describe(error)}): check the connection, the access rights and "
+            "--storage-option, then rerun the same command"
+        )
     if not is_program:
         raise error
     sys.excepthook(type(error), error, error.__traceback__)
     return 1
+
+
+class _WaitHandler(logging.Handler):
+    """Prints each wait for a store once, though it is logged at every attempt, and by several processes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown = set[tuple[str, str]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        key = text.partition(" is out of reach ")[0], text.rpartition("until ")[2]
+        if key not in self._shown:
+            self._shown.add(key)
+            print_status(text)
+
+
+def _show_waits() -> None:
+    log = logging.getLogger(WAITS)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    log.handlers = [_WaitHandler()]
 
 
 def _raise_on_signals() -> list[int]:

@@ -368,6 +368,6 @@ def test_an_unreachable_hub_is_a_one_line_error(monkeypatch):
             raise ConnectionError("no\nroute")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 0.0)
+    monkeypatch.setattr("index.reach.LISTING_SECONDS", 0.0)
     with pytest.raises(SourceError, match=r"hf:owner/data is not found on the hub \(ConnectionError: no route\)"):
         list_shards(["hf:owner/data"])

@@ -11,13 +11,16 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from index.errors import OptionError, SourceError, TableError, one_line
+from index.errors import CoalescerError, OptionError, OutOfReachError, SourceError, TableError, one_line
+from index.reach import LISTING_SECONDS, RETRY_SECONDS, Patience, describe, is_denied, is_store_failure
+
+T = TypeVar("T")
 
 ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Environment variables of an S3 endpoint; the last that is set wins."""
@@ -54,6 +57,13 @@ KNOWN = {
 SECRETS = ("secret", "token", "access_key", "account_key", "sas_", "service_account", "customer_key", "connection_")
 """Parts of the names of options that are secrets."""
 SECRET_VARIABLE = "COALESCER_SECRET_"
+LANCE_RETRIES = 100
+"""Lance pauses between its attempts as we do; the seconds end them, not this number."""
+READ_SECONDS = 60.0
+"""A web server that sends nothing for so long counts as away."""
+
+_answered: set[str] = set()
+"""Stores that have answered in this process: a mistake in their address is not what keeps them away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +75,16 @@ class Storage:
     """
 
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    patience: float | None = field(default=None, compare=False)
+    """Seconds that a store which is away is waited for; None: as long as index.reach says."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle names and values, but of secrets the environment variable that holds the value."""
-        return _unpickled, (tuple((name, *_hidden(name, value)) for name, value in self.options),)
+        options = tuple((name, *_hidden(name, value)) for name, value in self.options)
+        return _unpickled, (options, self.patience, tuple(_answered))
 
     @classmethod
-    def of(cls, texts: Sequence[str] = ()) -> "Storage":
+    def of(cls, texts: Sequence[str] = (), patience: float | None = None) -> "Storage":
         """Parse `name=value` texts; the environment's endpoint is included, for workers on other machines.
 
         Raises OptionError if a text has no name or no `=`, or if its name is unknown.
@@ -90,16 +103,18 @@ class Storage:
             options[_canonical(name.lower())] = value
         if options.get("aws_endpoint", "").startswith("http://"):
             options.setdefault("allow_http", "true")
-        return cls(tuple(sorted(options.items())))
+        return cls(tuple(sorted(options.items())), patience)
 
     @property
-    def lance(self) -> dict[str, str] | None:
+    def lance(self) -> dict[str, str]:
         """The `storage_options` of Lance and LanceDB."""
         options = dict(self.options)
         if "aws_endpoint" in options:
             # Under this name it wins over AWS_ENDPOINT_URL_S3 of the environment.
             options["aws_endpoint_url_s3"] = options["aws_endpoint"]
-        return options or None
+        seconds = RETRY_SECONDS if self.patience is None else self.patience
+        # Lance's own patience is half a second.
+        return {"client_max_retries": str(LANCE_RETRIES), "client_retry_timeout": f"{max(1, round(seconds))}"} | options
 
     def files(self, uri: str) -> tuple[Any, str]:
         """Return the fsspec file system of a URI, and the path in it.
@@ -132,23 +147,39 @@ class Storage:
     def exists(self, uri: str) -> bool:
         """Return whether there is a file or folder."""
         files, path = self.files(uri)
-        return bool(files.exists(path))
+        if not uri.startswith(("http://", "https://")):
+            return bool(self._reached(uri, lambda: files.exists(path)))
+        try:
+            # `exists` of fsspec says no for any failure.
+            self._reached(uri, lambda: files.info(path))
+        except FileNotFoundError as error:
+            if is_denied(error):
+                return False
+            raise
+        return True
 
     def names(self, folder: str) -> list[str]:
-        """List the names of a folder's files, sorted; empty if there is no folder."""
+        """List the names of a folder's files, sorted; empty if there is no folder.
+
+        Raises TableError if there is no such bucket.
+        """
         files, path = self.files(folder)
         try:
-            return sorted(name.rsplit("/", 1)[-1] for name in files.ls(path, detail=False))
-        except FileNotFoundError:
+            listed = self._reached(folder, lambda: files.ls(path, detail=False))
+        except FileNotFoundError as error:
+            _check_bucket(folder, files, path, error)
             return []
+        return sorted(name.rsplit("/", 1)[-1] for name in listed)
 
     def read_json(self, uri: str) -> Any:
         """Read a JSON file; None if there is none."""
         files, path = self.files(uri)
         try:
-            return json.loads(files.cat_file(path))
-        except FileNotFoundError:
-            return None
+            return json.loads(self._reached(uri, lambda: files.cat_file(path)))
+        except FileNotFoundError as error:
+            if is_denied(error):
+                return None
+            raise
 
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON atomically; raises TableError if that fails."""
@@ -161,19 +192,75 @@ class Storage:
                 write_text(Path(uri), text)
             else:
                 files, path = self.files(uri)
-                files.pipe_file(path, text.encode())
+                self._reached(uri, lambda: files.pipe_file(path, text.encode()))
+        except CoalescerError:
+            raise
         except Exception as error:  # every object store has errors of its own
             raise unwritable(uri, error) from error
 
     def remove(self, uri: str) -> None:
         """Delete a file, or a folder with its content, if it exists."""
         files, path = self.files(uri)
-        if files.exists(path):
-            files.rm(path, recursive=True)
+        if self.exists(uri):
+            try:
+                self._reached(uri, lambda: files.rm(path, recursive=True))
+            except FileNotFoundError:
+                if self.exists(uri):  # the answer to an attempt that has deleted it may be lost
+                    raise
+
+    def _reached(self, uri: str, call: Callable[[], T]) -> T:
+        """Return the result of a call, which is repeated while the store is away.
+
+        Raises OutOfReachError if it stays away, earlier if it has never answered: its address may be wrong. Any other
+        answer raises what the file system makes of it.
+        """
+        if is_local(uri):
+            return call()
+        store = "/".join(uri.split("/")[:3])
+        patience = Patience(uri, limit=self._limit(store))
+        while True:
+            try:
+                result = call()
+            except Exception as error:
+                if not is_store_failure(error) or is_denied(error) or isinstance(error, FileExistsError):
+                    raise
+                if patience.seconds_left(error) <= 0:
+                    raise OutOfReachError(
+                        f"{uri} cannot be reached ({describe(error)}): check the address, the credentials and "
+                        "--storage-option, then rerun the same command"
+                    ) from error
+                patience.wait(error)
+            else:
+                _answered.add(store)
+                return result
+
+    def _limit(self, store: str) -> float | None:
+        if self.patience is not None:
+            return self.patience
+        return RETRY_SECONDS if store in _answered else LISTING_SECONDS
+
+
+def _check_bucket(uri: str, files: Any, path: str, error: BaseException) -> None:
+    """Raise TableError if the reason why a folder is not found is that its bucket or container does not exist."""
+    if is_local(uri) or "NoSuchBucket" in f"{error} {error.__cause__!r}":
+        exists = is_local(uri)
+    else:
+        try:
+            exists = bool(files.exists(path.lstrip("/").partition("/")[0]))
+        except Exception:  # a key may be allowed to list a folder, but not its bucket
+            exists = True
+    if not exists:
+        bucket = "/".join(uri.split("/")[:3])
+        raise TableError(f"{bucket} does not exist (NoSuchBucket): create it, or correct the name") from error
 
 
 def unwritable(uri: str | Path, error: Exception) -> TableError:
     """Return the error for a target that cannot be written."""
+    if not is_local(str(uri)):
+        return TableError(
+            f"{uri} cannot be written ({describe(error)}): check that the bucket exists, the credentials, the region "
+            "and the endpoint (--storage-option), and that the key may write; rerun the same command to resume"
+        )
     return TableError(
         f"{uri} cannot be written ({one_line(error)}): check free space, permissions and --storage-option, or name "
         "another --table; rerun the same command to resume"
@@ -205,8 +292,12 @@ def _hidden(name: str, value: str) -> tuple[str, bool]:
     return variable, True
 
 
-def _unpickled(options: tuple[tuple[str, str, bool], ...]) -> Storage:
-    return Storage(tuple((name, _revealed(name, value) if hidden else value) for name, value, hidden in options))
+def _unpickled(
+    options: tuple[tuple[str, str, bool], ...], patience: float | None, answered: tuple[str, ...]
+) -> Storage:
+    _answered.update(answered)
+    revealed = tuple((name, _revealed(name, value) if hidden else value) for name, value, hidden in options)
+    return Storage(revealed, patience)
 
 
 def _revealed(name: str, variable: str) -> str:

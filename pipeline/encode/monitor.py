@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from index.background import repeat
+from index.reach import log_wait
 from index.terminal import Progress
 from pipeline.encode.checkpoints import STOP, SampleCounts, ShardCheckpoint
 from pipeline.encode.job import EncodeJob
@@ -24,6 +25,9 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
     with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.poll(shards, finished)) as bar:
 
         def show() -> None:
+            waits = job.checkpoints.waits()
+            for text in waits:
+                log_wait(text)
             done = job.checkpoints.poll(shards, finished)
             counts = SampleCounts()
             for checkpoint in finished.values():
@@ -32,7 +36,7 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
                 bar.expect(max(done, round(counts.samples / len(finished) * len(shards))))
             elif samples is not None and (done > samples or len(finished) == len(shards)):
                 bar.expect(done)
-            _advance(bar, done, counts, len(shards))
+            _advance(bar, done, counts, len(shards), waits)
             if samples is not None:
                 _stop_if_hopeless(job, samples, counts)
 
@@ -43,13 +47,15 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
             show()
 
 
-def _advance(bar: Progress, done: int, counts: SampleCounts, shards: int) -> None:
+def _advance(bar: Progress, done: int, counts: SampleCounts, shards: int, waits: list[str]) -> None:
     rejected, filtered = counts.rejects.total(), counts.filtered.total()
     bar.advance(
         done - bar.done,
         shards=f"{counts.shards}/{shards}",
         success_rate=round(1 - rejected / max(1, counts.samples), 4),
         rejected=rejected,
+        **({"waiting_for": waits[0]} if waits else {}),
+        **({"unread_shards": len(counts.unread)} if counts.unread else {}),
         **({"filtered": filtered} if filtered else {}),
         **({"truncated_captions": counts.truncated_captions} if counts.truncated_captions else {}),
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from index.errors import SourceError, one_line
+from index.reach import is_out_of_reach
 from pipeline.rejects import Rejected, RejectReason
-from pipeline.sources.reach import is_out_of_reach
 from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_captions, match_name
 
 ROWS_PER_READ = 32

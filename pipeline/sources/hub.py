@@ -16,10 +16,10 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from index.errors import SourceError, one_line
+from index.reach import is_out_of_reach, retried
 from pipeline.rejects import Rejected, RejectReason
 from pipeline.sources.columns import ROWS_PER_READ, Columns
 from pipeline.sources.identity import FileInfo
-from pipeline.sources.reach import is_out_of_reach, retried
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 SCHEME = "hf:"

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from index.errors import SourceError
+from index.reach import describe, is_out_of_reach, retried, status_of
 from index.table.storage import is_local
 from pipeline.sources import folder, hub, parquet, saved, tar
 from pipeline.sources.metadata import METADATA_FILES
-from pipeline.sources.reach import describe, is_out_of_reach, retried, status_of
 from pipeline.sources.sample import ReadOptions, path_of
 
 EXTENSIONS = (*tar.EXTENSIONS, *parquet.EXTENSIONS)
