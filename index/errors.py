@@ -11,6 +11,7 @@ CoalescerError          printed as one line; exit code 2
 A message says what is wrong, what is allowed and what to type. Bugs of ours are asserts and keep their traceback.
 """
 
+import html
 import re
 
 
@@ -48,6 +49,7 @@ def one_line(error: BaseException, *, typed: bool = False) -> str:
     Of an answer of an object store, what the server itself says comes first, so that it is never cut.
     """
     text, name = " ".join(str(error).split()), type(error).__name__
-    answer = [found[1] for tag in ("Code", "Message") if (found := re.search(rf"<{tag}>(.*?)</{tag}>", text))]
+    found = [re.search(rf"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message")]
+    answer = [html.unescape(each[1]) for each in found if each]
     text = ": ".join(answer) or text[:300]
     return f"{name}: {text}" if typed and text else text or name

@@ -113,7 +113,10 @@ def status_of(error: BaseException) -> int | None:
 
 def describe(error: BaseException) -> str:
     """Return an exception on one line, without the signatures of presigned URLs that it may quote."""
-    return re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\")\]]+", r"\1?...", one_line(error, typed=True))
+    # fsspec raises FileNotFoundError for whatever a web server answers, or does not answer.
+    causes = (each for each in _chain(error) if _is_away(each)) if isinstance(error, FileNotFoundError) else iter(())
+    text = one_line(next(causes, error), typed=True)
+    return re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\")\]]+", r"\1?...", text)
 
 
 class Patience:

@@ -33,6 +33,8 @@ PIPE_WIDTH = 140
 """Characters of a line where standard output is not a terminal and COLUMNS is not set."""
 MIN_COLUMN_WIDTH = 9
 """Narrower columns are not readable: the table is printed as a list instead."""
+GRACE_SECONDS = 5.0
+"""After a signal a command ends at the latest after so long."""
 BROKEN_PIPE = 141
 """Exit code of a shell for commands that SIGPIPE ended."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -121,6 +123,7 @@ def _raise_on_signals() -> list[int]:
     def on_signal(number: int, frame: object) -> None:
         stops.append(number)
         if len(stops) == 1:
+            _end_after(GRACE_SECONDS, 128 + number)
             raise Stopped
 
     if threading.current_thread() is threading.main_thread():
@@ -128,6 +131,13 @@ def _raise_on_signals() -> list[int]:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where it is ignored
                 signal.signal(number, on_signal)
     return stops
+
+
+def _end_after(seconds: float, code: int) -> None:
+    """End the process after some seconds, if what it has to clean up waits for a store that is away."""
+    timer = threading.Timer(seconds, lambda: _end(code, kill=True))
+    timer.daemon = True
+    timer.start()
 
 
 def _end(code: int, *, kill: bool) -> NoReturn:

@@ -35,6 +35,8 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
         with _listing(source):
             matches = (hub.list_shards if source.startswith(hub.SCHEME) else _list_paths)(source, options)
         if not matches:
+            if not source.startswith(hub.SCHEME):
+                options.storage.check_bucket(source)
             raise SourceError(
                 f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
                 "pattern such as 'data/{00000..00009}.tar', or hf:NAME"
