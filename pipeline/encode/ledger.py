@@ -26,7 +26,8 @@ def content_identity(shard: str, options: ReadOptions) -> str:
 
     A store that is away is waited for only a moment: it is when the shard is read.
     """
-    storage = replace(options.storage, patience=min(LOOKUP_SECONDS, options.storage.patience or LOOKUP_SECONDS))
+    patience = options.storage.patience
+    storage = replace(options.storage, patience=LOOKUP_SECONDS if patience is None else min(LOOKUP_SECONDS, patience))
     try:
         return identity_to_read(shard, replace(options, storage=storage, on_wait=None))
     except OutOfReachError:
