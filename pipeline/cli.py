@@ -26,7 +26,7 @@ from index.options import (
     check_folder,
     make_app,
 )
-from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
+from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Geometry = Literal["sphere", "standard", "raw"]
@@ -154,6 +154,21 @@ def encode(
         float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
+    fetch_patience: Annotated[
+        float | None,
+        NOT_NEGATIVE,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a store that is away or denies access is waited for.",
+            show_default="300, and 5 if it denies access",
+        ),
+    ] = None,
+    allow_missing_shards: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing-shards", help="Publish without shards that cannot be read; the next run fetches them."
+        ),
+    ] = False,
     num_workers: WorkersOption = 1,
     batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
@@ -200,7 +215,8 @@ def encode(
         num_workers=num_workers,
         batch_size=batch_size,
         device=device,
-        storage=Storage.of(storage_option or ()),
+        storage=Storage.of(storage_option or (), fetch_patience),
+        allow_missing_shards=allow_missing_shards,
         beam_options=(f"--runner={runner}", *beam_options),
     )
     config = EncodeConfig(

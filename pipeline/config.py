@@ -99,6 +99,8 @@ class RuntimeConfig:
     """Torch device of the encoders; auto prefers a GPU."""
     storage: Storage = field(default_factory=Storage)
     """How to reach object stores."""
+    allow_missing_shards: bool = False
+    """Publish without shards that cannot be read; the next run fetches them."""
     beam_options: tuple[str, ...] = ()
     """Beam's own options as `--name=value`; they override those that `num_workers` implies."""
 

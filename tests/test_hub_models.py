@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from loopback_models import OTHER_TOKEN, TOKEN, serve
 
+from index import reach
 from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, RunError
 from index.table.table import open_table
 from pipeline.encoders.files import find_encoder, locate
 from pipeline.encoders.hub_names import ENCODER, HubName
-from pipeline.sources import reach
 from trainer.config import FitConfig
 from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.fit import fit

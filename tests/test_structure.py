@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a folder or a file of a package. It may import itself, rooms before it, and packages before its own.
 ORDER = {
-    "index": ["errors", "ranges", "options", "background", "terminal", "space", "table", "search", "report", "build"],
+    "index": [
+        *("errors", "reach", "ranges", "options", "background", "terminal"),
+        *("space", "table", "search", "report", "build"),
+    ],
     "pipeline": [
         *("rejects", "filters", "images", "sources", "config", "encoders"),
         *("beam", "encode", "demo", "cli"),

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from index.errors import EncoderError, SourceError
+from index.errors import EncoderError, OutOfReachError, SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict
@@ -37,6 +38,8 @@ OTHER_OPTIONS = (
 )
 """Options that do not decide which samples of a shard become rows."""
 NOT_IDENTITY = ("max_reject_rate", "image_encoder", "text_encoder")
+SHOWN_SHARDS = 20
+"""Of those that could not be read, in an error message."""
 _loading = threading.Lock()
 
 
@@ -143,6 +146,10 @@ class EncodeJob:
         """The options with which readers open a shard."""
         return self.runtime.read_options(self.config)
 
+    def reading(self, shard: str) -> ReadOptions:
+        """Return the options for a worker that reads a shard, which tells this run's monitor what it waits for."""
+        return replace(self.read_options, on_wait=partial(self.checkpoints.save_wait, shard))
+
     @property
     def schema(self) -> pa.Schema:
         """The columns of a row without its search vector."""
@@ -185,12 +192,27 @@ class EncodeJob:
             if checkpoint.moments is not None:
                 shard_moments = from_json_dict(Moments, checkpoint.moments)
                 moments = shard_moments if moments is None else moments + shard_moments
+        self._check_read(counts)
         self._check_counts(counts)
         if moments is None:
             raise SourceError(f"all {counts.rows:,} rows are held out: add samples or lower --val-fraction")
         if self.base is not None:
             return replace(self.base, moments=moments, run_ids=(*self.base.run_ids, self.run_id))
         return self._new_meta(moments)
+
+    def _check_read(self, counts: SampleCounts) -> None:
+        is_worth_publishing = counts.rows > 0 or self.base is not None
+        if not counts.unread or (self.runtime.allow_missing_shards and is_worth_publishing):
+            return
+        names = "; ".join(
+            f"{name} ({unread_reason(text)})" for name, text in list(counts.unread.items())[:SHOWN_SHARDS]
+        )
+        more = f"; and {len(counts.unread) - SHOWN_SHARDS:,} more" if len(counts.unread) > SHOWN_SHARDS else ""
+        raise OutOfReachError(
+            f"not finished: these shards could not be read: {names}{more}: {counts.shards - len(counts.unread):,} of "
+            f"{counts.shards:,} shards are kept and nothing is published; rerun the same command to resume, or add "
+            "--allow-missing-shards to publish without them"
+        )
 
     def _check_counts(self, counts: SampleCounts) -> None:
         # An append may find nothing new: a nightly one mostly does.
@@ -223,6 +245,12 @@ class EncodeJob:
             ),
             run_ids=(self.run_id,),
         )
+
+
+def unread_reason(text: str) -> str:
+    """Return the store's answer from the error of a shard that could not be read."""
+    found = re.search(r"(?:is out of|be) reach(?:ed)? \((.*)\): check", text)
+    return found[1] if found else text
 
 
 def _digest(settings: dict[str, Any]) -> str:

@@ -9,21 +9,36 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from index.errors import CoalescerError
+from index.errors import CoalescerError, OutOfReachError
 from index.table.ledger import LedgerEntry
 from pipeline.sources.hub import SCHEME, DatasetURI, is_dataset, without_commit
 from pipeline.sources.ranges import SampleRange
 from pipeline.sources.read import shard_identity
 from pipeline.sources.sample import ReadOptions
 
-LOOKUP_THREADS = 16
+LOOKUP_THREADS, LOOKUP_SECONDS = 16, 5.0
 RANGE = re.compile(r"#\d+-\d+$")
 
 
 def content_identity(shard: str, options: ReadOptions) -> str:
-    """Return what tells a shard's content from other content, without reading it; empty if it is out of reach."""
+    """Return what tells a shard's content from other content, without reading it; empty if it is out of reach.
+
+    A store that is away is waited for only a moment: it is when the shard is read.
+    """
+    patience = options.storage.patience
+    storage = replace(options.storage, patience=LOOKUP_SECONDS if patience is None else min(LOOKUP_SECONDS, patience))
+    try:
+        return identity_to_read(shard, replace(options, storage=storage, on_wait=None))
+    except OutOfReachError:
+        return ""
+
+
+def identity_to_read(shard: str, options: ReadOptions) -> str:
+    """Return the same of a shard that is read next; raises OutOfReachError if it stays out of reach."""
     try:
         return shard_identity(shard, options)
+    except OutOfReachError:
+        raise
     except (CoalescerError, ValueError, OSError):  # reading the shard reports them
         return ""
 

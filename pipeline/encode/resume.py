@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from index.errors import TableError
-from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger
+from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger, unread_shards
 from index.table.table import Table, is_table
 from pipeline.encode.checkpoints import PLAN, Checkpoints, runs_folder
 from pipeline.encode.job import EncodeJob, run_identity
@@ -182,11 +182,21 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sour
 
 
 def _complete(job: EncodeJob, table: Table) -> RemainingWork:
-    """Return that the table is finished; raises TableError if it is one of another run."""
+    """Return that the table is finished, or the shards that it was published without.
+
+    Raises TableError if it is one of another run.
+    """
     if job.settings_digest not in {run_id.partition("-")[0] for run_id in table.meta.run_ids}:
         report = table.report("encode")
         other = f" and was encoded with other options ({_changes(report['settings'], job.settings)})" if report else ""
         raise TableError(f"{job.uri} exists{other}: name another --table, add --append, or delete it")
+    unread = set(unread_shards(read_ledger(table))) & set(job.config.shards)
+    if unread and job.config.limit is None:
+        shards = tuple(shard for shard in job.config.shards if shard in unread)
+        rest = _appending(replace(job, config=replace(job.config, shards=shards)), table)
+        work = _planned(rest, table)
+        work.shards_already_present = len(job.config.shards) - len(shards)
+        return work
     work = RemainingWork(job, State.COMPLETE, job.settings)
     identities = shard_identities(job.config.shards, job.read_options)
     entries = read_ledger(table)

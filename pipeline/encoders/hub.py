@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from index.errors import CoalescerError
+from index.reach import retried
 from index.terminal import print_status
 from pipeline.encoders.hub_errors import explain, is_away
 from pipeline.encoders.hub_names import HubName, Kind
-from index.reach import retried
 
 COMMIT, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 NOTES = ".coalescer"

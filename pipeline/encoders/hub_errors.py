@@ -5,8 +5,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from index.errors import CoalescerError
-from pipeline.encoders.hub_names import HubName, Kind, is_other
 from index.reach import describe, is_out_of_reach, status_of
+from pipeline.encoders.hub_names import HubName, Kind, is_other
 
 E = TypeVar("E", bound=BaseException)
 

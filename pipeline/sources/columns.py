@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from index.errors import SourceError, one_line
-from pipeline.rejects import Rejected, RejectReason
 from index.reach import is_out_of_reach
+from pipeline.rejects import Rejected, RejectReason
 from pipeline.sources.sample import (
     CAPTION_FIELDS,
     ReadOptions,

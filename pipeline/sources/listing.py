@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 from index.errors import SourceError
+from index.reach import describe, is_out_of_reach, retried, status_of
 from index.table.storage import is_local
 from pipeline.sources import folder, hub, parquet, saved, streamed, tar
 from pipeline.sources.metadata import METADATA_FILES
-from index.reach import describe, is_out_of_reach, retried, status_of
 from pipeline.sources.sample import ReadOptions, path_of
 
 EXTENSIONS = (*tar.EXTENSIONS, *parquet.EXTENSIONS)
@@ -41,6 +41,8 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
             else:
                 matches = list_source(source, options)
         if not matches:
+            if not source.startswith(hub.SCHEME):
+                options.storage.check_bucket(source)
             raise SourceError(
                 f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
                 "pattern such as 'data/{00000..00009}.tar', or hf:NAME"

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from index.errors import SourceError, one_line
+from index.reach import is_out_of_reach, retried
 from index.table.storage import Storage
 from pipeline.sources import folder, parquet, tar
 from pipeline.sources.columns import ROWS_PER_READ, Columns
@@ -22,7 +23,6 @@ from pipeline.sources.dataset_images import read_image
 from pipeline.sources.hub import FILES, SCHEME, DatasetURI, check_not_refused
 from pipeline.sources.identity import FileInfo
 from pipeline.sources.metadata import METADATA_FILES
-from index.reach import is_out_of_reach, retried
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable
 
 MAX_FOLDERS = 8
