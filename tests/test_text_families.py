@@ -370,5 +370,5 @@ def test_pooling_and_prompt_belong_to_the_table(tmp_path, shapes, encode_shapes)
     assert np.abs(given - np.array([row["text"] for row in rows], np.float32)).max() < 1e-2
     with pytest.raises(TableError, match=r"--text-pooling: cls, now mean; --text-prompt: red , now "):
         encode_shapes(shapes, tmp_path / "t.lance", append=True)
-    with pytest.raises(TableError, match=r"text_prompt: red , now blue"):
+    with pytest.raises(TableError, match=r"--text-prompt: red , now blue"):
         encode_shapes(shapes, tmp_path / "t.lance", **{**options, "text_prompt": "blue"})
