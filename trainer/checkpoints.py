@@ -188,7 +188,7 @@ def _checksum(path: Path) -> int:
 
 def _delete(path: Path) -> None:
     """Delete a checkpoint; a kill in between leaves no part of it under its name."""
-    doomed = path.with_suffix(".tmp")
+    doomed = path.with_suffix(".old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)
