@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import trainer.fit as fit_module
 import trainer.tracking as tracking_module
 import trainer.training_loop as loop_module
-from index.errors import EncoderError, RunError
+from index.errors import EncoderError, OptionError, RunError
 from index.table.readers import readers_of
 from pipeline.encoders.image import DiffusersAutoencoder
 from trainer.checkpoints import checkpoints
@@ -106,7 +107,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_finished_whichever_write_of_its_end_it_was_killed_at(whole, indexed, tmp_path, switch):
-    """The last step, its checkpoint, preview, network, samples, result: each write below RUN and of the table's note."""
+    """The last step, its checkpoint, network, samples, result: each write below RUN and of the note by the table."""
     watched = (f"{tmp_path}/", readers_of(indexed.uri))
     out = stopped(whole, tmp_path / "all", after=5)
     switch.watch(*watched)
@@ -136,8 +137,8 @@ def test_a_new_run_can_be_begun_again_whichever_write_of_its_beginning_it_was_ki
     config = FitConfig(size="tiny", images=32, batch_size=32, init=str(whole))
     fit(indexed, config, tmp_path / "one", runtime=EVERY_STEP)
     switch.watch(f"{tmp_path}/run/")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fit_module, "_train", lambda trainer: (_ for _ in ()).throw(Killed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "_train", lambda trainer: switch.rest())
         fit(indexed, config, tmp_path / "run", runtime=EVERY_STEP)
     total = len(switch.writes)
     switch.rest()
@@ -268,8 +269,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_what_to_type(whol
 
 
 def test_mistakes_are_found_before_the_search_is_opened(whole, indexed, tmp_path, monkeypatch, changed_encoder):
-    from dataclasses import replace
-
     def opened(*arguments, **options):
         raise AssertionError("the search was opened")
 
@@ -281,9 +280,9 @@ def test_mistakes_are_found_before_the_search_is_opened(whole, indexed, tmp_path
     changed = replace(indexed.meta, image_encoder=replace(indexed.meta.image_encoder, name=changed_encoder))
     with pytest.raises(EncoderError, match="are not those that the table is encoded with"):
         fit(replace(indexed, meta=changed), CONFIG, tmp_path / "run")
+    flow = replace(CONFIG, objective="rectified_flow", hyperparameters={"flow": str(tmp_path / "nowhere")})
     with pytest.raises(RunError, match="nowhere is not a training run"):
-        flow = {"flow": str(tmp_path / "nowhere")}
-        fit(indexed, replace(CONFIG, objective="rectified_flow", hyperparameters=flow), tmp_path / "run")
+        fit(indexed, flow, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -294,11 +293,8 @@ def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_proce
     AcceleratorState._reset_state(reset_partial_state=True)
     mine = Accelerator(cpu=True)
     threads, drawn, environment = torch.get_num_threads(), torch.random.get_rng_state(), dict(os.environ)
-    short = FitConfig(size="tiny", images=2 * 32, batch_size=32)
-    losses = [
-        fit(indexed, FitConfig(size="tiny", images=2 * 32, batch_size=32, dtype=dtype), tmp_path / dtype)["loss"]
-        for dtype in ("float32", "bfloat16")
-    ]
+    short = replace(CONFIG, images=2 * 32)
+    losses = [fit(indexed, replace(short, dtype=name), tmp_path / name)["loss"] for name in ("float32", "bfloat16")]
     assert fit(indexed, short, tmp_path / "again")["loss"] == losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert torch.get_num_threads() == threads
@@ -310,5 +306,5 @@ def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_proce
 
 def test_a_launcher_of_another_precision_is_refused(indexed, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(Exception, match=r"--dtype float32 is not what `accelerate launch --mixed_precision bf16`"):
+    with pytest.raises(OptionError, match=r"--dtype float32 is not what `accelerate launch --mixed_precision bf16`"):
         fit(indexed, CONFIG, tmp_path / "run")

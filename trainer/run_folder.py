@@ -69,11 +69,11 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
     write_whole(folder / "config.json", {"format": FORMAT, **settings})
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that even after a power failure the file is the old one or the new one."""
+def write_whole(path: Path, content: str | dict[str, Any]) -> None:
+    """Write text or JSON so that even after a power failure the file is the old one or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

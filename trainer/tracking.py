@@ -17,7 +17,6 @@ import torch
 
 from index.errors import one_line
 from index.table.schema import HELDOUT, TRAIN
-from index.table.storage import write_text
 from index.table.table import Table
 from index.terminal import Progress, print_status
 from trainer.grid import draw_grid
