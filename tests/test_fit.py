@@ -400,3 +400,26 @@ def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path):
 def test_a_table_without_index_is_not_trained_on(encoded):
     with pytest.raises(TableError, match="build-index"):
         open_table(encoded.uri, indexed=True)
+
+
+def test_a_training_step_calls_nothing_of_cuda_alone(indexed, tmp_path, monkeypatch):
+    """As on an Apple GPU: CUDA cannot be synchronized, and gradients cannot be clipped with foreach=True."""
+    from accelerate import Accelerator
+
+    from trainer.training_loop import Trainer
+
+    clip, synchronized = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_as_mps_does(parameters, norm, foreach=None):
+        assert not foreach
+        return clip(parameters, norm, foreach=False)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_as_mps_does)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: pytest.fail("CUDA is synchronized"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *a: synchronized.append(a))
+    trainer = Trainer(Accelerator(cpu=True), indexed, replace(SHORT, reuse=1), tmp_path / "run", RuntimeConfig())
+    trainer.open_stream()
+    _, batch = next(iter(trainer.stream))
+    trainer._train_alone(batch)
+    assert synchronized == [()]
+    trainer._step(trainer.network, 0, batch)

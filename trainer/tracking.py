@@ -22,7 +22,7 @@ from index.terminal import Progress, print_status
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
-from trainer.run_folder import NOT_MOVED, EncoderPlaces
+from trainer.run_folder import NOT_MOVED, EncoderPlaces, write_whole
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ class RunLog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._main and self._path.exists():
                 lines = self._path.read_text().splitlines(keepends=True)
-                write_text(
-                    self._path, "".join(line for line in lines if _is_valid(line, progress.title, progress.done))
-                )
+                kept = [line for line in lines if _is_valid(line, progress.title, progress.done)]
+                write_whole(self._path, "".join(kept))
         with self._conveniences.attempt(TRACKER):
             # TensorBoard discards what the interrupted run has recorded beyond the resumed step.
             self._accelerator.init_trackers(TRACKER, init_kwargs={TRACKER: {"purge_step": progress.done + 1}})
