@@ -30,7 +30,7 @@ FORMAT = "coalescer-run-4"
 NETWORK = "network"
 """The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
 RESULT, SAMPLES = "result.json", "samples.png"
-ENCODERS = ("image_encoder", "text_encoder")
+ENCODER_FOLDERS = ("image_encoder", "text_encoder")
 """The folders in RUN of copies of encoders."""
 
 
@@ -58,7 +58,7 @@ def create_run_folder(folder: Path, encoders: Sequence[DiffusersAutoencoder | Tr
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name, encoder in zip(ENCODERS, encoders, strict=True):
+    for name, encoder in zip(ENCODER_FOLDERS, encoders, strict=True):
         shutil.rmtree(folder / name, ignore_errors=True)
         if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
             encoder.save(folder / name)
