@@ -22,8 +22,9 @@ ORDER = {
         *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [
-        *("models", "optimizer", "run_folder", "stream", "objectives", "config"),
-        *("grid", "sampler", "tracking", "autoencoders", "fit", "evaluation", "demo", "cli"),
+        *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "resume"),
+        *("grid", "sampler", "tracking", "process", "training_loop", "autoencoders", "fit"),
+        *("evaluation", "demo", "cli"),
     ],
 }
 

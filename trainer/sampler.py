@@ -17,11 +17,11 @@ from index.table.schema import TableMeta
 from pipeline.encoders.devices import resolve_device
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.text import TransformersTextEncoder
+from trainer.checkpoints import open_network
 from trainer.models.base import Network
-from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, NOT_MOVED, EncoderPlaces, find_run, open_encoders, read_config
+from trainer.run_folder import NOT_MOVED, EncoderPlaces, find_run, open_encoders, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +77,7 @@ class CoalescerPipeline:
         """
         folder = find_run(name)
         config, device = read_config(folder), resolve_device(device)
-        network = load_network(folder / NETWORK).to(device).eval().requires_grad_(False)
+        network = open_network(folder).to(device).eval().requires_grad_(False)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
         return cls.from_network(network, objective, meta, folder, device, encoders)
