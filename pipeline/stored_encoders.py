@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -15,6 +15,8 @@ from index.table.schema import EncoderRef
 from index.table.table import Table
 from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
 
+Encoder = TypeVar("Encoder", DiffusersAutoencoder, TransformersTextEncoder)
+
 
 def open_image_encoder(
     ref: EncoderRef, given: str | None = None, device: str = "cpu", dtype: str = "float32"
@@ -23,10 +25,7 @@ def open_image_encoder(
 
     Raises EncoderError if it is not there or is not the same.
     """
-    with _naming_option(ref, given, "image"):
-        encoder = DiffusersAutoencoder(given or ref.name, device, dtype, revision=None if given else ref.revision)
-    check_encoder(ref, encoder.ref, "image")
-    return encoder
+    return _open(DiffusersAutoencoder, "image", ref, given, device, dtype)
 
 
 def open_text_encoder(
@@ -36,9 +35,15 @@ def open_text_encoder(
 
     Raises EncoderError if it is not there or is not the same.
     """
-    with _naming_option(ref, given, "text"):
-        encoder = TransformersTextEncoder(given or ref.name, device, dtype, revision=None if given else ref.revision)
-    check_encoder(ref, encoder.ref, "text")
+    return _open(TransformersTextEncoder, "text", ref, given, device, dtype)
+
+
+def _open(
+    encoder_class: type[Encoder], role: str, ref: EncoderRef, given: str | None, device: str, dtype: str
+) -> Encoder:
+    with _naming_option(ref, given, role):
+        encoder = encoder_class(given or ref.name, device, dtype, revision=None if given else ref.revision)
+    check_encoder(ref, encoder.ref, role)
     return encoder
 
 

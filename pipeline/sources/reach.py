@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from index.errors import SourceError, one_line
+from index.errors import CoalescerError, SourceError, one_line
 
 T = TypeVar("T")
 
@@ -106,7 +106,12 @@ class Patience:
         return self.waited + self.pause > limit or (is_denied and self.is_local)
 
     def wait(self, error: BaseException) -> None:
-        """Wait before the next attempt; raises SourceError once the patience is at its end."""
+        """Wait before the next attempt; raises SourceError once the patience is at its end.
+
+        Raises the error itself if it is one for the user already, or means anything but a store out of reach.
+        """
+        if isinstance(error, CoalescerError) or not is_out_of_reach(error):
+            raise error
         if self.is_over(error):
             raise SourceError(
                 f"not finished: {self.name} is out of reach ({describe(error)}): check that it exists, your "
@@ -128,7 +133,7 @@ def retried(name: str, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:
-            if not is_out_of_reach(error) or _is_denied(error) or patience.is_over(error):
+            if _is_denied(error) or patience.is_over(error):
                 raise
             patience.wait(error)
 

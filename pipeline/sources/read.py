@@ -14,7 +14,7 @@ from index.table.storage import is_local
 from pipeline.rejects import RejectReason
 from pipeline.sources import folder, hub, parquet, saved, tar
 from pipeline.sources.ranges import SampleRange
-from pipeline.sources.reach import Patience, describe, is_out_of_reach
+from pipeline.sources.reach import Patience, describe
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
 
 
@@ -50,15 +50,11 @@ def shard_identity(shard: str, options: ReadOptions | None = None) -> str:
     the shard is out of reach.
     """
     options = options or ReadOptions()
-    patience = Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
+    patience = _patience(shard)
     while True:
         try:
             return _reader_of(shard, options).identity(shard, options)
-        except CoalescerError:
-            raise
         except Exception as error:
-            if not is_out_of_reach(error):
-                raise
             patience.wait(error)
 
 
@@ -104,7 +100,7 @@ def public_name(shard: str) -> str:
 
 def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
     """Yield what the reader yields; where the store is out of reach, wait, open it again, and go on from there."""
-    patience = Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
+    patience = _patience(shard)
     done = 0
     while True:
         try:
@@ -113,12 +109,12 @@ def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
                 patience.reset()
                 yield sample
             return
-        except CoalescerError:
-            raise
         except Exception as error:
-            if not is_out_of_reach(error):
-                raise
             patience.wait(error)
+
+
+def _patience(shard: str) -> Patience:
+    return Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
 
 
 def _reader_of(shard: str, options: ReadOptions) -> Reader:
