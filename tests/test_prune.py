@@ -113,14 +113,15 @@ def test_a_training_run_whose_folder_was_deleted_needs_nothing(old, tmp_path):
     assert 2 in prune(old).removed_versions
 
 
-def test_files_of_an_unfinished_encode_run_are_kept(old):
+@pytest.mark.parametrize("checkpoint", ["shard.json", "0123456789abcdef-01234567/shard.json"])
+def test_files_of_an_unfinished_encode_run_are_kept(old, checkpoint):
     import lance
 
     rows = old.dataset().head(7)
     (fragment,) = lance.fragment.write_fragments(rows, old.uri, schema=rows.schema, mode="overwrite")
     path = Path(old.uri, "data", fragment.to_json()["files"][0]["path"])
     folder = old.uri.replace(".lance", ".encode")
-    Storage().write_json(f"{folder}/shard.json", {"fragments": [fragment.to_json()]})
+    Storage().write_json(f"{folder}/{checkpoint}", {"fragments": [fragment.to_json()]})
     prune(old)
     assert path.exists()
     os.utime(path, (WEEKS_AGO, WEEKS_AGO))

@@ -24,7 +24,7 @@ from index.errors import TableError
 from index.space.geometry import Geometry
 from index.table.schema import METADATA_KEY, TRAIN, TableMeta, table_schema, vector_field
 from index.table.storage import Storage
-from index.table.table import INDEXED, Table, column_array, is_table, list_array
+from index.table.table import INDEXED, Table, column_array, list_array, open_newest
 
 if TYPE_CHECKING:
     import lance
@@ -117,7 +117,7 @@ def commit_fragments(
 
     assert mode in MODES, mode
     storage = storage or Storage()
-    current = lance.dataset(uri, storage_options=storage.lance) if is_table(uri, storage) else None
+    current = open_newest(uri, storage)
     if current is not None and committed_by(current, run_id):
         return int(current.version)
     if mode == "create":
@@ -181,10 +181,9 @@ def refused_on_conflict(uri: str, read_version: int, storage: Storage) -> Iterat
 
 def changed(uri: str, read_version: int, storage: Storage) -> TableError:
     """Return the error for a commit that was computed from a version which is not the newest any more."""
-    import lance
-
-    newest = int(lance.dataset(uri, storage_options=storage.lance).version) if is_table(uri, storage) else "none"
-    return TableError(f"{uri} changed meanwhile (version {read_version or 'none'} -> {newest}): rerun the same command")
+    newest = open_newest(uri, storage)
+    versions = f"{read_version or 'none'} -> {'none' if newest is None else newest.version}"
+    return TableError(f"{uri} changed meanwhile (version {versions}): rerun the same command")
 
 
 def publish(

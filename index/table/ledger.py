@@ -9,15 +9,11 @@ case: a ledger that lacks rows costs time, not data.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from index.table.storage import Storage
-from index.table.table import Table, is_table, rejects_uri
-
-if TYPE_CHECKING:
-    import lance
+from index.table.table import Table, is_table, open_newest, rejects_uri
 
 LEDGER = pa.schema(
     [
@@ -58,7 +54,7 @@ def ledger_uri(uri: str) -> str:
 
 def read_ledger(table: Table) -> list[LedgerEntry]:
     """Return the entries of the runs that the table names, oldest first; none if it has no ledger."""
-    dataset = _open(ledger_uri(table.uri), table.storage)
+    dataset = open_newest(ledger_uri(table.uri), table.storage)
     if dataset is None:
         return []
     entries = [LedgerEntry(**row) for batch in dataset.to_batches(columns=LEDGER.names) for row in batch.to_pylist()]
@@ -76,7 +72,7 @@ def rebuild_ledger(table: Table) -> list[LedgerEntry]:
 
     Their identities are unknown and they may have been cut short: they are read again by the next append.
     """
-    rejects = _open(rejects_uri(table.uri), table.storage)
+    rejects = open_newest(rejects_uri(table.uri), table.storage)
     rows, rejected = Counter[str](), Counter[str]()
     for counts, batches in (
         (rows, table.scan(["shard"])),
@@ -120,9 +116,3 @@ def ledger_summary(table: Table) -> dict[str, Any]:
     latest = {entry.shard: entry for entry in read_ledger(table)}
     incomplete = [entry.shard for entry in latest.values() if not entry.complete]
     return {"shards": len(latest) or None, "incomplete_shards": incomplete if latest else None}
-
-
-def _open(uri: str, storage: Storage) -> "lance.LanceDataset | None":
-    import lance
-
-    return lance.dataset(uri, storage_options=storage.lance) if is_table(uri, storage) else None

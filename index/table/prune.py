@@ -11,10 +11,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from index.errors import OptionError, TableError
+from index.table.ledger import ledger_uri
 from index.table.lock import hold_lock
 from index.table.readers import needed_versions
 from index.table.storage import Storage
-from index.table.table import INDEXED, Table, is_table, rejects_uri
+from index.table.table import INDEXED, Table, open_newest, rejects_uri, runs_folder
 
 if TYPE_CHECKING:
     import lance
@@ -103,11 +104,9 @@ def _reasons(table: Table, dataset: "lance.LanceDataset", keep: Iterable[int]) -
 
 def _companions(table: Table) -> Iterator["lance.LanceDataset"]:
     """Open the rejects and the ledger of a table, as far as they exist."""
-    import lance
-
-    for uri in (rejects_uri(table.uri), table.uri.removesuffix(".lance") + "_shards.lance"):
-        if is_table(uri, table.storage):
-            yield lance.dataset(uri, storage_options=table.storage.lance)
+    for uri in (rejects_uri(table.uri), ledger_uri(table.uri)):
+        if (dataset := open_newest(uri, table.storage)) is not None:
+            yield dataset
 
 
 def _remove(dataset: "lance.LanceDataset", storage: Storage, removed: list[int]) -> tuple[int, int]:
@@ -159,11 +158,12 @@ def _folder(name: str) -> str:
 
 def _check_unfinished(table: Table, datasets: Iterable["lance.LanceDataset"]) -> None:
     """Raise TableError if Lance would take files of an unfinished encode run for remains, as it does after a week."""
-    folder = table.uri.removesuffix(".lance") + ".encode"
+    folder = runs_folder(table.uri)
+    files, root = table.storage.files(folder)
     needed = set[str]()
-    for name in table.storage.names(folder):
+    for name in files.find(root):  # at any depth: each run has a folder of its own
         if name.endswith(".json"):
-            needed.update(_paths(table.storage.read_json(f"{folder}/{name}")))
+            needed.update(_paths(table.storage.read_json(folder + name.removeprefix(root))))
     if needed and any(needed & {path.rpartition("/")[2] for path in _remains(each)} for each in datasets):
         raise TableError(
             f"an unfinished encode run ({folder}) needs files that are more than a week old, and they cannot be told "

@@ -247,6 +247,11 @@ def rejects_uri(uri: str) -> str:
     return uri.removesuffix(".lance") + "_rejects.lance"
 
 
+def runs_folder(uri: str) -> str:
+    """Return the folder of a table's unfinished encode runs: DB/NAME.encode, with a folder RUN_ID for each."""
+    return uri.removesuffix(".lance") + ".encode"
+
+
 def reports_of(uri: str) -> str:
     """Return the folder of a table's reports: DB/NAME.reports."""
     return uri.removesuffix(".lance") + ".reports"
@@ -272,6 +277,13 @@ def is_table(uri: str, storage: Storage) -> bool:
         raise TableError(
             f"{uri} cannot be reached ({describe(error)}): check the address, the credentials and --storage-option"
         ) from error
+
+
+def open_newest(uri: str, storage: Storage) -> "lance.LanceDataset | None":
+    """Open the newest version of any Lance dataset; None if there is none. Raises TableError as `is_table` does."""
+    import lance
+
+    return lance.dataset(uri, storage_options=storage.lance) if is_table(uri, storage) else None
 
 
 def column_array(column: pa.ChunkedArray | pa.Array) -> Any:

@@ -23,15 +23,14 @@ import apache_beam as beam
 import pyarrow as pa
 
 from index.errors import TableError
-from index.table.commit import commit_fragments, committed_by
+from index.table.commit import MODES, commit_fragments, committed_by
 from index.table.storage import Storage, unwritable
-from index.table.table import is_table, table_uri
+from index.table.table import open_newest, table_uri
 from pipeline.beam.gather import Gather
 
 if TYPE_CHECKING:
     import lance
 
-MODES = ("create", "overwrite", "append")
 BYTES_PER_FILE = 256 * 2**20
 READING_THREADS = 16
 BundleRows = tuple[str, int]
@@ -71,7 +70,7 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
         self.run_id, self.bytes_per_file = run_id or uuid.uuid4().hex, bytes_per_file
         self.folder = f"{self.uri.removesuffix('.lance')}.write/{uuid.uuid4().hex}"
         """Where bundles leave the metadata of their fragments."""
-        self._check_target(self._open())
+        self._check_target(open_newest(self.uri, self.storage))
 
     def expand(self, batches: Any) -> Any:
         """Build the graph."""
@@ -81,13 +80,6 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
             | "Gather" >> Gather()
             | "Commit" >> beam.Map(self._commit)
         )
-
-    def _open(self) -> "lance.LanceDataset | None":
-        import lance
-
-        if not is_table(self.uri, self.storage):
-            return None
-        return lance.dataset(self.uri, storage_options=self.storage.lance)
 
     def _check_target(self, current: "lance.LanceDataset | None") -> None:
         """Raise TableError if the mode does not allow for what is there."""
@@ -100,7 +92,7 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
 
     def _commit(self, bundles: list[BundleRows]) -> int:
         # Again, because a table may have come, or have got other columns, since the graph was built.
-        current = self._open()
+        current = open_newest(self.uri, self.storage)
         self._check_target(current)
         if current is not None and committed_by(current, self.run_id):
             version = int(current.version)

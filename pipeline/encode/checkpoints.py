@@ -30,11 +30,6 @@ UNREAD, WAITING = "unread", "waiting"
 LOADING_THREADS = 16
 
 
-def runs_folder(uri: str) -> str:
-    """Return the folder DB/NAME.encode of a table's unfinished runs."""
-    return uri.removesuffix(".lance") + ".encode"
-
-
 @dataclass(slots=True)
 class ShardCheckpoint:
     """The outcome of one finished shard: fragments that no commit refers to yet, and statistics."""

@@ -18,9 +18,9 @@ from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
-from index.table.table import Table, open_table
+from index.table.table import Table, open_table, runs_folder
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint, runs_folder
+from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
 from pipeline.encoders.devices import resolve_device
 from pipeline.encoders.files import find_encoder
 from pipeline.encoders.image import DiffusersAutoencoder

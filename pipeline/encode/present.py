@@ -17,7 +17,7 @@ import pyarrow as pa
 from index.errors import TableError
 from index.table.schema import HASH_BYTES, content_hash
 from index.table.storage import Storage
-from index.table.table import Table, is_table, open_table, rejects_uri
+from index.table.table import Table, open_newest, open_table, rejects_uri
 from pipeline.encode.ledger import source_of
 
 _reading = threading.Lock()
@@ -125,12 +125,9 @@ def _pairs(table: Table) -> Iterator[bytes]:
 
 
 def _rejects(table: Table) -> Iterator[bytes]:
-    import lance
-
-    uri = rejects_uri(table.uri)
-    if is_table(uri, table.storage):
-        for batch in lance.dataset(uri, storage_options=table.storage.lance).to_batches():
-            yield b"".join(reject_hash(row) for row in batch.to_pylist())
+    dataset = open_newest(rejects_uri(table.uri), table.storage)
+    for batch in [] if dataset is None else dataset.to_batches():
+        yield b"".join(reject_hash(row) for row in batch.to_pylist())
 
 
 def _hashed_images(table: Table, columns: list[str]) -> Iterator[tuple[list[bytes], pa.RecordBatch]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from index.errors import TableError
 from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger, unread_shards
-from index.table.table import Table, is_table
-from pipeline.encode.checkpoints import PLAN, Checkpoints, runs_folder
+from index.table.table import Table, is_table, runs_folder
+from pipeline.encode.checkpoints import PLAN, Checkpoints
 from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.ledger import changed_shards, shard_identities, shards_to_read, source_of
 from pipeline.encode.plan import samples_within_limit
@@ -113,8 +113,6 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         if not shards:
             return replace(work, state=State.COMPLETE)
         job = replace(job, config=replace(config, shards=tuple(shards)))
-    else:
-        shard_identities((), job.read_options)  # forgets listings of earlier runs in this process
     if config.limit is not None:
         samples = samples_within_limit(job.config.shards, config.limit, job.read_options)
         job.samples_per_shard = {shard: count for shard, count in samples.items() if count}
@@ -142,16 +140,14 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sour
     """
     given = run_identity(job.settings)
     stored = plan["settings"]
-    folder = Checkpoints(runs_folder(job.uri)).folder
     is_same_on_hub = bool(hub_sources) and hub_sources == plan.get("hub_sources")
     stays = [shard for shard in stored["shards"] if not (is_same_on_hub and shard.startswith(SCHEME))]
     has_grown = _has_grown(stays, given["shards"])
     if changes := _changes(stored, given | ({"shards": stored["shards"]} if has_grown else {})):
         raise TableError(
-            f"{folder} holds an unfinished run with other options ({changes}): "
+            f"{runs_folder(job.uri)} holds an unfinished run with other options ({changes}): "
             "rerun with the original options to resume, or delete the folder to start over"
         )
-    shard_identities((), job.read_options)
     listed = job.config.shards
     published = table is not None and plan["run_id"] in table.meta.run_ids
     if table is not None and not published:
@@ -164,7 +160,6 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sour
         config=replace(job.config, shards=tuple(plan["shards"])),
         samples_per_shard=plan["samples_per_shard"],
     )
-    published = table is not None and plan["run_id"] in table.meta.run_ids
     work = RemainingWork(
         job, State.PUBLISHED if published else State.TO_ENCODE, job.settings | {"shards": stored["shards"]}
     )

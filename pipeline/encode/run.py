@@ -14,11 +14,11 @@ import apache_beam as beam
 
 from index.table.codec import to_json_dict
 from index.table.lock import hold_lock
-from index.table.table import Table, log_of, table_uri
+from index.table.table import Table, log_of, runs_folder, table_uri
 from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import SampleCounts, runs_folder
+from pipeline.encode.checkpoints import SampleCounts
 from pipeline.encode.graph import EncodeToFragments
 from pipeline.encode.job import SHOWN_SHARDS, EncodeJob
 from pipeline.encode.monitor import monitor
