@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from index.errors import OutOfReachError, one_line
+from index.errors import CoalescerError, OutOfReachError, one_line
 
 T = TypeVar("T")
 
@@ -156,7 +156,12 @@ class Patience:
         return self.limit if self.limit is not None else DENIED_SECONDS if denied else RETRY_SECONDS
 
     def wait(self, error: BaseException) -> None:
-        """Wait before the next attempt; raises OutOfReachError once the patience is at its end."""
+        """Wait before the next attempt; raises OutOfReachError once the patience is at its end.
+
+        Raises the error itself if it is one for the user already, or means anything but a store out of reach.
+        """
+        if isinstance(error, CoalescerError) or not is_out_of_reach(error):
+            raise error
         left = self.seconds_left(error)
         if left <= 0:
             self.reset()
@@ -189,7 +194,7 @@ def retried(name: str, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:
-            if not is_out_of_reach(error) or is_denied(error) or patience.seconds_left(error) <= 0:
+            if is_denied(error) or patience.seconds_left(error) <= 0:
                 raise
             patience.wait(error)
 

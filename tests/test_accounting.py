@@ -192,7 +192,11 @@ def test_a_run_counts_lost_samples_and_stops_above_the_reject_rate(tmp_path, enc
         (tmp_path / "source" / f"{name}_stats.json").write_text('{"count": 60, "successes": 60}')
     good = [(f"{n}.{e}", d) for n in range(60) for e, d in (("png", encoded(n)), ("txt", b"c"))]
     (tmp_path / "source" / "d.tar").write_bytes(tar_bytes(good))
-    with pytest.raises(SourceError, match=r"^180 of 240 samples were rejected \(unreadable_shard 180; .*\), above"):
+    example = f"for example the end of {tmp_path}/source/a.tar: unreadable_shard, the shard ends early; 60 samples are "
+    message = (
+        rf"^180 of 240 samples were rejected \(unreadable_shard 180; {example}missed\), above --max-reject-rate 0.1: "
+    )
+    with pytest.raises(SourceError, match=message):
         encode_shapes(tmp_path / "source", tmp_path / "t.lance", max_reject_rate=0.1)
 
 

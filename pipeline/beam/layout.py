@@ -66,10 +66,11 @@ class _AddVectors(beam.DoFn):  # type: ignore[misc]
 
     def __init__(self, uri: str, schema: pa.Schema, layout_uri: str, storage: Storage) -> None:
         self.uri, self.schema, self.layout_uri, self.storage = uri, schema, layout_uri, storage
+        self.layout: Layout | None = None
 
     def process(self, element: PlacedFragment) -> Iterator[PlacedFragment]:
         position, text = element
-        layout = Layout.read(self.layout_uri, self.storage)
+        layout = self.layout = self.layout or Layout.read(self.layout_uri, self.storage)
         fragment = fragment_from_dict(json.loads(text))
         try:
             fragment = add_vectors(self.uri, fragment, self.schema, layout.meta.geometry, layout.balance, self.storage)

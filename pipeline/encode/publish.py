@@ -94,7 +94,8 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
     if job.run_id not in table.meta.run_ids:
         raise not_finished(job.uri, outcome.counts.shards, len(job.config.shards))
     rows = rows_of_run(table, job.run_id)  # a run without rows has no commit of rows
-    if rows is not None and rows != outcome.counts.rows and not outcome.uncounted_shards:
+    counted, is_whole = outcome.counts.rows, not outcome.uncounted_shards
+    if rows is not None and (rows < counted or (is_whole and rows != counted)):
         raise TableError(
             f"{job.uri} holds {rows:,} rows of this run and {outcome.counts.rows:,} were encoded: restore version "
             f"{table.version - 1} of the table, or delete it, and rerun the same command"

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Protocol, TypeVar, runtime_checkable
 
 from index.errors import CoalescerError, OutOfReachError
-from index.reach import Patience, describe, is_out_of_reach
+from index.reach import Patience, describe
 from index.table.storage import is_local
 from pipeline.rejects import RejectReason
 from pipeline.sources import folder, hub, parquet, saved, streamed, tar
@@ -103,11 +103,7 @@ def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
                 patience.reset()
                 yield sample
             return
-        except CoalescerError:
-            raise
         except Exception as error:
-            if not is_out_of_reach(error):
-                raise
             patience.wait(error)
 
 
@@ -127,11 +123,7 @@ def _patiently(shard: str, options: ReadOptions, call: Callable[[], T]) -> T:
     while True:
         try:
             result = call()
-        except CoalescerError:
-            raise
         except Exception as error:
-            if not is_out_of_reach(error):
-                raise
             patience.wait(error)
         else:
             patience.reset()
