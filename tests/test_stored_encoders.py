@@ -25,6 +25,7 @@ def command(monkeypatch, capsys):
     def run(cwd, program, *argv):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [program, *map(str, argv)])
+        monkeypatch.setenv("COLUMNS", "1000")  # paths of temporary folders are long, and tables fold them
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             MAINS[program]()
