@@ -33,7 +33,7 @@ PIPE_WIDTH = 140
 """Characters of a line where standard output is not a terminal and COLUMNS is not set."""
 MIN_COLUMN_WIDTH = 9
 """Narrower columns are not readable: the table is printed as a list instead."""
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 4.0
 """After a signal a command ends at the latest after so long."""
 BROKEN_PIPE = 141
 """Exit code of a shell for commands that SIGPIPE ended."""
