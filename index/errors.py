@@ -3,12 +3,16 @@
 CoalescerError          printed as one line; exit code 2
 ├── OptionError         an option's value is not allowed
 ├── SourceError         images or captions cannot be found or read
+│   └── OutOfReachError a store did not answer, or did not let us in, for as long as it was waited for
 ├── EncoderError        an encoder cannot be loaded, or is not the one that the table was made with
 ├── TableError          a table is missing, is not ours, or does not fit
 └── RunError            a training run is missing, is not ours, or does not fit
 
 A message says what is wrong, what is allowed and what to type. Bugs of ours are asserts and keep their traceback.
 """
+
+import html
+import re
 
 
 class CoalescerError(Exception):
@@ -21,6 +25,10 @@ class OptionError(CoalescerError):
 
 class SourceError(CoalescerError):
     """Images or captions cannot be found or read."""
+
+
+class OutOfReachError(SourceError):
+    """A store did not answer, or did not let us in, for as long as it was waited for."""
 
 
 class EncoderError(CoalescerError):
@@ -36,6 +44,12 @@ class RunError(CoalescerError):
 
 
 def one_line(error: BaseException, *, typed: bool = False) -> str:
-    """Return an exception's message on one line of at most 300 characters, after its class name if `typed`."""
-    text, name = " ".join(str(error).split())[:300], type(error).__name__
+    """Return an exception's message on one line of at most 300 characters, after its class name if `typed`.
+
+    Of an answer of an object store, what the server itself says comes first, so that it is never cut.
+    """
+    text, name = " ".join(str(error).split()), type(error).__name__
+    found = [re.search(rf"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message")]
+    answer = [html.unescape(each[1]) for each in found if each]
+    text = ": ".join(answer) or text[:300]
     return f"{name}: {text}" if typed and text else text or name

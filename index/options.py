@@ -56,6 +56,8 @@ class Command(TyperCommand):
     Its help keeps indented lines as they are. A range is written in an option's annotation.
     """
 
+    context_class = typer.Context
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; raise OptionError for a number that is none or is out of its option's range."""
         given, ranges = list(args), dict(ranges_of(self.callback)) if self.callback else {}

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from index.errors import CoalescerError
+from index.reach import WAITS, describe, is_store_failure
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,6 +33,8 @@ PIPE_WIDTH = 140
 """Characters of a line where standard output is not a terminal and COLUMNS is not set."""
 MIN_COLUMN_WIDTH = 9
 """Narrower columns are not readable: the table is printed as a list instead."""
+GRACE_SECONDS = 4.0
+"""After a signal a command ends at the latest after so long."""
 BROKEN_PIPE = 141
 """Exit code of a shell for commands that SIGPIPE ended."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,6 +54,7 @@ def run(app: Callable[..., Any]) -> NoReturn:
     caller = sys._getframe(1)
     is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
+    _show_waits()
     stops = _raise_on_signals()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -79,10 +83,37 @@ def _report(error: BaseException, is_program: bool) -> int:
         # The reader has closed the pipe: without this Python complains when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    if is_store_failure(error):
+        return _fail(
+            f"a store could not be reached ({describe(error)}): check the connection, the access rights and "
+            "--storage-option, then rerun the same command"
+        )
     if not is_program:
         raise error
     sys.excepthook(type(error), error, error.__traceback__)
     return 1
+
+
+class _WaitHandler(logging.Handler):
+    """Prints each wait for a store once, though it is logged at every attempt, and by several processes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown = set[tuple[str, str]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        key = text.partition(" is out of reach ")[0], text.rpartition("until ")[2]
+        if key not in self._shown:
+            self._shown.add(key)
+            print_status(text)
+
+
+def _show_waits() -> None:
+    log = logging.getLogger(WAITS)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    log.handlers = [_WaitHandler()]
 
 
 def _raise_on_signals() -> list[int]:
@@ -92,6 +123,7 @@ def _raise_on_signals() -> list[int]:
     def on_signal(number: int, frame: object) -> None:
         stops.append(number)
         if len(stops) == 1:
+            _end_after(GRACE_SECONDS, 128 + number)
             raise Stopped
 
     if threading.current_thread() is threading.main_thread():
@@ -99,6 +131,13 @@ def _raise_on_signals() -> list[int]:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where it is ignored
                 signal.signal(number, on_signal)
     return stops
+
+
+def _end_after(seconds: float, code: int) -> None:
+    """End the process after some seconds, if what it has to clean up waits for a store that is away."""
+    timer = threading.Timer(seconds, lambda: _end(code, kill=True))
+    timer.daemon = True
+    timer.start()
 
 
 def _end(code: int, *, kill: bool) -> NoReturn:

@@ -26,13 +26,14 @@ from index.options import (
     check_folder,
     make_app,
 )
-from index.ranges import COUNT, FRACTION, POSITIVE, PROCESSES, TOTAL, Range
+from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Geometry = Literal["sphere", "standard", "raw"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Captions = Literal["first", "all"]
 Dedup = Literal["image", "pair"]
+TextPooling = Literal["pooled", "projected", "mean", "cls", "last", "sentence-transformers"]
 IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
 
 SmallDescScaleOption = Annotated[
@@ -81,7 +82,15 @@ def encode(
     source: SourceArgument,
     table: Annotated[str, typer.Option(metavar="TABLE", help="Table to write, DB/NAME.lance or s3://...")],
     image_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a diffusers autoencoder.")],
-    text_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a transformers text model.")],
+    text_encoder: Annotated[str, typer.Option(metavar="NAME", help="Folder or hub id of a text model.")],
+    text_pooling: Annotated[
+        TextPooling | None,
+        typer.Option(help="How the text embedding is made of the model's output.", show_default="the model's own"),
+    ] = None,
+    text_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Put before each caption, as in 'query: '.", show_default="the model's own"),
+    ] = None,
     image_size: ImageSizeOption = 256,
     image_key: Annotated[
         str | None,
@@ -145,6 +154,21 @@ def encode(
         float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
+    fetch_patience: Annotated[
+        float | None,
+        NOT_NEGATIVE,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a store that is away or denies access is waited for.",
+            show_default="300, and 5 if it denies access",
+        ),
+    ] = None,
+    allow_missing_shards: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing-shards", help="Publish without shards that cannot be read; the next run fetches them."
+        ),
+    ] = False,
     num_workers: WorkersOption = 1,
     batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images encoded at a time.")] = 64,
     device: DeviceOption = "auto",
@@ -179,7 +203,7 @@ def encode(
     from index.table.table import table_uri
     from pipeline.config import EncodeConfig, RuntimeConfig
     from pipeline.encode.run import encode_dataset
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
@@ -191,13 +215,16 @@ def encode(
         num_workers=num_workers,
         batch_size=batch_size,
         device=device,
-        storage=Storage.of(storage_option or ()),
+        storage=Storage.of(storage_option or (), fetch_patience),
+        allow_missing_shards=allow_missing_shards,
         beam_options=(f"--runner={runner}", *beam_options),
     )
     config = EncodeConfig(
         shards=(),
         image_encoder=image_encoder,
         text_encoder=text_encoder,
+        text_pooling=text_pooling,
+        text_prompt=text_prompt,
         image_size=image_size,
         image_key=image_key,
         caption_key=caption_key,
@@ -231,7 +258,19 @@ def encode(
         print(f"{table}: nothing to add")
     elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
-    hidden = ("warnings", "table", "settings", "image_encoder", "text_encoder", "run_id", "beam_options", "versions")
+    for name, commit in encoded.report.get("hub_commits", {}).items():
+        print(f"hf:{name} at commit {commit}")
+    hidden = (
+        "hub_commits",
+        "warnings",
+        "table",
+        "settings",
+        "image_encoder",
+        "text_encoder",
+        "run_id",
+        "beam_options",
+        "versions",
+    )
     print_table(table, {name: value for name, value in encoded.report.items() if name not in hidden})
     for warning in encoded.report.get("warnings", ()):
         print(f"\nwarning: {warning}")
@@ -326,7 +365,7 @@ def build_index(
     from index.report.page import index_page, keeps_images
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.stored_encoders import open_decoder, point_encoders
+    from pipeline.encoders.stored import open_decoder, point_encoders
 
     config = BuildConfig(
         desc_scale=desc_scale,
@@ -348,7 +387,9 @@ def build_index(
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
     if decode is None and not keeps_images(built.table):
         ref = built.table.meta.image_encoder
-        print_status(f"pipeline build-index: the page shows no images: {ref.name} is not the table's image encoder")
+        print_status(
+            f"pipeline build-index: the page shows no images: the table's image encoder cannot be opened at {ref.name}"
+        )
     page = built.table.write_page(
         "index", index_page(built.table, built.report, decode=decode, memory=config.max_memory)
     )
@@ -367,7 +408,7 @@ def inspect(table: TableArgument, storage_option: StorageOption = None, as_json:
     from index.report.report import describe
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.stored_encoders import describe_encoders
+    from pipeline.encoders.stored import describe_encoders
 
     opened = open_table(table, storage=Storage.of(storage_option or ()))
     _print_report(table, describe(opened) | describe_encoders(opened), as_json)

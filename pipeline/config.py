@@ -24,7 +24,11 @@ class EncodeConfig:
     image_encoder: str
     """Folder or hub id of a diffusers autoencoder."""
     text_encoder: str
-    """Folder or hub id of a transformers text model."""
+    """Folder or hub id of a transformers or sentence-transformers text model."""
+    text_pooling: str | None = None
+    """How its vector is made, one of `pipeline.encoders.families.POOLINGS`; None: as the model's family does."""
+    text_prompt: str | None = None
+    """Text that is put before each caption; None: the model's own default."""
     image_size: Annotated[int, PIXELS]
     """Side of the square image that is encoded, in pixels."""
     image_key: str | None = None
@@ -95,6 +99,8 @@ class RuntimeConfig:
     """Torch device of the encoders; auto prefers a GPU."""
     storage: Storage = field(default_factory=Storage)
     """How to reach object stores."""
+    allow_missing_shards: bool = False
+    """Publish without shards that cannot be read; the next run fetches them."""
     beam_options: tuple[str, ...] = ()
     """Beam's own options as `--name=value`; they override those that `num_workers` implies."""
 

@@ -106,7 +106,8 @@ def encode_shapes(image_encoder, text_encoder):
             "val_fraction": 0.2,
         } | options
         sources = [str(each) for each in (source if isinstance(source, list) else [source])]
-        return encode_dataset(plan_encode(sources, options, runtime), runtime, str(table), dry_run=dry_run)
+        config = plan_encode(sources, options, runtime)
+        return encode_dataset(config, runtime, str(table), dry_run=dry_run, sources=sources)
 
     return run
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from index.errors import OptionError, SourceError
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.autoencoders import data
 from trainer.autoencoders.data import load_captions, load_images
 from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder, psnr

@@ -11,7 +11,8 @@ from PIL import Image
 
 from index.errors import OptionError, SourceError, TableError
 from index.table.table import open_table
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 from pipeline.rejects import RejectReason
 
 

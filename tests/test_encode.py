@@ -13,7 +13,8 @@ from index.errors import EncoderError, OptionError, SourceError
 from index.table.table import rejects_uri
 from pipeline.config import EncodeConfig
 from pipeline.demo.shapes import write_demo_data
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 from pipeline.filters import Filters
 from pipeline.images import decode_image
 from pipeline.sources.listing import list_shards

@@ -1,6 +1,7 @@
 """Training end to end on a small table: it learns, it resumes exactly, and its folder stands on its own."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
 from index.table.table import open_table
+from trainer.checkpoints import checkpoints
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.fit import fit
 from trainer.models.transformer import LatentTransformer
 from trainer.objectives.coalescer import Coalescer
 from trainer.objectives.registry import OBJECTIVES, PRESETS
-from trainer.run_folder import checkpoints, read_config
+from trainer.run_folder import read_config
 from trainer.sampler import CoalescerPipeline
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
@@ -67,7 +69,8 @@ def killed(run, out, *, after):
     shutil.copytree(run, out)
     for path in checkpoints(out)[after:]:
         shutil.rmtree(path)
-    for name in (WEIGHTS, "result.json", "samples.png"):
+    shutil.rmtree(out / "network")
+    for name in ("result.json", "samples.png"):
         (out / name).unlink()
     return out
 
@@ -178,7 +181,7 @@ def test_a_run_resumes_on_the_table_version_it_began_with(shapes, encode_shapes,
 
 
 def test_a_changed_option_is_refused_on_resume(run, indexed):
-    with pytest.raises(RunError, match="was trained with batch_size 64 instead of 32"):
+    with pytest.raises(RunError, match="was trained with --batch-size 64, not 32: leave the option out"):
         fit(indexed, replace(CONFIG, batch_size=32), run, resume=True)
     with pytest.raises(RunError, match="already trained"):
         fit(indexed, CONFIG, run, resume=True)
@@ -203,18 +206,51 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(tra
     assert same_weights(traced, out)
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_run_resumes_from_the_one_before(traced, indexed, tmp_path):
-    out = killed(traced, tmp_path / "run", after=25)
-    last = checkpoints(out)[-1]
-    path = last / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(
-        RunError, match=r"step-000000025 is not a checkpoint of this run .* delete it to resume from step 24"
-    ):
-        fit(indexed, SHORT, out, resume=True)
-    shutil.rmtree(last)
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero_the_end(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [truncate, zero_the_end, zero, Path.unlink], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", WEIGHTS, "network/config.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(traced, indexed, tmp_path, damage, name, capsys):
+    out = killed(traced, tmp_path / "run", after=39)
+    damage(checkpoints(out)[-1] / name)
+    # Sampling passes over it too.
+    sampled = CoalescerPipeline.from_pretrained(out)(CAPTIONS).latents
+    assert "step-000000039 cannot be read" in capsys.readouterr().err
     fit(indexed, SHORT, out, resume=True)
+    assert re.search(r"warning: \S*step-000000039 is damaged .*: resuming from step-000000038", capsys.readouterr().err)
     assert same_weights(traced, out)
+    before = killed(traced, tmp_path / "before", after=38)
+    assert np.array_equal(sampled, CoalescerPipeline.from_pretrained(before)(CAPTIONS).latents)
+
+
+def test_damaged_checkpoints_go_when_later_ones_are_written(traced, indexed, tmp_path):
+    out = killed(traced, tmp_path / "run", after=30)
+    for path in checkpoints(out)[-3:]:
+        truncate(path / "state.safetensors")
+    fit(indexed, SHORT, out, resume=True, runtime=RuntimeConfig(checkpoint_seconds=0.0, keep_checkpoints=2))
+    assert [path.name for path in checkpoints(out)] == ["step-000000039", "step-000000040"]
+    assert same_weights(traced, out)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(traced, indexed, tmp_path):
+    out = killed(traced, tmp_path / "run", after=2)
+    for path in checkpoints(out):
+        truncate(path / "state.safetensors")
+    with pytest.raises(RunError, match=r"step-000000001 is damaged .* delete \S*checkpoints to train from"):
+        fit(indexed, SHORT, out, resume=True)
+    with pytest.raises(RunError, match=r"no checkpoint of .* can be read .* train again"):
+        CoalescerPipeline.from_pretrained(out)
 
 
 def test_a_checkpoint_of_another_network_is_refused(run, indexed, tmp_path):
@@ -223,7 +259,7 @@ def test_a_checkpoint_of_another_network_is_refused(run, indexed, tmp_path):
     out = killed(tmp_path / "whole", tmp_path / "run", after=1)
     shutil.rmtree(out / "checkpoints")
     shutil.copytree(run / "checkpoints", out / "checkpoints")
-    with pytest.raises(RunError, match=r"do not fit the network.*delete it to resume from the beginning"):
+    with pytest.raises(RunError, match=r"do not fit the network: \S+ has shape .* there instead of"):
         fit(indexed, config, out, resume=True)
 
 
@@ -337,7 +373,8 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     shutil.rmtree(tmp_path / "flow")
     assert np.isfinite(CoalescerPipeline.from_pretrained(tmp_path / "run")(CAPTIONS).latents).all()
     with pytest.raises(RunError, match="flow is not a training run"):
-        FitConfig(objective="rectified_flow", hyperparameters=hyperparameters)
+        fit(indexed, config, tmp_path / "another")
+    assert not (tmp_path / "another").exists()
 
 
 def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, shapes, encode_shapes, tmp_path):
@@ -363,3 +400,26 @@ def test_a_run_with_a_teacher_resumes_to_the_same_weights(indexed, tmp_path):
 def test_a_table_without_index_is_not_trained_on(encoded):
     with pytest.raises(TableError, match="build-index"):
         open_table(encoded.uri, indexed=True)
+
+
+def test_a_training_step_calls_nothing_of_cuda_alone(indexed, tmp_path, monkeypatch):
+    """As on an Apple GPU: CUDA cannot be synchronized, and gradients cannot be clipped with foreach=True."""
+    from accelerate import Accelerator
+
+    from trainer.training_loop import Trainer
+
+    clip, synchronized = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_as_mps_does(parameters, norm, foreach=None):
+        assert not foreach
+        return clip(parameters, norm, foreach=False)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_as_mps_does)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: pytest.fail("CUDA is synchronized"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *a: synchronized.append(a))
+    trainer = Trainer(Accelerator(cpu=True), indexed, replace(SHORT, reuse=1), tmp_path / "run", RuntimeConfig())
+    trainer.open_stream()
+    _, batch = next(iter(trainer.stream))
+    trainer._train_alone(batch)
+    assert synchronized == [()]
+    trainer._step(trainer.network, 0, batch)

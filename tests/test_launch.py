@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.run_folder import checkpoints
+from trainer.checkpoints import checkpoints
 
 pytestmark = pytest.mark.slow
 

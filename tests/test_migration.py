@@ -83,7 +83,9 @@ def test_every_field_of_version_1_is_read(version_1, arrays):
     assert meta.image_encoder == EncoderRef(
         name="stabilityai/sd-vae-ft-mse", class_name="AutoencoderKL", digest="ab" * 32
     )
-    assert meta.text_encoder == EncoderRef(name="encoders/text", class_name="BertModel", digest="cd" * 32)
+    assert meta.text_encoder == EncoderRef(
+        name="encoders/text", class_name="BertModel", digest="cd" * 32, pooling="mean"
+    )
     assert (meta.image_size, meta.crop, meta.latent_shape) == (32, "center", (1, 2, 2))
     assert (meta.text_dim, meta.val_fraction, meta.run_ids) == (T, 0.05, ("a1", "b2"))
     assert meta.index == IndexRef(

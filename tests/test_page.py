@@ -13,7 +13,7 @@ from index.report import html
 from index.report.page import Example, index_page, measured_on, retrieve_examples
 from index.report.report import find_warnings
 from index.table.table import open_table
-from pipeline.stored_encoders import open_decoder
+from pipeline.encoders.stored import open_decoder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SOUND = {

@@ -339,35 +339,3 @@ def test_the_split_must_be_given_if_there_are_several_and_none_is_train(parquets
         list_shards([f"hf:{parquets}"])
     (folder / "test-00000-of-00001.parquet").unlink()
     assert list_shards([f"hf:{parquets}"]) == [f"hf:{parquets}?split=validation&shard={n}/2" for n in range(2)]
-
-
-def test_a_hub_id_is_pinned_to_its_commit(parquets, monkeypatch):
-    calls = []
-
-    class Hub:
-        def dataset_info(self, name, revision=None):
-            calls.append((name, revision))
-            return type("Info", (), {"sha": "abc123"})
-
-    def load(name, config, *, revision, streaming):
-        calls.append((name, config, revision, streaming))
-        return load_dataset(parquets, streaming=True)
-
-    load_dataset = datasets.load_dataset
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    first, second = list_shards(["hf:owner/data?revision=main&name=the config"])
-    assert first == "hf:owner/data?name=the+config&split=train&revision=abc123&shard=0/2"
-    assert calls == [("owner/data", "main"), ("owner/data", "the config", "abc123", True)]
-    assert next(iter(read_samples(second))).caption == b"caption 40"
-
-
-def test_an_unreachable_hub_is_a_one_line_error(monkeypatch):
-    class Hub:
-        def dataset_info(self, name, revision=None):
-            raise ConnectionError("no\nroute")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr("pipeline.sources.reach.LISTING_SECONDS", 0.0)
-    with pytest.raises(SourceError, match=r"hf:owner/data is not found on the hub \(ConnectionError: no route\)"):
-        list_shards(["hf:owner/data"])

@@ -21,7 +21,6 @@ from known_flows import (
 
 from index.errors import OptionError, RunError
 from index.table.storage import write_json
-from trainer.config import FitConfig
 from trainer.models import mlp, transformer
 from trainer.models.mlp import LatentMLP
 from trainer.models.transformer import LatentTransformer
@@ -255,7 +254,7 @@ def test_one_step_along_straight_pairs_is_as_good_as_many(n):
 
 def refusal(flow, error=RunError):
     with pytest.raises(error) as caught:
-        FitConfig(objective="rectified_flow", hyperparameters={"flow": str(flow)} if flow else {})
+        make_objective("rectified_flow", "default", flow=str(flow)).check()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -269,4 +268,4 @@ def test_a_flow_that_is_missing_or_not_a_flow_is_refused_before_training(tmp_pat
     (unfinished / "network" / "diffusion_pytorch_model.safetensors").unlink()
     assert f"{unfinished / 'network'} holds no trained network" in refusal(unfinished)
     complete = make_run(tmp_path / "complete")
-    FitConfig(objective="rectified_flow", hyperparameters={"flow": str(complete)})
+    make_objective("rectified_flow", "default", flow=str(complete)).check()

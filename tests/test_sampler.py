@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from index.errors import OptionError, RunError
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.config import FitConfig
 from trainer.fit import fit
 from trainer.grid import draw_grid, wrap_caption

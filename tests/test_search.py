@@ -362,8 +362,10 @@ def test_inspect_tells_the_open_table_from_its_last_report(table):
     *_, relaid = rewrite_vectors(built, built.meta.geometry)
     shown = describe(relaid)
     assert (shown["version"], shown["indexed"], shown["serving_version"]) == (relaid.version, False, built.version)
-    assert shown["index_report"] == built.report("index")
-    assert shown["index_report"]["version"] == built.version < relaid.version
+    report = built.report("index")
+    assert shown["index_report"]["recall_at_1"] == report["recall_at_1"]
+    assert shown["index_report"]["measured_version"] == report["version"] == built.version < relaid.version
+    assert "rows" not in shown["index_report"]
 
 
 def test_chi_square_is_unbiased():

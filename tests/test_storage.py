@@ -1,24 +1,44 @@
 """Shards and tables in an object store: a real S3 server on loopback, reached by options or by the environment."""
 
+import contextlib
 import json
 import os
+import pickle
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
 
+import lance
+import numpy as np
+import pyarrow as pa
 import pytest
+from outages import proxy
 
+from index import reach, terminal
 from index.build.build_index import BuildConfig, build_index
-from index.errors import OptionError, SourceError, TableError
+from index.errors import OptionError, OutOfReachError, SourceError, TableError
+from index.report.report import describe
 from index.search.ann import ApproximateSearch
 from index.table.storage import Storage
-from index.table.table import open_table, table_uri
+from index.table.store_options import fsspec_options
+from index.table.table import is_table, open_table, table_uri
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import count_samples, read_samples
 from pipeline.sources.sample import ReadOptions
 
 KEYS = ("aws_access_key_id=me", "aws_secret_access_key=secret", "region=us-east-1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +164,190 @@ def test_the_environment_names_the_endpoint(uploaded, s3, endpoint, monkeypatch)
 def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
     with pytest.raises(TableError, match=r"s3://nowhere/t.lance cannot be written .*--storage-option"):
         encode_shapes(shapes, "s3://nowhere/t.lance", storage=s3)
-    with pytest.raises(SourceError, match=r"s3://nowhere/\*\.tar"):
+    with pytest.raises(SourceError, match=r"s3://nowhere does not exist"):
         list_shards(["s3://nowhere/*.tar"], ReadOptions(storage=s3))
 
 
 def test_an_unreachable_store_is_one_line(s3, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     unreachable = Storage.of(["endpoint=http://127.0.0.1:9", *KEYS])
-    with pytest.raises(TableError, match=r"s3://bucket/t.lance cannot be reached \(.*\): check the address"):
+    monkeypatch.setattr("index.table.storage.LISTING_SECONDS", 0.1)
+    monkeypatch.setattr(reach, "LISTING_SECONDS", 0.1)
+    monkeypatch.setattr("index.table.storage._answered", set())
+    with pytest.raises(SourceError, match=r"s3://bucket/t.lance/_versions cannot be reached \(.*\): check the address"):
         open_table("s3://bucket/t.lance", storage=unreachable)
     with pytest.raises(SourceError, match=r"'s3://bucket/\*\.tar' cannot be listed \("):
         list_shards(["s3://bucket/*.tar"], ReadOptions(storage=unreachable))
+
+
+@pytest.fixture
+def outage(endpoint, s3):
+    """A proxy in front of the server, and options that lead to it."""
+    with proxy(endpoint) as outage:
+        outage.storage = Storage.of([f"endpoint={outage.url}", *KEYS])
+        yield outage
+
+
+@pytest.fixture(scope="module")
+def small_table(endpoint):
+    """A table of two fragments in the bucket, as Lance alone writes it; only its columns are read."""
+    uri = "s3://bucket/small/t.lance"
+    rows = pa.table({"n": np.arange(2000)})
+    options = Storage.of([f"endpoint_url={endpoint}", *KEYS]).lance
+    lance.write_dataset(rows, uri, storage_options=options, max_rows_per_file=1000)
+    return uri
+
+
+@pytest.mark.parametrize("part", ["/_versions/", "/data/"])
+@pytest.mark.slow
+def test_a_table_is_read_through_an_outage(small_table, outage, part):
+    assert is_table(small_table, outage.storage)
+    outage.away(lambda method, path: part in path, 2.0)
+    dataset = lance.dataset(small_table, storage_options=outage.storage.lance)
+    assert dataset.to_table()["n"].to_pylist() == list(range(2000))
+
+
+@pytest.mark.slow
+def test_files_of_a_store_are_read_and_written_through_an_outage(outage):
+    storage, uri = outage.storage, "s3://bucket/files/a.json"
+    storage.write_json(uri, {"a": 1})
+    for call in (
+        lambda: storage.write_json(uri, {"a": 2}),
+        lambda: storage.read_json(uri),
+        lambda: storage.names("s3://bucket/files"),
+        lambda: storage.exists(uri),
+        lambda: storage.remove(uri),
+    ):
+        outage.away(lambda method, path: True, 1.0)
+        call()
+    assert not storage.exists(uri)
+
+
+def test_a_store_that_stays_away_is_one_line(outage, monkeypatch):
+    storage = replace(outage.storage, patience=0.0)
+    outage.refuse = lambda method, path: 503
+    with pytest.raises(OutOfReachError, match=r"^s3://bucket/t.lance/_versions cannot be reached \(.*rerun"):
+        is_table("s3://bucket/t.lance", storage)
+
+
+def test_a_failure_of_a_store_ends_a_command_with_one_line(capsys):
+    def command(*arguments, **options):
+        raise OSError("LanceError(IO): Generic S3 error: Error performing GET http://h in 1s, after 3 retries")
+
+    with pytest.raises(SystemExit) as exit:
+        terminal.run(command)
+    assert exit.value.code == 2
+    assert re.fullmatch(
+        r"error: a store could not be reached \(OSError.*rerun the same command\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_a_key_that_may_not_write_is_one_line(uploaded, s3, encode_shapes, outage):
+    table = encode_shapes(f"{uploaded}/00000.tar", "s3://bucket/db/readonly.lance", storage=s3).table
+    outage.refuse = lambda method, path: 403 if method in ("PUT", "POST", "DELETE") else None
+    reader = open_table(table.uri, storage=outage.storage)
+    with pytest.raises(TableError, match=r"^s3://bucket/db/readonly.lock cannot be written \(.*key may write"):
+        build_index(reader, BuildConfig(index_type="ivf_flat"))
+    assert describe(reader)["rows"] == 120
+
+
+def test_the_server_says_what_is_wrong(s3, outage):
+    with pytest.raises(TableError, match=r"^s3://nowhere does not exist \(NoSuchBucket\)"):
+        open_table("s3://nowhere/db/t.lance", storage=s3)
+    with pytest.raises(SourceError, match=r"s3://nowhere does not exist"):
+        list_shards(["s3://nowhere/shapes/"], ReadOptions(storage=s3))
+    outage.refuse = lambda method, path: 403
+    with pytest.raises(TableError, match=r"cannot be reached \(PermissionError: .*credentials and --storage-option"):
+        open_table("s3://bucket/db/t.lance", storage=outage.storage)
+
+
+@pytest.mark.parametrize("how", ["option", "environment", "services"])
+def test_a_profile_names_endpoint_region_and_keys(uploaded, endpoint, s3, monkeypatch, tmp_path, how):
+    keys = "aws_access_key_id = me\naws_secret_access_key = secret\n"
+    address = f"endpoint_url = {endpoint}\n"
+    if how == "services":
+        address = f"services = mine\n[services mine]\ns3 =\n  {address}"
+    (tmp_path / "config").write_text(f"[profile p]\nregion = eu-west-1\n{keys}{address}")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "p")
+    storage = Storage.of(["profile=p"] if how == "option" else [])
+    assert dict(storage.options)["aws_region"] == "eu-west-1"
+    assert len(list_shards([uploaded], ReadOptions(storage=storage))) == 3
+    uri = f"s3://bucket/profile/{how}.lance"
+    lance.write_dataset(pa.table({"n": [1]}), uri, storage_options=storage.lance)
+    assert is_table(uri, pickle.loads(pickle.dumps(storage)))
+    with pytest.raises(OptionError, match=r"\(nope\) could not be found: use one of those in .* \(p\)"):
+        Storage.of(["profile=nope"])
+
+
+def test_options_reach_shards_and_tables_alike():
+    options = dict(Storage.of(["anonymous=true", "region=r"]).options)
+    assert fsspec_options("s3://b/x", options)["anon"] is True
+    assert fsspec_options("gs://b/x", options)["token"] == "anon"
+    assert fsspec_options("az://b/x", options)["anon"] is True
+    assert Storage.of(["anon=true"]).lance["aws_skip_signature"] == "true"
+    texts = ["account_name=n", "azure_account_key=k==", "azure_endpoint=http://h/n"]
+    named = Storage.of(texts)
+    connection = "DefaultEndpointsProtocol=http;AccountName=n;AccountKey=k==;BlobEndpoint=http://h/n"
+    assert fsspec_options("az://b/x", dict(named.options))["connection_string"] == connection
+    by_string = Storage.of([f"connection_string={connection}"])
+    for storage in (named, by_string):
+        taken = storage.lance
+        assert (taken["azure_storage_account_name"], taken["azure_storage_account_key"]) == ("n", "k==")
+        assert (taken["azure_storage_endpoint"], taken["allow_http"]) == ("http://h/n", "true")
+    assert "connection_string" not in by_string.lance
+
+
+@pytest.mark.parametrize("name", ["aws_regoin=x", "azure_storage_account_nam=x", "skip_signatur=true"])
+def test_a_misspelt_option_is_refused_with_the_names(name):
+    with pytest.raises(OptionError, match=r"is unknown: did you mean \w+\? use one of \w+, "):
+        Storage.of([name])
+
+
+AZURITE = os.environ.get("AZURITE") or shutil.which("azurite-blob")
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Of the account that every azurite has; Microsoft has published it."""
+
+
+@pytest.fixture
+def azure(monkeypatch) -> Iterator[Storage]:
+    """Options that reach a new azurite with a container `box`."""
+    pytest.importorskip("adlfs", reason="adlfs is not installed: pip install 'coalescer[az]'")
+    if not AZURITE:
+        pytest.skip("azurite is not installed: npm install azurite; AZURITE names its azurite-blob")
+    port = free_port()
+    command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--silent", "--inMemoryPersistence"]
+    server = subprocess.Popen([*command, "--skipApiVersionCheck", "--disableTelemetry"], stdout=subprocess.DEVNULL)
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.1)
+    texts = ["account_name=devstoreaccount1", f"account_key={AZURITE_KEY}"]
+    storage = Storage.of([*texts, f"azure_endpoint=http://127.0.0.1:{port}/devstoreaccount1"])
+    storage.files("az://box")[0].mkdir("box")
+    yield storage
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_shards_and_a_table_in_azure(azure, shapes, encode_shapes, encoded, content):
+    files, path = azure.files("az://box/shapes")
+    for each in shapes.iterdir():
+        if each.is_file():
+            files.put_file(str(each), f"{path}/{each.name}")
+    table = encode_shapes("az://box/shapes", "az://box/db/t.lance", keep_images=True, storage=azure).table
+
+    def without_shard(table):
+        return [{name: row[name] for name in row if name != "shard"} for row in content(table)]
+
+    assert without_shard(table) == without_shard(encoded)
+    build_index(table, BuildConfig(index_type="ivf_flat"))
+    assert open_table(table.uri, indexed=True, storage=azure).version > table.version
+    with pytest.raises(TableError, match=r"az://nowhere does not exist"):
+        open_table("az://nowhere/t.lance", storage=azure)
 
 
 def test_options_are_named_as_lance_names_them():

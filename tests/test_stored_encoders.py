@@ -13,7 +13,7 @@ import pipeline.cli
 import trainer.cli
 from index.table.table import open_table
 from pipeline.encode.job import EncodeJob
-from pipeline.encoders import DiffusersAutoencoder
+from pipeline.encoders.image import DiffusersAutoencoder
 
 MAINS = {"pipeline": pipeline.cli.main, "trainer": trainer.cli.main}
 
@@ -147,7 +147,7 @@ def test_hub_encoders_are_pinned_to_their_commit(tmp_path, image_encoder, change
     tag.write_text(first)
     code = """
 import sys
-from pipeline.encoders import DiffusersAutoencoder
+from pipeline.encoders.image import DiffusersAutoencoder
 ref = DiffusersAutoencoder(*sys.argv[1:2], revision=sys.argv[2] if len(sys.argv) > 2 else None).ref
 print(ref.name, ref.revision, ref.digest)
 """

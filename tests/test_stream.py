@@ -14,7 +14,7 @@ from index.search.ann import open_search
 from index.search.exact import ExactSearch
 from index.table.schema import TRAIN
 from index.table.table import open_table
-from pipeline.encoders import TransformersTextEncoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.stream import NeighborStream, StreamConfig, measure_reuse, plan_reuse, sample_neighbor
 
 

@@ -13,24 +13,18 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a folder or a file of a package. It may import itself, rooms before it, and packages before its own.
 ORDER = {
-    "index": ["errors", "ranges", "options", "background", "terminal", "space", "table", "search", "report", "build"],
+    "index": [
+        *("errors", "reach", "ranges", "options", "background", "terminal"),
+        *("space", "table", "search", "report", "build"),
+    ],
     "pipeline": [
-        *(
-            "rejects",
-            "filters",
-            "images",
-            "sources",
-            "config",
-            "tokenizers",
-            "model_files",
-            "encoders",
-            "stored_encoders",
-        ),
+        *("rejects", "filters", "images", "sources", "config", "encoders"),
         *("beam", "encode", "demo", "cli"),
     ],
     "trainer": [
-        *("models", "optimizer", "run_folder", "stream", "objectives", "config"),
-        *("grid", "sampler", "tracking", "autoencoders", "fit", "evaluation", "demo", "cli"),
+        *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "resume"),
+        *("grid", "sampler", "tracking", "process", "training_loop", "autoencoders", "fit"),
+        *("evaluation", "demo", "cli"),
     ],
 }
 

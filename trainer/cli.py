@@ -20,7 +20,6 @@ from index.options import (
     SeedOption,
     SourceArgument,
     StorageOption,
-    TableArgument,
     TextEncoderOption,
     ValFractionOption,
     check_file,
@@ -28,7 +27,7 @@ from index.options import (
     make_app,
     parse_integers,
 )
-from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, TOTAL
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -43,7 +42,7 @@ Search = Literal["ann", "exact"]
 Condition = Literal["retrieved", "query"]
 Dtype = Literal["float32", "bfloat16"]
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote, or hub id.")]
 StepsOption = Annotated[
     Any, COUNT, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
 ]
@@ -117,8 +116,15 @@ def fit_autoencoder(
 
 @app.command(cls=Command)
 def fit(
-    table: TableArgument,
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Run folder to write.")],
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE",
+            help="Table, DB/NAME.lance or an object-store URI; to resume, only if it was moved.",
+        ),
+    ] = None,
     objective: Annotated[Objective, typer.Option(help="Training objective.")] = "coalescer",
     preset: Annotated[
         Preset, typer.Option(help="Hyperparameters of the objective; paper is for coalescer alone.")
@@ -143,6 +149,15 @@ def fit(
     batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Images per training step.")] = 256,
     learning_rate: Annotated[
         float | None, POSITIVE, typer.Option(help="Peak learning rate.", show_default="by network and size")
+    ] = None,
+    ema_window: Annotated[
+        float,
+        Range(0, 1, above=True),
+        typer.Option(help="Window of the averaged weights, as a fraction of the training so far."),
+    ] = 0.1,
+    init: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Start from the weights of another run.", show_default="fresh weights"),
     ] = None,
     seed: SeedOption = 0,
     search: Annotated[Search, typer.Option(help="LanceDB index, or exact search on the device.")] = "ann",
@@ -176,7 +191,9 @@ def fit(
         float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
     ] = 120.0,
     keep_checkpoints: Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run; of the options only --out is needed.")
+    ] = False,
     image_encoder: ImageEncoderOption = None,
     text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",
@@ -188,47 +205,40 @@ def fit(
     Examples:
       trainer fit db/shapes.lance --out runs/shapes
       trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
+      trainer fit --resume --out runs/shapes
     """
-    print_status(f"trainer fit: opening {table}")
+    print_status(f"trainer fit: opening {out if resume and table is None else table}")
+    from index.errors import OptionError
     from index.table.storage import Storage
     from index.table.table import open_table
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
-    from trainer.run_folder import EncoderPlaces
+    from trainer.resume import open_run_table, resumed_config, resumed_runtime
+    from trainer.run_folder import EncoderPlaces, check_is_new
 
-    config = FitConfig(
-        objective=objective,
-        preset=preset,
-        hyperparameters=parse_hyperparameters(set_ or []),
-        coupling=coupling,
-        network=network,
-        size=size,
-        num_tokens=num_tokens,
-        images=images,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        search=search,
-        condition=condition,
-        jitter=jitter,
-        reuse=reuse,
-        num_neighbors=num_neighbors,
-        temperature=temperature,
-        dtype=dtype,
-    )
-    runtime = RuntimeConfig(
-        device=device,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        compile=compile,
-        checkpoint_seconds=checkpoint_seconds,
-        keep_checkpoints=keep_checkpoints,
-        encoders=EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder),
-    )
+    if table is None and not resume:
+        raise OptionError("TABLE is missing: name a table, or add --resume to go on with the run in --out")
+    options = _typed(ctx) if resume else dict(ctx.params)
+    settings = {name: options[name] for name in FitConfig.__slots__ if name in options}
+    if set_:
+        settings["hyperparameters"] = parse_hyperparameters(set_)
+    if init is not None:
+        settings["init"] = str(Path(init).absolute())
+    runtime_settings = {name: options[name] for name in RuntimeConfig.__slots__ if name in options}
+    encoders = EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder)
+    storage = Storage.of(storage_option or ())
     check_folder(out)
-    resolve_device(device)
-    opened = open_table(table, indexed=True, storage=Storage.of(storage_option or ()))
+    if resume:
+        config, runtime = resumed_config(out, settings), resumed_runtime(out, runtime_settings, encoders)
+        resolve_device(runtime.device)
+        opened = open_run_table(out, table, storage)
+    else:
+        config, runtime = FitConfig(**settings), RuntimeConfig(**runtime_settings, encoders=encoders)
+        resolve_device(device)
+        check_is_new(out)
+        opened = open_table(str(table), indexed=True, storage=storage)
     result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)
@@ -269,7 +279,7 @@ def sample(
     print_status(f"trainer sample: opening {run}")
     from index.errors import OptionError
     from index.table.storage import write_json
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.grid import draw_grid
     from trainer.run_folder import EncoderPlaces
     from trainer.sampler import CoalescerPipeline
@@ -328,9 +338,13 @@ def evaluate(
         --out reports/shapes
     """
     print_status(f"trainer evaluate: opening {run}")
+    from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
     from trainer.evaluation.report import metrics_by_name
+    from trainer.run_folder import may_be_hub_id
 
+    if out is None and may_be_hub_id(run):
+        raise OptionError(f"no folder {run}: check the path, or add --out DIR for the report if it is a hub id")
     out = out or run / "report"
     config = _evaluation(
         num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
@@ -346,7 +360,7 @@ def evaluate(
 
 @app.command(cls=Command)
 def compare(
-    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders or hub ids.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report.")],
     caption: Annotated[
         list[str] | None,
@@ -391,6 +405,12 @@ def compare(
     return None
 
 
+def _typed(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a command that were typed, those with their defaults left out."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name: ctx.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def _evaluation(
     num_inference_steps: list[int],
     num_samples: int | None,
@@ -404,7 +424,7 @@ def _evaluation(
 ) -> Any:
     """Return the config that `evaluate` and `compare` share."""
     from index.table.storage import Storage
-    from pipeline.encoders import resolve_device
+    from pipeline.encoders.devices import resolve_device
     from trainer.evaluation.protocol import EvaluationConfig
     from trainer.run_folder import EncoderPlaces
 

@@ -8,6 +8,7 @@ from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, SEED, TOTA
 from trainer.models.base import SIZE_NAMES
 from trainer.models.registry import NETWORK_NAMES
 from trainer.objectives.registry import make_objective
+from trainer.optimizer import EMA_WINDOW
 from trainer.run_folder import EncoderPlaces
 from trainer.stream import StreamConfig
 
@@ -36,8 +37,10 @@ class FitConfig:
     """Targets per training step, over all processes."""
     learning_rate: Annotated[float | None, POSITIVE] = None
     """Peak learning rate. None: the default of the network's architecture and size."""
-    ema_decay: Annotated[float, Range(0, 1)] = 0.998
-    """Decay of the averaged weights per training step, after its warmup."""
+    ema_window: Annotated[float, Range(0, 1, above=True)] = EMA_WINDOW
+    """Window of the averaged weights, as a fraction of the training steps done; see trainer.optimizer.ema_decay."""
+    init: str | None = None
+    """Run folder whose averaged weights the network starts from. None: fresh weights."""
     seed: Annotated[int, SEED] = 0
     search: str = "ann"
     """ann: the table's LanceDB index. exact: brute force over vectors that are held on the device."""
@@ -55,8 +58,8 @@ class FitConfig:
     """bfloat16: forward and backward passes run under autocast; weights stay float32."""
 
     def __post_init__(self) -> None:
-        """Raise OptionError or RunError if this cannot be trained, before any data are read."""
-        make_objective(self.objective, self.preset, **self.hyperparameters).check()
+        """Raise OptionError for values that cannot be trained with; no file is read."""
+        make_objective(self.objective, self.preset, **self.hyperparameters)
         allowed = {"network": NETWORK_NAMES, "size": SIZE_NAMES, "search": SEARCHES, "dtype": DTYPES}
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:

@@ -7,23 +7,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-EMA_WARMUP = 10.0
-"""gamma of the warmup of the averaged weights, in training steps."""
+EMA_WINDOW = 0.1
+"""Default window of the averaged weights, as a fraction of the training steps done."""
 
 
 class Optimizer:
     """All state, besides the weights, that a training step updates."""
 
-    def __init__(self, model: nn.Module, *, steps: int, learning_rate: float, ema_decay: float) -> None:
-        """Prepare `steps` training steps; the learning rate rises over the first 5% of them and falls as a cosine."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        steps: int,
+        learning_rate: float,
+        ema_window: float = EMA_WINDOW,
+        ema_decay: float = 1.0,
+    ) -> None:
+        """Prepare `steps` training steps; the learning rate rises over the first 5% of them and falls as a cosine.
+
+        See `ema_decay` for the averaged weights.
+        """
         self.parameters = list(model.parameters())
-        self._model, self._ema_decay = model, ema_decay
+        self._model, self._steps, self._learning_rate = model, steps, learning_rate
+        self._ema_window, self._ema_decay = ema_window, ema_decay
+        foreach = self.parameters[0].device.type != "mps"
         self.adam = torch.optim.AdamW(
-            self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+            self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=foreach
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.adam, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
-        )
+        self._schedule = self._make_schedule(0)
         self._average = AveragedModel(model, multi_avg_fn=self._update_average)
         self._average.requires_grad_(False)
 
@@ -44,46 +55,58 @@ class Optimizer:
 
     def apply_gradients(self) -> Float[Tensor, ""]:
         """Update the weights and their average from the accumulated gradients; return the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
         self.adam.zero_grad()
-        self.schedule.step()
+        self._schedule.step()
         self._average.update_parameters(self._model)
         return norm
 
     def _update_average(self, averaged: Any, current: Any, _count: Tensor | int) -> None:
         # Read the count on the CPU: reading the argument, a copy on the device, would wait for the device.
-        decay = ema_decay(int(self._average.n_averaged), self._ema_decay)
+        decay = min(ema_decay(int(self._average.n_averaged), self._ema_window), self._ema_decay)
         get_ema_multi_avg_fn(decay)(averaged, current, _count)  # type: ignore[no-untyped-call]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the state as named tensors and as JSON values, for a checkpoint."""
-        tensors = {f"average.{name}": value for name, value in self.averaged_model.state_dict().items()}
-        for index, state in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        schedule = {k: v for k, v in self.schedule.state_dict().items() if isinstance(v, int | float | list)}
-        return tensors, {"schedule": schedule, "num_averaged": int(self._average.n_averaged)}
+    def _make_schedule(self, step: int) -> torch.optim.lr_scheduler.OneCycleLR:
+        """Return the learning rate's schedule at a step; it depends on step and length alone, not on the past."""
+        return torch.optim.lr_scheduler.OneCycleLR(
+            self.adam,
+            self._learning_rate,
+            total_steps=self._steps + 1,
+            pct_start=0.05,
+            cycle_momentum=False,
+            last_epoch=step - 1,
+        )
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Restore what `state` has returned; raise KeyError or RuntimeError if it belongs to another model."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return the state for a checkpoint, as named tensors and as counters; without the averaged model itself."""
+        tensors = {
+            f"adam.{index}.{name}": torch.as_tensor(value)
+            for index, state in self.adam.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        return tensors, {"num_updates": self._schedule.last_epoch, "num_averaged": int(self._average.n_averaged)}
+
+    def load_state(self, tensors: dict[str, Tensor], average: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Restore what `state` has returned, and the averaged weights.
+
+        Raises KeyError or RuntimeError if it belongs to another model.
+        """
         adam = self.adam.state_dict()
         for key, tensor in tensors.items():
             if key.startswith("adam."):
                 _, index, name = key.split(".")
                 adam["state"].setdefault(int(index), {})[name] = tensor
-        # The schedule has set the learning rate of each group, which is part of the schedule's own state.
-        self.schedule.load_state_dict(values["schedule"])
-        for group, rate in zip(adam["param_groups"], values["schedule"]["_last_lr"], strict=True):
-            group["lr"] = rate
         self.adam.load_state_dict(adam)
-        average = {key.removeprefix("average."): each for key, each in tensors.items() if key.startswith("average.")}
+        self._schedule = self._make_schedule(counters["num_updates"])
         self.averaged_model.load_state_dict(average)
-        self._average.n_averaged.fill_(values["num_averaged"])
+        self._average.n_averaged.fill_(counters["num_averaged"])
 
 
-def ema_decay(updates: int, decay: float) -> float:
-    """Return the decay of the averaged weights after a number of updates: min(decay, 1 - 1 / (1 + updates / gamma)).
+def ema_decay(updates: int, window: float) -> float:
+    """Return the decay of the averaged weights after a number of updates: 1 - 1 / (1 + window * updates).
 
-    The warmup of Katherine Crowson's k-diffusion, as in the EMAModel of diffusers with inv_gamma=10 and power=1.
+    The average thus reaches back over a fraction of the training so far, whatever its length: the power-function
+    averaging of EDM2 (Karras et al., arXiv 2312.02696) with gamma = 1 / window - 1; 0.1 is their sigma_rel of 0.083.
     """
-    return min(decay, 1 - 1 / (1 + updates / EMA_WARMUP))
+    return 1 - 1 / (1 + updates / (1 / window))

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from index.errors import OptionError, RunError, one_line
+from index.errors import OptionError
 from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, SEED
 from index.space.geometry import Geometry
 from index.table.schema import TableMeta
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
+from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
+from trainer.checkpoints import open_network
 from trainer.models.base import Network
-from trainer.models.registry import load_network
 from trainer.objectives.base import Objective, StepInput
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, NOT_MOVED, EncoderPlaces, open_encoders, read_config
+from trainer.run_folder import NOT_MOVED, EncoderPlaces, find_run, open_encoders, read_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +67,7 @@ class CoalescerPipeline:
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", encoders: EncoderPlaces = NOT_MOVED
     ) -> "CoalescerPipeline":
-        """Open a run folder, or a hub repository with the same files; reads safetensors and JSON only.
+        """Open a run folder, or a hub id `ORG/NAME[@REVISION]` with the same files; reads safetensors and JSON only.
 
         `encoders` says where they are if they were moved.
 
@@ -73,9 +75,9 @@ class CoalescerPipeline:
             EncoderError: an encoder is not where it was, or is not the one that the table was encoded with.
             RunError: the folder or repository is not a run, or its weights do not fit its config.
         """
-        folder = _fetch(str(name))
+        folder = find_run(name)
         config, device = read_config(folder), resolve_device(device)
-        network = load_network(folder / NETWORK).to(device).eval().requires_grad_(False)
+        network = open_network(folder).to(device).eval().requires_grad_(False)
         fitted, meta = config["fit"], TableMeta.from_json(config["table"]["meta"])
         objective = make_objective(fitted["objective"], fitted["preset"], **config["objective"])
         return cls.from_network(network, objective, meta, folder, device, encoders)
@@ -223,16 +225,3 @@ def _most_confident(
     x, confidence = (np.stack(each) for each in zip(*attempts, strict=True))
     best = confidence.argmax(0), np.arange(confidence.shape[1])
     return x[best], confidence[best]
-
-
-def _fetch(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise RunError(f"{name} is not a run: use a folder that `trainer fit --out` has made, or a hub id ORG/NAME")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{name} is not a folder, and the hub does not have it: {one_line(error)}") from error

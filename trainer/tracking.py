@@ -1,22 +1,28 @@
-"""What is recorded of a training run: a progress bar, RUN/log.jsonl, accelerate's trackers, grids of samples."""
+"""What is recorded of a training run: a progress bar, RUN/log.jsonl, accelerate's trackers, grids of samples.
 
+None of it may end a run: what fails is warned of once, and named in RUN/result.json.
+"""
+
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from index.errors import one_line
 from index.table.schema import HELDOUT, TRAIN
-from index.table.storage import write_text
 from index.table.table import Table
-from index.terminal import Progress
+from index.terminal import Progress, print_status
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
-from trainer.run_folder import NOT_MOVED, EncoderPlaces
+from trainer.run_folder import NOT_MOVED, EncoderPlaces, write_whole
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -28,6 +34,31 @@ TRACKER = "tensorboard"
 PREVIEW_CAPTIONS, PREVIEW_STEPS = 16, 2
 
 
+class Conveniences:
+    """What a run can do without: `with conveniences.attempt("samples"): ...` warns instead of raising.
+
+    Running out of memory on a device is such a failure too. What stops a process, such as Ctrl-C, is not.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing left out."""
+        self.left_out: dict[str, str] = {}
+        """The first failure of each convenience."""
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Run the block; if it fails, go on after it, with a warning the first time."""
+        try:
+            yield
+        except Exception as error:
+            reason = one_line(error, typed=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if name not in self.left_out:
+                self.left_out[name] = reason
+                print_status(f"warning: training goes on without {name} ({reason})")
+
+
 class RunLog:
     """`with RunLog(accelerator, "fit", total=n, unit="images", folder=RUN) as log: log.advance(256, loss=0.3)`.
 
@@ -36,29 +67,46 @@ class RunLog:
     """
 
     def __init__(
-        self, accelerator: "Accelerator", title: str, *, total: int, unit: str, folder: Path, done: int = 0
+        self,
+        accelerator: "Accelerator",
+        title: str,
+        *,
+        total: int,
+        unit: str,
+        folder: Path,
+        done: int = 0,
+        seconds: float = 0.0,
+        conveniences: Conveniences | None = None,
     ) -> None:
-        """Log into `folder`. A run that is resumed at `done` drops the lines that were logged beyond it."""
+        """Log into `folder`.
+
+        A run that is resumed at `done`, after `seconds` of training, drops the lines that were logged beyond it.
+        """
         self._accelerator, self._main = accelerator, accelerator.is_main_process
         self._progress = Progress(title, total=total, unit=unit, done=done, silent=not self._main)
-        self._path = folder / "log.jsonl"
-        if self._main and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines(keepends=True) if _is_valid(line, title, done)]
-            write_text(self._path, "".join(kept))
+        self._path, self._seconds_before = folder / "log.jsonl", seconds
+        self._conveniences = conveniences or Conveniences()
 
     def __enter__(self) -> "RunLog":
-        """Show the progress bar and open the trackers."""
-        if self._main:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        # TensorBoard discards what the interrupted run has recorded beyond the resumed step.
-        self._accelerator.init_trackers(TRACKER, init_kwargs={TRACKER: {"purge_step": self._progress.done + 1}})
-        self._progress.__enter__()
+        """Show the progress bar and open the log and the trackers."""
+        progress = self._progress
+        with self._conveniences.attempt("log.jsonl"):
+            if self._main:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._main and self._path.exists():
+                lines = self._path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if _is_valid(line, progress.title, progress.done)]
+                write_whole(self._path, "".join(kept))
+        with self._conveniences.attempt(TRACKER):
+            # TensorBoard discards what the interrupted run has recorded beyond the resumed step.
+            self._accelerator.init_trackers(TRACKER, init_kwargs={TRACKER: {"purge_step": progress.done + 1}})
+        progress.__enter__()
         return self
 
     @property
     def seconds(self) -> float:
-        """Return the seconds since the log was opened."""
-        return self._progress.seconds
+        """Return the seconds of training, those of earlier sessions included."""
+        return self._seconds_before + self._progress.seconds
 
     def advance(self, count: int, **metrics: float) -> None:
         """Count `count` units as done, and log the metrics if there are any."""
@@ -67,23 +115,26 @@ class RunLog:
             return
         progress = self._progress
         metrics["rate"] = round(progress.rate, 3)
-        self._accelerator.log(metrics, step=progress.done)
+        with self._conveniences.attempt(TRACKER):
+            self._accelerator.log(metrics, step=progress.done)
         line = {"step": progress.title, "done": progress.done, "total": progress.total, "unit": progress.unit}
-        line |= {"time": round(time.time(), 3), "seconds": round(progress.seconds, 3), **metrics}
-        with self._path.open("a") as file:
+        line |= {"time": round(time.time(), 3), "seconds": round(self.seconds, 3), **metrics}
+        with self._conveniences.attempt("log.jsonl"), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def log_image(self, name: str, image: "Image") -> None:
         """Pass an image to the trackers."""
-        for tracker in self._accelerator.trackers:
-            tracker.log_images({name: np.asarray(image)[None]}, step=self._progress.done, dataformats="NHWC")
+        with self._conveniences.attempt(TRACKER):
+            for tracker in self._accelerator.trackers:
+                tracker.log_images({name: np.asarray(image)[None]}, step=self._progress.done, dataformats="NHWC")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the trackers and the progress bar."""
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            with self._conveniences.attempt(TRACKER):
+                tracker.finish()
         self._progress.__exit__(kind, error, trace)
 
 
@@ -108,13 +159,26 @@ class Preview:
         device: str,
         encoders: EncoderPlaces = NOT_MOVED,
     ) -> None:
-        """Choose captions of held-out rows, or of training rows if none are held out; encoders are opened later."""
-        split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
-        self._captions = table.take(table.positions(split)[:PREVIEW_CAPTIONS], "caption").tolist()
+        """Sample with `network` as it is at each call; table and encoders are opened when they are first needed."""
+        self._table, self._captions = table, list[str]()
         self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device, encoders)
         self._pipeline: CoalescerPipeline | None = None
 
     def grid(self) -> "Image":
-        """Return a grid of samples of the network's present weights."""
-        self._pipeline = self._pipeline or self._open()
-        return draw_grid(self._pipeline(self._captions, num_inference_steps=PREVIEW_STEPS).images, self._captions)
+        """Return a grid of samples of the network's present weights.
+
+        Captions are of held-out rows, or of training rows if none are held out.
+        """
+        try:
+            self._captions = self._captions or self._choose_captions()
+            self._pipeline = self._pipeline or self._open()
+            return draw_grid(self._pipeline(self._captions, num_inference_steps=PREVIEW_STEPS).images, self._captions)
+        except Exception:
+            self._pipeline = None  # so that encoders hold no memory that training needs
+            raise
+
+    def _choose_captions(self) -> list[str]:
+        table = self._table
+        split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
+        captions: list[str] = table.take(table.positions(split)[:PREVIEW_CAPTIONS], "caption").tolist()
+        return captions

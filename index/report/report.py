@@ -12,7 +12,7 @@ from index.report.recall import Recall
 from index.report.sweep import SweepPoint, SweepSize
 from index.table.ledger import ledger_summary
 from index.table.schema import TRAIN, IndexRef
-from index.table.table import Table, complete_versions, index_is_current
+from index.table.table import VECTOR_INDEX, Table, complete_versions, index_is_current
 
 UNIQUE_CAPTIONS = 1.5
 """Training rows per distinct caption below which captions count as unique."""
@@ -218,5 +218,23 @@ def describe(table: Table) -> dict[str, Any]:
         "indexed": current,
         "index_type": meta.index.index_type if current and meta.index is not None else None,
         "serving_version": table.version if current else next(iter(complete_versions(dataset)), None),
-        "index_report": table.report("index"),
+        "unindexed_rows": _unindexed_rows(table) if current else None,
+        "index_report": _still_true(table.report("index"), table.version),
     }
+
+
+def _unindexed_rows(table: Table) -> int:
+    """Return how many rows the vector index does not cover, because they were appended after it was built."""
+    if table.meta.uses_exact_search:
+        return 0
+    stats = table.lancedb().index_stats(VECTOR_INDEX)
+    return 0 if stats is None else int(stats.num_unindexed_rows)
+
+
+def _still_true(report: Any, version: int) -> Any:
+    """Return an index report without the counts of an earlier version, which are not those of the table now."""
+    if not isinstance(report, dict) or report.get("version") == version:
+        return report
+    counts = ("table", "version", "rows", "train_rows", "num_unindexed_rows")
+    kept = {name: value for name, value in report.items() if name not in counts}
+    return {"measured_version": report.get("version"), **kept}

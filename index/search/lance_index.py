@@ -4,8 +4,9 @@ Segments can be merged only if they share the partitions and the rotation of IVF
 plan, so that the same plan gives the same index on any machine.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from jaxtyping import Float32
 
 from index.search.kmeans import partition_file, train_centroids
 from index.table.commit import update_meta
+from index.table.storage import unwritable
 from index.table.table import VECTOR_INDEX, Table, index_uuid
 from index.terminal import Progress
 
@@ -82,11 +84,22 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         def tick(progress: Any) -> None:
             bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
 
-        with partition_file(table, plan.centroids) as partitions:
+        with partition_file(table, plan.centroids) as partitions, _written_whole(table):
             dataset.create_index(
                 replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
             )
     return table.at(dataset)
+
+
+@contextlib.contextmanager
+def _written_whole(table: Table) -> Iterator[None]:
+    """Raise TableError if Lance could not read back what it wrote, as on a full disk."""
+    try:
+        yield
+    except ValueError as error:
+        if "not appear to be a Lance file" not in str(error):
+            raise
+        raise unwritable(table.uri, error) from error
 
 
 def undescribed(table: Table) -> Table:

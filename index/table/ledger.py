@@ -61,6 +61,12 @@ def read_ledger(table: Table) -> list[LedgerEntry]:
     return [entry for entry in entries if entry.run_id in table.meta.run_ids]
 
 
+def unread_shards(entries: Sequence[LedgerEntry]) -> list[str]:
+    """Return the shards of which no run has read anything, because they were out of reach."""
+    latest = {entry.shard: entry for entry in entries}
+    return [entry.shard for entry in latest.values() if not (entry.complete or entry.samples)]
+
+
 def rebuild_ledger(table: Table) -> list[LedgerEntry]:
     """Return entries for the shards of which a table holds rows or rejects, counted from these.
 

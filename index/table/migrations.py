@@ -37,6 +37,9 @@ def _to_2(content: Json) -> Json:
     if geometry.get("centering"):
         geometry["centering"] = _renamed(geometry["centering"], explained="explained_variance")
     content |= {name: _renamed(content[name], kind="class_name") for name in ("image_encoder", "text_encoder")}
+    text = content["text_encoder"]
+    pooling = "pooled" if text["class_name"].startswith(("CLIP", "Siglip")) else "mean"
+    content["text_encoder"] = {"pooling": pooling} | text
     content |= {"geometry": geometry, "crop": {"centre": "center"}.get(content["crop"], content["crop"])}
     if content.get("index"):
         index = _renamed(content["index"], kind="index_type", recall="recall_at_1", refine="refine_factor")

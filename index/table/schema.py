@@ -46,6 +46,10 @@ class EncoderRef:
     """SHA-256 of a text encoder's tokenizer, in hex; None for image encoders and tables of version 1."""
     revision: str | None = None
     """Commit of a hub id; None for a folder."""
+    pooling: str = ""
+    """How a text encoder's vector is made, such as mean; empty for image encoders."""
+    prompt: str = ""
+    """Text that a text encoder is given before each caption."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 

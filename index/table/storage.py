@@ -1,59 +1,35 @@
 """Local files and object stores behind one set of options, and files that are written whole.
 
-Tables go through Lance's own object stores, shards and reports through fsspec. Both get the option names that LanceDB
-documents (`aws_endpoint`, `aws_access_key_id`, ...); each store reads options that are not set from its usual
-environment variables and credential files.
+Tables go through Lance's own object stores, shards and reports through fsspec. Both get the same options, and both wait
+for a store that is away.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import re
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from index.errors import OptionError, SourceError, TableError, one_line
+from index.errors import CoalescerError, OptionError, OutOfReachError, SourceError, TableError, one_line
+from index.reach import LISTING_SECONDS, RETRY_SECONDS, Patience, describe, is_denied, is_store_failure
+from index.table.store_options import SECRETS, fsspec_options, lance_options, parse_options
 
-ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
-"""Environment variables of an S3 endpoint; the last that is set wins."""
-S3_NAMES = {
-    "aws_access_key_id": "key",
-    "aws_secret_access_key": "secret",
-    "aws_session_token": "token",
-    "aws_endpoint": "endpoint_url",
-    "aws_region": "region_name",
-}
-"""Lance's name of an option -> that of s3fs."""
-OPTION_NAME = re.compile(r"[A-Za-z]+(_[A-Za-z]+)*")
-"""What an error shows of a malformed option; anything else may be a secret."""
+T = TypeVar("T")
 
-
-PREFIXES = ("aws_", "azure_storage_", "azure_", "google_")
-KNOWN = {
-    "aws_": "access_key_id secret_access_key session_token endpoint endpoint_url region default_region skip_signature "
-    "virtual_hosted_style_request unsigned_payload checksum_algorithm metadata_endpoint imdsv1_fallback role_arn "
-    "role_session_name web_identity_token_file endpoint_url_sts container_credentials_relative_uri "
-    "container_credentials_full_uri container_authorization_token_file request_payer conditional_put "
-    "copy_if_not_exists disable_tagging s3_express server_side_encryption sse_kms_key_id sse_bucket_key_enabled "
-    "sse_customer_key_base64",
-    "azure_storage_": "account_name account_key access_key client_id client_secret tenant_id authority_id sas_key "
-    "sas_token token endpoint use_emulator",
-    "azure_": "use_fabric_endpoint use_azure_cli skip_signature msi_endpoint msi_resource_id object_id "
-    "federated_token_file",
-    "google_": "service_account service_account_path service_account_key application_credentials skip_signature",
-    "": "allow_http allow_invalid_certificates connect_timeout timeout request_timeout pool_idle_timeout "
-    "pool_max_idle_per_host proxy_url proxy_ca_certificate proxy_excludes user_agent http1_only http2_only "
-    "download_retry_count client_max_retries client_retry_timeout connection_string anon project",
-}
-"""What LanceDB and fsspec's file systems take, by prefix; a name may leave its prefix out."""
-SECRETS = ("secret", "token", "access_key", "account_key", "sas_", "service_account", "customer_key", "connection_")
-"""Parts of the names of options that are secrets."""
 SECRET_VARIABLE = "COALESCER_SECRET_"
+LANCE_RETRIES = 100
+"""Lance pauses between its attempts as we do; the seconds end them, not this number."""
+HTTP = ("http://", "https://")
+READ_SECONDS = 60.0
+"""A web server that sends nothing for so long counts as away."""
+
+_answered: set[str] = set()
+"""Stores that have answered in this process: a mistake in their address is not what keeps them away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +41,29 @@ class Storage:
     """
 
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    patience: float | None = field(default=None, compare=False)
+    """Seconds that a store which is away is waited for; None: as long as index.reach says."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle names and values, but of secrets the environment variable that holds the value."""
-        return _unpickled, (tuple((name, *_hidden(name, value)) for name, value in self.options),)
+        options = tuple((name, *_hidden(name, value)) for name, value in self.options)
+        return _unpickled, (options, self.patience, tuple(_answered))
 
     @classmethod
-    def of(cls, texts: Sequence[str] = ()) -> "Storage":
+    def of(cls, texts: Sequence[str] = (), patience: float | None = None) -> "Storage":
         """Parse `name=value` texts; the environment's endpoint is included, for workers on other machines.
 
-        Raises OptionError if a text has no name or no `=`, or if its name is unknown.
+        Raises OptionError if a text has no name or no `=`, or if its name is unknown. `patience` is in seconds.
         """
-        options: dict[str, str] = {}
-        for variable in ENDPOINTS:
-            if variable in os.environ:
-                options["aws_endpoint"] = os.environ[variable]
-        for text in texts:
-            name, equals, value = text.partition("=")
-            if not (name and equals):
-                raise OptionError(
-                    f"--storage-option {_shown(name)} is not of the form name=value: for instance aws_region=eu-west-1"
-                )
-            _check_name(name.lower())
-            options[_canonical(name.lower())] = value
-        if options.get("aws_endpoint", "").startswith("http://"):
-            options.setdefault("allow_http", "true")
-        return cls(tuple(sorted(options.items())))
+        return cls(tuple(sorted(parse_options(texts).items())), patience)
 
     @property
-    def lance(self) -> dict[str, str] | None:
+    def lance(self) -> dict[str, str]:
         """The `storage_options` of Lance and LanceDB."""
-        options = dict(self.options)
-        if "aws_endpoint" in options:
-            # Under this name it wins over AWS_ENDPOINT_URL_S3 of the environment.
-            options["aws_endpoint_url_s3"] = options["aws_endpoint"]
-        return options or None
+        seconds = RETRY_SECONDS if self.patience is None else self.patience
+        # Lance's own patience is half a second.
+        retries = {"client_max_retries": str(LANCE_RETRIES), "client_retry_timeout": f"{max(1, round(seconds))}"}
+        return retries | lance_options(dict(self.options))
 
     def files(self, uri: str) -> tuple[Any, str]:
         """Return the fsspec file system of a URI, and the path in it.
@@ -108,16 +72,17 @@ class Storage:
         """
         from fsspec.core import url_to_fs
 
-        options: Mapping[str, Any] = {}
-        if uri.startswith("s3://"):
-            renamed = {S3_NAMES[name]: value for name, value in self.options if name in S3_NAMES}
-            region = renamed.pop("region_name", None)
-            # Other processes write the files that we look for: a cached listing would hide them.
-            client = {"region_name": region} if region else {}
-            options = {**renamed, "use_listings_cache": False, "client_kwargs": client}
-        elif not is_local(uri) and not uri.startswith(("http://", "https://")):
-            # The options of S3, which the environment may set, mean nothing to other stores.
-            options = {k: v for k, v in self.options if not k.startswith("aws_") and k != "allow_http"}
+        if uri.startswith("hf://"):
+            from index.table.hub_files import hub_files, is_pinned
+
+            if is_pinned(uri):
+                return hub_files(), uri.removeprefix("hf://")
+        options = fsspec_options(uri, dict(self.options))
+        if uri.startswith(HTTP):
+            from aiohttp import ClientTimeout
+
+            # By default a shard that takes more than five minutes in all counts as away, however large it is.
+            options = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=READ_SECONDS, sock_read=READ_SECONDS)}}
         try:
             files, path = url_to_fs(uri, **options)
         except (ImportError, ValueError) as error:
@@ -132,23 +97,52 @@ class Storage:
     def exists(self, uri: str) -> bool:
         """Return whether there is a file or folder."""
         files, path = self.files(uri)
-        return bool(files.exists(path))
+        if not uri.startswith(HTTP):
+            return bool(self._reached(uri, lambda: files.exists(path)))
+        try:
+            # `exists` of fsspec says no for any failure.
+            self._reached(uri, lambda: files.info(path))
+        except FileNotFoundError as error:
+            if is_denied(error):
+                return False
+            raise
+        return True
 
     def names(self, folder: str) -> list[str]:
-        """List the names of a folder's files, sorted; empty if there is no folder."""
+        """List the names of a folder's files, sorted; empty if there is no folder.
+
+        Raises SourceError if there is no such bucket.
+        """
         files, path = self.files(folder)
         try:
-            return sorted(name.rsplit("/", 1)[-1] for name in files.ls(path, detail=False))
-        except FileNotFoundError:
+            listed = self._reached(folder, lambda: files.ls(path, detail=False))
+        except FileNotFoundError as error:
+            self.check_bucket(folder, error)
             return []
+        return sorted(name.rsplit("/", 1)[-1] for name in listed)
+
+    def check_bucket(self, uri: str, error: BaseException | None = None) -> None:
+        """Raise SourceError if there is no such bucket or container; `error` is what said that a folder is missing."""
+        if is_local(uri) or uri.startswith(HTTP):
+            return
+        files, path = self.files(uri)
+        exists = "NoSuchBucket" not in f"{error} {error and error.__cause__!r}"
+        if exists:
+            with contextlib.suppress(Exception):  # a key may be allowed to list a folder, but not its bucket
+                exists = bool(files.exists(path.lstrip("/").partition("/")[0]))
+        if not exists:
+            bucket = "/".join(uri.split("/")[:3])
+            raise SourceError(f"{bucket} does not exist (NoSuchBucket): create it, or correct the name") from error
 
     def read_json(self, uri: str) -> Any:
         """Read a JSON file; None if there is none."""
         files, path = self.files(uri)
         try:
-            return json.loads(files.cat_file(path))
-        except FileNotFoundError:
-            return None
+            return json.loads(self._reached(uri, lambda: files.cat_file(path)))
+        except FileNotFoundError as error:
+            if is_denied(error):
+                return None
+            raise
 
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON atomically; raises TableError if that fails."""
@@ -161,39 +155,65 @@ class Storage:
                 write_text(Path(uri), text)
             else:
                 files, path = self.files(uri)
-                files.pipe_file(path, text.encode())
+                self._reached(uri, lambda: files.pipe_file(path, text.encode()))
+        except CoalescerError:
+            raise
         except Exception as error:  # every object store has errors of its own
             raise unwritable(uri, error) from error
 
     def remove(self, uri: str) -> None:
         """Delete a file, or a folder with its content, if it exists."""
         files, path = self.files(uri)
-        if files.exists(path):
-            files.rm(path, recursive=True)
+        if self.exists(uri):
+            try:
+                self._reached(uri, lambda: files.rm(path, recursive=True))
+            except FileNotFoundError:
+                if self.exists(uri):  # the answer to an attempt that has deleted it may be lost
+                    raise
+
+    def _reached(self, uri: str, call: Callable[[], T]) -> T:
+        """Return the result of a call, which is repeated while the store is away.
+
+        Raises OutOfReachError if it stays away, earlier if it has never answered: its address may be wrong. Any other
+        answer raises what the file system makes of it.
+        """
+        if is_local(uri):
+            return call()
+        store = "/".join(uri.split("/")[:3])
+        patience = Patience(uri, limit=self._limit(store))
+        while True:
+            try:
+                result = call()
+            except Exception as error:
+                if not is_store_failure(error) or is_denied(error) or isinstance(error, FileExistsError):
+                    raise
+                if patience.seconds_left(error) <= 0:
+                    raise OutOfReachError(
+                        f"{uri} cannot be reached ({describe(error)}): check the address, the credentials and "
+                        "--storage-option, then rerun the same command"
+                    ) from error
+                patience.wait(error)
+            else:
+                _answered.add(store)
+                return result
+
+    def _limit(self, store: str) -> float | None:
+        if self.patience is not None:
+            return self.patience
+        return RETRY_SECONDS if store in _answered else LISTING_SECONDS
 
 
 def unwritable(uri: str | Path, error: Exception) -> TableError:
     """Return the error for a target that cannot be written."""
+    if not is_local(str(uri)):
+        return TableError(
+            f"{uri} cannot be written ({describe(error)}): check that the bucket exists, the credentials, the region "
+            "and the endpoint (--storage-option), and that the key may write; rerun the same command to resume"
+        )
     return TableError(
         f"{uri} cannot be written ({one_line(error)}): check free space, permissions and --storage-option, or name "
         "another --table; rerun the same command to resume"
     )
-
-
-def _check_name(name: str) -> None:
-    """Raise OptionError, which does not show the value, if an option is unknown."""
-    known = [prefix + each for prefix, names in KNOWN.items() for each in names.split()]
-    if name in known or name in [each for names in KNOWN.values() for each in names.split()]:
-        return
-    near = get_close_matches(name, known, n=1)
-    family = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "aws_")
-    listed = ", ".join(prefix + each for prefix in (family, "") for each in KNOWN[prefix].split())
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise OptionError(f"--storage-option {_shown(name)} is unknown: {hint}use one of {listed}")
-
-
-def _shown(name: str) -> str:
-    return repr(name) if OPTION_NAME.fullmatch(name) else "(not shown)"
 
 
 def _hidden(name: str, value: str) -> tuple[str, bool]:
@@ -205,8 +225,15 @@ def _hidden(name: str, value: str) -> tuple[str, bool]:
     return variable, True
 
 
-def _unpickled(options: tuple[tuple[str, str, bool], ...]) -> Storage:
-    return Storage(tuple((name, _revealed(name, value) if hidden else value) for name, value, hidden in options))
+def _unpickled(
+    options: tuple[tuple[str, str, bool], ...], patience: float | None, answered: tuple[str, ...]
+) -> Storage:
+    _answered.update(answered)
+    profile = next((value for name, value, _ in options if name == "aws_profile"), None)
+    if profile is not None:
+        os.environ["AWS_PROFILE"] = profile
+    revealed = tuple((name, _revealed(name, value) if hidden else value) for name, value, hidden in options)
+    return Storage(revealed, patience)
 
 
 def _revealed(name: str, variable: str) -> str:
@@ -217,12 +244,6 @@ def _revealed(name: str, variable: str) -> str:
             f"set {name.upper()} in the environment of the workers"
         )
     return value
-
-
-def _canonical(name: str) -> str:
-    """Map `endpoint_url`, `endpoint` and `aws_endpoint` to one name, as Lance does; other names are unchanged."""
-    bare = name.removeprefix("aws_").removesuffix("_url")
-    return f"aws_{bare}" if f"aws_{bare}" in S3_NAMES else name
 
 
 def is_local(uri: str) -> bool:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from index.errors import TableError, one_line
+from index.errors import OutOfReachError, SourceError, TableError, one_line
+from index.reach import describe
 from index.table.schema import TRAIN, IndexRef, TableMeta, check_table
 from index.table.storage import Storage, is_local
 
@@ -268,9 +269,13 @@ def is_table(uri: str, storage: Storage) -> bool:
     """
     try:
         return bool(storage.names(f"{uri}/_versions"))
+    except OutOfReachError:
+        raise
+    except SourceError as error:
+        raise TableError(str(error)) from error
     except Exception as error:  # every object store has errors of its own
         raise TableError(
-            f"{uri} cannot be reached ({one_line(error)}): check the address, the credentials and --storage-option"
+            f"{uri} cannot be reached ({describe(error)}): check the address, the credentials and --storage-option"
         ) from error
 
 

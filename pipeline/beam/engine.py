@@ -109,7 +109,8 @@ def _check_addresses(values: dict[str, str | None], runner: str) -> None:
 
 def user_error(error: BaseException) -> CoalescerError | None:
     """Return the CoalescerError behind a runner's exception, if any: workers send it as the text of a traceback."""
-    classes = {each.__name__: each for each in CoalescerError.__subclasses__()}
+    direct = CoalescerError.__subclasses__()
+    classes = {each.__name__: each for each in [*direct, *(sub for each in direct for sub in each.__subclasses__())]}
     matches = re.findall(r"index\.errors\.(\w+): (.*)", f"index.errors.{type(error).__name__}: {error}")
     for name, text in reversed(matches):
         if name in classes:

@@ -8,7 +8,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 from index.errors import CoalescerError, TableError
@@ -26,34 +25,39 @@ class Unfinished(TableError):
 def engine_log() -> Iterator[None]:
     """Redirect the stderr of Beam and its worker processes to a file, so that the terminal is left to the progress.
 
-    Workers inherit file descriptor 2, so the descriptor is redirected, not only `sys.stderr`. The file is in the folder
-    for temporary files, since the disk of the table may be full. It is kept, and named in the error, if the block
-    raises Unfinished or an unknown error.
+    Workers inherit file descriptor 2, so the descriptor is redirected, not only `sys.stderr`. The file has no name, so
+    that none is left however the process ends. It is kept in the folder for temporary files, since the disk of the
+    table may be full, and named in the error, if the block raises Unfinished or an unknown error.
     """
     with (
         os.fdopen(os.dup(2), "w", buffering=1) as terminal,
-        tempfile.NamedTemporaryFile("w", prefix="beam-", suffix=".log", delete=False, buffering=1) as file,
+        tempfile.TemporaryFile("w+", buffering=1) as file,
     ):
         os.dup2(file.fileno(), 2)
         stderr, sys.stderr = sys.stderr, terminal if sys.stderr is sys.__stderr__ else sys.stderr
-        kept = False
         try:
             with _errors_to(file):
                 yield
         except Unfinished as error:
-            kept = os.fstat(file.fileno()).st_size > 0
-            raise TableError(f"{error}; log: {file.name}" if kept else str(error)) from None
+            is_empty = os.fstat(file.fileno()).st_size == 0
+            raise TableError(str(error) if is_empty else f"{error}; log: {_keep(file)}") from None
         except CoalescerError:
             raise
         except Exception as error:
-            kept = True
-            error.add_note(f"log of Beam's workers: {file.name}")
+            error.add_note(f"log of Beam's workers: {_keep(file)}")
             raise
         finally:
             sys.stderr = stderr
             os.dup2(terminal.fileno(), 2)
-            if not kept:
-                Path(file.name).unlink(missing_ok=True)
+
+
+def _keep(log: IO[str]) -> str:
+    """Copy a log without a name to a file in the folder for temporary files, and return its path."""
+    # Workers that still write share the position in the file, which must not move.
+    content = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)
+    with tempfile.NamedTemporaryFile(prefix="beam-", suffix=".log", delete=False) as kept:
+        kept.write(content)
+    return kept.name
 
 
 @contextlib.contextmanager
@@ -79,8 +83,9 @@ def _errors_to(file: IO[str]) -> Iterator[None]:
         logger.handlers, logger.propagate = [handler], False
     try:
         yield
-    except BaseException:
-        _wait_for(set(threading.enumerate()) - threads)
+    except BaseException as error:
+        if isinstance(error, Exception):  # after a signal nobody reads the log
+            _wait_for(set(threading.enumerate()) - threads)
         left = set(threading.enumerate()) - threads
         threading.excepthook = lambda thrown: None if thrown.thread in left else hook(thrown)
         for logger in loggers:

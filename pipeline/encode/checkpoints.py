@@ -25,6 +25,8 @@ FRAGMENTS = "fragments.json"
 """All fragments of the run with their search vectors, ready to be committed."""
 STOP = "stop.json"
 """Why no further shard is to be started, if one process found a reason."""
+UNREAD, WAITING = "unread", "waiting"
+"""Extensions of a shard's files that say why it could not be read, and what a worker waits for."""
 LOADING_THREADS = 16
 
 
@@ -42,6 +44,8 @@ class ShardCheckpoint:
     """Samples of which the table has the row, or the rejects table the reject."""
     complete: bool = False
     """Whether the shard was read to its end: not cut short by --limit, not damaged."""
+    unread: str = ""
+    """Why nothing of the shard could be read; it has no samples then."""
     truncated_captions: int = 0
     """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
@@ -92,7 +96,30 @@ class Checkpoints:
         """Yield the checkpoints of shards in their order, a few at a time; those that do not exist are left out."""
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             for start in range(0, len(shards), LOADING_THREADS):
-                yield from filter(None, pool.map(self.load, shards[start : start + LOADING_THREADS]))
+                yield from filter(None, pool.map(self._outcome, shards[start : start + LOADING_THREADS]))
+
+    def _outcome(self, shard: str) -> ShardCheckpoint | None:
+        return self.load(shard) or self.load_unread(shard)
+
+    def load_unread(self, shard: str) -> ShardCheckpoint | None:
+        """Return the checkpoint of a shard that this attempt could not read, None if there was no such shard."""
+        reason = self.read(file_name(shard, UNREAD))
+        return ShardCheckpoint(shard, unread=reason) if isinstance(reason, str) else None
+
+    def save_unread(self, shard: str, reason: str) -> None:
+        """Note that this attempt could not read a shard."""
+        self.write(file_name(shard, UNREAD), reason)
+
+    def save_wait(self, shard: str, text: str | None) -> None:
+        """Note what a worker waits for and until when, or that it waits no longer; failures are ignored."""
+        with contextlib.suppress(Exception):
+            self.write(file_name(shard, WAITING), text)
+
+    def forget_attempt(self) -> None:
+        """Delete what an earlier attempt has noted of its end, and of shards that it could not read."""
+        for name in self.storage.names(self.folder):
+            if name in (STOP, FRAGMENTS) or name.endswith((f".{UNREAD}", f".{WAITING}")):
+                self.storage.remove(self.uri(name))
 
     def save(self, checkpoint: ShardCheckpoint) -> None:
         """Write the checkpoint of a finished shard and delete its progress."""
@@ -114,6 +141,9 @@ class Checkpoints:
         for shard in shards:
             if shard in finished:
                 continue
+            if file_name(shard, UNREAD) in names:
+                finished[shard] = ShardCheckpoint(shard, unread="unread")
+                continue
             if file_name(shard) in names:
                 if (checkpoint := self.load(shard)) is not None:
                     checkpoint.fragments, checkpoint.reject_fragments, checkpoint.moments = [], [], None
@@ -121,6 +151,11 @@ class Checkpoints:
             elif file_name(shard, "progress") in names:
                 unfinished += self.read(file_name(shard, "progress")) or 0
         return unfinished + sum(checkpoint.samples for checkpoint in finished.values())
+
+    def waits(self) -> list[str]:
+        """Return what workers wait for, as they tell it."""
+        names = self.storage.names(self.folder)
+        return [text for name in names if name.endswith(f".{WAITING}") if (text := self.read(name))]
 
     def read(self, name: str) -> Any:
         """Return the content of a JSON file of the run, or None if it does not exist or was not written whole."""
@@ -169,10 +204,14 @@ class SampleCounts:
     uncounted: int = 0
     unused_captions: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    """Shards that could not be read, with the reasons."""
 
     def add(self, checkpoint: ShardCheckpoint) -> None:
         """Add one shard."""
         self.shards += 1
+        if checkpoint.unread:
+            self.unread[checkpoint.shard] = checkpoint.unread
         self.rows += checkpoint.rows
         self.already_present += checkpoint.already_present
         self.truncated_captions += checkpoint.truncated_captions

@@ -15,6 +15,7 @@ from typing import Any
 
 import apache_beam as beam
 
+from index.errors import OutOfReachError
 from pipeline.encode.checkpoints import file_name
 from pipeline.encode.job import EncodeJob
 from pipeline.encode.ledger import content_identity
@@ -63,14 +64,18 @@ class _HashSamples(beam.DoFn):  # type: ignore[misc]
         checkpoints, name = self.job.checkpoints, file_name(shard, "hashes")
         identity, stored = content_identity(shard, self.job.read_options), checkpoints.read(name)
         if stored is None or identity not in ("", stored["identity"]):
-            stored = {"identity": identity, "hashes": list(self._hashes(shard))}
+            try:
+                stored = {"identity": identity, "hashes": list(self._hashes(shard))}
+            except OutOfReachError as error:
+                checkpoints.save_unread(shard, str(error))  # so that it is not encoded without its hashes
+                return
             checkpoints.write(name, stored)
         for position, digest in stored["hashes"]:
             yield digest, (shard, position)
 
     def _hashes(self, shard: str) -> Iterator[tuple[int, str]]:
         filters = self.job.config.filters
-        samples = islice(read_samples(shard, self.job.read_options), self.job.samples_per_shard.get(shard))
+        samples = islice(read_samples(shard, self.job.reading(shard)), self.job.samples_per_shard.get(shard))
         for position, sample in enumerate(samples):
             if isinstance(sample, Unreadable) or not sample.image:
                 continue

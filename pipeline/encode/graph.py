@@ -14,7 +14,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from index.errors import SourceError
+from index.errors import OutOfReachError, SourceError
 from index.table.commit import neutral_balance
 from pipeline.beam.gather import Gather
 from pipeline.beam.layout import Layout, LayOutVectors, PlacedFragment
@@ -60,10 +60,15 @@ class _WriteShard(beam.DoFn):  # type: ignore[misc]
     def process(self, element: tuple[str, Iterable[int]]) -> Iterator[str]:
         shard, duplicates = element
         checkpoints = self.job.checkpoints
-        if finished_shard(self.job, shard) is None:
+        if finished_shard(self.job, shard) is None and checkpoints.load_unread(shard) is None:
             if reason := checkpoints.read(STOP):
                 raise SourceError(reason)
-            checkpoint = write_shard(self.job, shard, frozenset(duplicates))
+            try:
+                checkpoint = write_shard(self.job, shard, frozenset(duplicates))
+            except OutOfReachError as error:
+                # The other shards are still read, so that the run ends with a list of all that could not be.
+                checkpoints.save_unread(shard, str(error))
+                checkpoint = ShardCheckpoint(shard, unread=str(error))
             for name in ("rows", "rejected", "filtered"):
                 beam.metrics.Metrics.counter("encode", name).inc(getattr(checkpoint, name))
         yield shard

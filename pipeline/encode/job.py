@@ -2,17 +2,18 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from index.errors import EncoderError, SourceError
+from index.errors import EncoderError, OutOfReachError, SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict
@@ -20,27 +21,40 @@ from index.table.schema import EncoderRef, TableMeta, encoded_schema
 from index.table.table import Table, open_table, runs_folder
 from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
 from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder, resolve_device
-from pipeline.model_files import find_encoder
+from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.files import find_encoder
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.stored import check_encoder
+from pipeline.encoders.text import TransformersTextEncoder
+from pipeline.sources.hub import without_commit
 from pipeline.sources.sample import ReadOptions
-from pipeline.stored_encoders import check_encoder
 
 Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 
 OTHER_OPTIONS = (
     *("shards", "limit", "append", "max_reject_rate", "image_encoder", "text_encoder", "dtype", "image_size"),
+    *("text_pooling", "text_prompt"),
     *("desc_scale", "allow_small_desc_scale", "geometry", "val_fraction", "keep_images"),
 )
 """Options that do not decide which samples of a shard become rows."""
 NOT_IDENTITY = ("max_reject_rate", "image_encoder", "text_encoder")
+SHOWN_SHARDS = 20
+"""Of those that could not be read, in an error message."""
 _loading = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _load_encoders(image: tuple[str, str | None], text: tuple[str, str | None], device: str, dtype: str) -> Encoders:
+def _load_encoders(
+    image: tuple[str, str | None],
+    text: tuple[str, str | None],
+    device: str,
+    dtype: str,
+    pooling: str | None,
+    prompt: str | None,
+) -> Encoders:
     return (
         DiffusersAutoencoder(image[0], device, dtype, revision=image[1]),
-        TransformersTextEncoder(text[0], device, dtype, revision=text[1]),
+        TransformersTextEncoder(text[0], device, dtype, revision=text[1], pooling=pooling, prompt=prompt),
     )
 
 
@@ -49,7 +63,8 @@ def cached_encoders(
 ) -> Encoders:
     """Return encoders by (name, revision), loaded once per process for any number of threads."""
     with _loading:
-        return _load_encoders(image, text, resolve_device(runtime.device), config.dtype)
+        device = resolve_device(runtime.device)
+        return _load_encoders(image, text, device, config.dtype, config.text_pooling, config.text_prompt)
 
 
 @dataclass(slots=True)
@@ -121,6 +136,8 @@ class EncodeJob:
             "image_digest": self.image_ref.digest,
             "text_digest": self.text_ref.digest,
             "tokenizer_digest": self.text_ref.tokenizer_digest,
+            "text_pooling": self.text_ref.pooling,
+            "text_prompt": self.text_ref.prompt,
         }
         return {**self.config.settings, **encoders}
 
@@ -128,6 +145,10 @@ class EncodeJob:
     def read_options(self) -> ReadOptions:
         """The options with which readers open a shard."""
         return self.runtime.read_options(self.config)
+
+    def reading(self, shard: str) -> ReadOptions:
+        """Return the options for a worker that reads a shard, which tells this run's monitor what it waits for."""
+        return replace(self.read_options, on_wait=partial(self.checkpoints.save_wait, shard))
 
     @property
     def schema(self) -> pa.Schema:
@@ -171,12 +192,27 @@ class EncodeJob:
             if checkpoint.moments is not None:
                 shard_moments = from_json_dict(Moments, checkpoint.moments)
                 moments = shard_moments if moments is None else moments + shard_moments
+        self._check_read(counts)
         self._check_counts(counts)
         if moments is None:
             raise SourceError(f"all {counts.rows:,} rows are held out: add samples or lower --val-fraction")
         if self.base is not None:
             return replace(self.base, moments=moments, run_ids=(*self.base.run_ids, self.run_id))
         return self._new_meta(moments)
+
+    def _check_read(self, counts: SampleCounts) -> None:
+        is_worth_publishing = counts.rows > 0 or self.base is not None
+        if not counts.unread or (self.runtime.allow_missing_shards and is_worth_publishing):
+            return
+        names = "; ".join(
+            f"{name} ({unread_reason(text)})" for name, text in list(counts.unread.items())[:SHOWN_SHARDS]
+        )
+        more = f"; and {len(counts.unread) - SHOWN_SHARDS:,} more" if len(counts.unread) > SHOWN_SHARDS else ""
+        raise OutOfReachError(
+            f"not finished: these shards could not be read: {names}{more}: {counts.shards - len(counts.unread):,} of "
+            f"{counts.shards:,} shards are kept and nothing is published; rerun the same command to resume, or add "
+            "--allow-missing-shards to publish without them"
+        )
 
     def _check_counts(self, counts: SampleCounts) -> None:
         # An append may find nothing new: a nightly one mostly does.
@@ -211,6 +247,12 @@ class EncodeJob:
         )
 
 
+def unread_reason(text: str) -> str:
+    """Return the store's answer from the error of a shard that could not be read."""
+    found = re.search(r"(?:is out of|be) reach(?:ed)? \((.*)\): check", text)
+    return found[1] if found else text
+
+
 def _digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -219,6 +261,8 @@ def run_identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that tell one run from another.
 
     A run that stopped for too many rejects resumes under a higher limit, so `max_reject_rate` is not one of them.
-    Encoders are known by what they hold, so it also resumes after they were moved.
+    Encoders are known by what they hold, so it also resumes after they were moved. A dataset of the hub is the same
+    whatever its newest commit: the run's own is in its plan.
     """
-    return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    identity = {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+    return identity | {"shards": [without_commit(shard) for shard in settings["shards"]]}

@@ -7,23 +7,38 @@ be another one. Every other shard is read, and its samples are compared with the
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import parse_qsl, urlencode
+from dataclasses import replace
 
-from index.errors import CoalescerError
+from index.errors import CoalescerError, OutOfReachError
 from index.table.ledger import LedgerEntry
-from pipeline.sources.hub import SCHEME
+from pipeline.sources.hub import SCHEME, DatasetURI, is_dataset, without_commit
 from pipeline.sources.ranges import SampleRange
 from pipeline.sources.read import shard_identity
 from pipeline.sources.sample import ReadOptions
 
-LOOKUP_THREADS = 16
+LOOKUP_THREADS, LOOKUP_SECONDS = 16, 5.0
 RANGE = re.compile(r"#\d+-\d+$")
 
 
 def content_identity(shard: str, options: ReadOptions) -> str:
-    """Return what tells a shard's content from other content, without reading it; empty if it is out of reach."""
+    """Return what tells a shard's content from other content, without reading it; empty if it is out of reach.
+
+    A store that is away is waited for only a moment: it is when the shard is read.
+    """
+    patience = options.storage.patience
+    storage = replace(options.storage, patience=LOOKUP_SECONDS if patience is None else min(LOOKUP_SECONDS, patience))
+    try:
+        return identity_to_read(shard, replace(options, storage=storage, on_wait=None))
+    except OutOfReachError:
+        return ""
+
+
+def identity_to_read(shard: str, options: ReadOptions) -> str:
+    """Return the same of a shard that is read next; raises OutOfReachError if it stays out of reach."""
     try:
         return shard_identity(shard, options)
+    except OutOfReachError:
+        raise
     except (CoalescerError, ValueError, OSError):  # reading the shard reports them
         return ""
 
@@ -46,12 +61,18 @@ def shards_to_read(
     ]
 
 
+def changed_shards(shards: Sequence[str], identities: Sequence[str], entries: Iterable[LedgerEntry]) -> list[str]:
+    """Return the shards that the ledger does not have with the content that they have now."""
+    known = {(without_commit(entry.shard), entry.identity) for entry in entries}
+    pairs = zip(shards, identities, strict=True)
+    return [shard for shard, identity in pairs if identity and (without_commit(shard), identity) not in known]
+
+
 def source_of(shard: str) -> tuple[str, int]:
     """Return what a shard is a part of, a file, folder or dataset, and the position at which the part ends."""
-    if shard.startswith(SCHEME):
-        path, _, query = shard.rpartition("?")
-        parameters = {name: value for name, value in parse_qsl(query) if name not in ("revision", "shard")}
-        return f"{path}?{urlencode(parameters)}", 0
+    shard = without_commit(shard)
+    if is_dataset(shard):
+        return str(replace(DatasetURI.parse(shard), shard=None)), 0
     if RANGE.search(shard):
         sample_range = SampleRange.parse(shard)
         return sample_range.folder, sample_range.stop

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from index.errors import SourceError, TableError
+from index.errors import OutOfReachError, SourceError, TableError
 from index.table.storage import Storage, is_local, unwritable
 from pipeline.config import EncodeConfig, RuntimeConfig
 from pipeline.encode.job import EncodeJob
@@ -59,13 +59,20 @@ def check_target(uri: str, storage: Storage) -> int | None:
 
 
 def check_source(shards: Sequence[str], options: ReadOptions) -> None:
-    """Raise SourceError if no shard holds a sample, readable or not."""
+    """Raise SourceError if no shard holds a sample, readable or not.
+
+    A shard that is out of reach may hold one: the workers wait for it.
+    """
     fault = "it is empty"
+    options = replace(options, storage=replace(options.storage, patience=0.0))
     for shard in shards:
-        for sample in read_samples(shard, options):
-            if sample.key:
-                return
-            fault = sample.detail if isinstance(sample, Unreadable) else fault
+        try:
+            for sample in read_samples(shard, options):
+                if sample.key:
+                    return
+                fault = sample.detail if isinstance(sample, Unreadable) else fault
+        except OutOfReachError:
+            return
     raise SourceError(f"no samples in {len(shards)} shards; {shard}: {fault[:300]}")
 
 

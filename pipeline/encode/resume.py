@@ -13,14 +13,15 @@ from enum import Enum
 from typing import Any
 
 from index.errors import TableError
-from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger
+from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger, unread_shards
 from index.table.table import Table, is_table, runs_folder
 from pipeline.encode.checkpoints import PLAN, Checkpoints
 from pipeline.encode.job import EncodeJob, run_identity
-from pipeline.encode.ledger import shard_identities, shards_to_read, source_of
+from pipeline.encode.ledger import changed_shards, shard_identities, shards_to_read, source_of
 from pipeline.encode.plan import samples_within_limit
 from pipeline.encode.present import can_hash_images
-from pipeline.stored_encoders import check_encoder
+from pipeline.encoders.stored import check_encoder
+from pipeline.sources.hub import SCHEME, commits_of, without_commit
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
 NOT_TYPED = {
@@ -62,20 +63,23 @@ class RemainingWork:
     warnings: list[str] = field(default_factory=list)
 
 
-def remaining_work(job: EncodeJob) -> RemainingWork:
-    """Find an unfinished run, or plan a new one.
+def remaining_work(job: EncodeJob, sources: Sequence[str] = ()) -> RemainingWork:
+    """Find an unfinished run, or plan a new one. `sources` are the names that the shards were listed from, if known.
 
     Raises TableError if the table or an unfinished run has other options.
     """
     table = job.open_table() if is_table(job.uri, job.runtime.storage) else None
     plan = _find_plan(job)
     if plan is not None and not _is_outdated(job, plan, table):
-        return _resumed(job, plan, table)
+        return _resumed(job, plan, table, _on_hub(sources))
     if table is None:
-        return _planned(job, None)
-    if not job.config.append:
+        work = _planned(job, None)
+    elif not job.config.append:
         return _complete(job, table)
-    return _planned(_appending(job, table), table)
+    else:
+        work = _planned(_appending(job, table), table)
+    work.plan["hub_sources"] = _on_hub(sources)
+    return work
 
 
 def begin(work: RemainingWork) -> None:
@@ -98,6 +102,14 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         shards = shards_to_read(config.shards, identities, entries, job.sample_options)
         work.recorded = [] if entries else rebuild_ledger(table)
         work.shards_already_present = len(config.shards) - len(shards)
+        named = {without_commit(entry.shard) for entry in entries}
+        changed = changed_shards(config.shards, identities, entries)
+        changed = [shard for shard in changed if shard.startswith(SCHEME) and without_commit(shard) in named]
+        if changed:
+            work.warnings.append(
+                f"{len(changed):,} files of the hub have changed since they were encoded, such as {changed[0]}: "
+                "samples that are new are added, and rows that the file no longer holds stay in the table"
+            )
         if not shards:
             return replace(work, state=State.COMPLETE)
         job = replace(job, config=replace(config, shards=tuple(shards)))
@@ -117,16 +129,26 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
     return work
 
 
-def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> RemainingWork:
-    """Return the work of an unfinished run, with the shards of its plan. Raises TableError if its options differ."""
+def _on_hub(sources: Sequence[str]) -> list[str]:
+    return [source for source in sources if source.startswith(SCHEME)]
+
+
+def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sources: list[str]) -> RemainingWork:
+    """Return the work of an unfinished run, with the shards of its plan. Raises TableError if its options differ.
+
+    A dataset of the hub may hold anything by now: the run goes on at its own commit if the same sources are named.
+    """
     given = run_identity(job.settings)
     stored = plan["settings"]
-    has_grown = _has_grown(stored["shards"], given["shards"])
+    is_same_on_hub = bool(hub_sources) and hub_sources == plan.get("hub_sources")
+    stays = [shard for shard in stored["shards"] if not (is_same_on_hub and shard.startswith(SCHEME))]
+    has_grown = _has_grown(stays, given["shards"])
     if changes := _changes(stored, given | ({"shards": stored["shards"]} if has_grown else {})):
         raise TableError(
             f"{runs_folder(job.uri)} holds an unfinished run with other options ({changes}): "
             "rerun with the original options to resume, or delete the folder to start over"
         )
+    listed = job.config.shards
     published = table is not None and plan["run_id"] in table.meta.run_ids
     if table is not None and not published:
         if plan["base_run_ids"] is None:
@@ -141,10 +163,13 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> Remai
     work = RemainingWork(
         job, State.PUBLISHED if published else State.TO_ENCODE, job.settings | {"shards": stored["shards"]}
     )
-    if stored["shards"] != given["shards"]:
+    newest, own = commits_of(listed), commits_of(plan["shards"])
+    moved = [f"{name} at commit {commit}" for name, commit in own.items() if newest.get(name) != commit]
+    if moved or stored["shards"] != given["shards"]:
         work.warnings.append(
-            f"resumed an unfinished run with the {len(stored['shards']):,} shards of its start; the source has changed "
-            "since: run again with --append to add what is new"
+            f"resumed an unfinished run with the {len(stored['shards']):,} shards of its start"
+            f"{''.join(f', {each}' for each in moved)}; the source has changed since: run again with --append to add "
+            "what is new"
         )
     if table is not None and not published:
         work.recorded = [] if read_ledger(table) else rebuild_ledger(table)
@@ -152,19 +177,29 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> Remai
 
 
 def _complete(job: EncodeJob, table: Table) -> RemainingWork:
-    """Return that the table is finished; raises TableError if it is one of another run."""
+    """Return that the table is finished, or the shards that it was published without.
+
+    Raises TableError if it is one of another run.
+    """
     if job.settings_digest not in {run_id.partition("-")[0] for run_id in table.meta.run_ids}:
         report = table.report("encode")
         other = f" and was encoded with other options ({_changes(report['settings'], job.settings)})" if report else ""
         raise TableError(f"{job.uri} exists{other}: name another --table, add --append, or delete it")
+    unread = set(unread_shards(read_ledger(table))) & set(job.config.shards)
+    if unread and job.config.limit is None:
+        shards = tuple(shard for shard in job.config.shards if shard in unread)
+        rest = _appending(replace(job, config=replace(job.config, shards=shards)), table)
+        work = _planned(rest, table)
+        work.shards_already_present = len(job.config.shards) - len(shards)
+        return work
     work = RemainingWork(job, State.COMPLETE, job.settings)
     identities = shard_identities(job.config.shards, job.read_options)
-    known = {(entry.shard, entry.identity) for entry in read_ledger(table)}
-    changed = [each for each in zip(job.config.shards, identities, strict=True) if each[1] and each not in known]
-    if known and changed and job.config.limit is None:
+    entries = read_ledger(table)
+    changed = changed_shards(job.config.shards, identities, entries)
+    if entries and changed and job.config.limit is None:
         work.warnings.append(
             f"{len(changed):,} of {len(identities):,} shards have changed since they were encoded, such as "
-            f"{changed[0][0]}: run again with --append to add what is new"
+            f"{changed[0]}: run again with --append to add what is new"
         )
     return work
 
@@ -219,6 +254,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     stored = {
         "image_digest": meta.image_encoder.digest,
         "text_digest": meta.text_encoder.digest,
+        "text_pooling": meta.text_encoder.pooling or job.text_ref.pooling,
+        "text_prompt": meta.text_encoder.prompt,
         "image_size": meta.image_size,
         "val_fraction": meta.val_fraction,
         "keep_images": "image" in table.dataset().schema.names,
@@ -228,6 +265,8 @@ def _check_appendable(job: EncodeJob, table: Table) -> None:
     given = {
         "image_digest": job.image_ref.digest,
         "text_digest": job.text_ref.digest,
+        "text_pooling": job.text_ref.pooling,
+        "text_prompt": job.text_ref.prompt,
         "image_size": config.image_size,
         "val_fraction": config.val_fraction,
         "keep_images": config.keep_images,

@@ -18,13 +18,14 @@ from index.table.table import Table, log_of, runs_folder, table_uri
 from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
 from pipeline.config import EncodeConfig, RuntimeConfig
-from pipeline.encode.checkpoints import FRAGMENTS, STOP, SampleCounts
+from pipeline.encode.checkpoints import SampleCounts
 from pipeline.encode.graph import EncodeToFragments
-from pipeline.encode.job import EncodeJob
+from pipeline.encode.job import SHOWN_SHARDS, EncodeJob
 from pipeline.encode.monitor import monitor
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
 from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
 from pipeline.encode.resume import RemainingWork, State, begin, remaining_work
+from pipeline.sources.hub import commits_of
 from pipeline.sources.listing import passed_over
 
 REPORTED_PACKAGES = ("apache-beam", "torch", "diffusers", "transformers", "pylance", "pyarrow")
@@ -64,7 +65,7 @@ def encode_dataset(
     bytes_free = check_target(uri, runtime.storage)
     job = EncodeJob.create(config, runtime, uri)
     with contextlib.nullcontext() if dry_run else hold_lock(runs_folder(uri), runtime.storage):
-        work = remaining_work(job)
+        work = remaining_work(job, sources)
         if work.state == State.COMPLETE:
             return _nothing_to_do(work, dry_run=dry_run)
         if work.state == State.PUBLISHED:
@@ -95,8 +96,7 @@ def _nothing_to_do(work: RemainingWork, *, dry_run: bool) -> EncodeResult:
 
 
 def _run_graph(job: EncodeJob) -> None:
-    for name in (STOP, FRAGMENTS):  # of an earlier attempt
-        job.runtime.storage.remove(job.checkpoints.uri(name))
+    job.checkpoints.forget_attempt()
     run_beam(
         lambda pipeline: (
             pipeline
@@ -136,10 +136,16 @@ def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str
 
 
 def _warnings(work: RemainingWork, counts: SampleCounts) -> list[str]:
+    warnings = list(work.warnings)
+    if counts.unread:
+        warnings.append(
+            f"{len(counts.unread):,} shards could not be read and are not in the table: "
+            f"{', '.join(list(counts.unread)[:SHOWN_SHARDS])}: rerun the same command, or --append, to fetch them"
+        )
     if not counts.truncated_captions:
-        return work.warnings
+        return warnings
     return [
-        *work.warnings,
+        *warnings,
         f"{counts.truncated_captions:,} of {counts.rows:,} captions have more than the {work.job.max_tokens} tokens "
         "that the text encoder reads, and were truncated: use shorter captions, or another --text-encoder",
     ]
@@ -162,6 +168,7 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "passed_over": work.passed_over,
         "shards": counts.shards,
         "shards_already_present": work.shards_already_present,
+        "unread_shards": list(counts.unread),
         "seconds": seconds and round(seconds, 2),
         "images_per_second": seconds and round(counts.rows / seconds, 1),
         "seconds_by_step": {name: round(value, 2) for name, value in counts.seconds.items()},
@@ -172,6 +179,7 @@ def _report(work: RemainingWork, counts: SampleCounts, seconds: float | None) ->
         "warnings": _warnings(work, counts),
         "run_id": job.run_id,
         "num_workers": job.runtime.num_workers,
+        "hub_commits": commits_of(job.config.shards),
         "device": job.runtime.device,
         "beam_options": list(job.runtime.beam_options),
         "versions": {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},

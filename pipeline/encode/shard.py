@@ -26,7 +26,7 @@ from index.table.table import list_array, rejects_uri
 from pipeline.beam.write_lance import write_fragments
 from pipeline.encode.checkpoints import ShardCheckpoint
 from pipeline.encode.job import EncodeJob
-from pipeline.encode.ledger import content_identity
+from pipeline.encode.ledger import content_identity, identity_to_read
 from pipeline.encode.present import PresentRows
 from pipeline.filters import Filtered, FilterReason, Filters
 from pipeline.images import decode_image, quiet_pillow
@@ -42,9 +42,10 @@ MAX_DETAIL = 500
 def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozenset()) -> ShardCheckpoint:
     """Encode one shard to files that no commit refers to yet, and save its checkpoint.
 
-    `duplicates` are the positions of samples in the shard that --dedup excludes.
+    `duplicates` are the positions of samples in the shard that --dedup excludes. Raises OutOfReachError if the shard
+    stays out of reach.
     """
-    identity = content_identity(shard, job.read_options)
+    identity = identity_to_read(shard, job.reading(shard))
     encoder, storage = ShardEncoder(job, shard, duplicates=duplicates), job.runtime.storage
     interval = 0.5 if is_local(job.uri) else 5.0
     saved_at = compute_seconds = 0.0
@@ -204,7 +205,7 @@ class ShardEncoder:
 
     def _decode_batches(self) -> Iterator[_DecodedBatch]:
         runtime, size = self.job.runtime, self.job.runtime.batch_size
-        source = read_samples(self.shard, self.job.read_options)
+        source = read_samples(self.shard, self.job.reading(self.shard))
         samples = enumerate(islice(source, self.max_samples))
         batch, is_damaged = _DecodedBatch([]), False
         with ThreadPoolExecutor(runtime.decode_threads, thread_name_prefix="decode") as pool:

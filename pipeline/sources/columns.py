@@ -7,19 +7,32 @@ except those that contain bytes.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from index.errors import SourceError, one_line
+from index.reach import is_out_of_reach
 from pipeline.rejects import Rejected, RejectReason
-from pipeline.sources.reach import is_out_of_reach
-from pipeline.sources.sample import CAPTION_FIELDS, ReadOptions, Sample, Unreadable, encode_captions, match_name
+from pipeline.sources.sample import (
+    CAPTION_FIELDS,
+    ReadOptions,
+    Sample,
+    Unreadable,
+    encode_captions,
+    match_name,
+    path_of,
+)
 
 ROWS_PER_READ = 32
 """Rows whose images are in memory at once."""
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img", "bytes", "image_bytes", "picture", "photo")
 KEY_COLUMNS = ("key", "__key__")
+
+URL_COLUMN = re.compile("|".join(["url", "uri", "link", "src", *IMAGE_COLUMNS]), re.IGNORECASE)
+"""Of columns that may hold URLs of images instead of images."""
+HTTP = ("http://", "https://")
 
 ReadFile = Callable[[str], bytes | None]
 """Read the image at a path that a row holds instead of bytes; None if the path may not be opened."""
@@ -69,9 +82,12 @@ class Columns:
     ) -> Iterator[Sample | Unreadable]:
         """Yield the rows of an Arrow table or batch as samples.
 
-        A row without a key is named after `stem` and its position, which is `first` for the first row.
+        A row without a key is named after `stem` and its position, which is `first` for the first row. Raises
+        SourceError if there are URLs of images instead of images.
         """
         images = rows.column(self.image).to_pylist() if self.image else [None] * rows.num_rows
+        if first == 0:
+            self._refuse_urls(rows, images, shard)
         metas = rows.select(list(self.meta)).to_pylist() if self.meta else [{}] * rows.num_rows
         captions = _captions(rows.column(self.caption))
         for position, (value, caption, meta) in enumerate(zip(images, captions, metas, strict=True), first):
@@ -94,6 +110,21 @@ class Columns:
             yield from options.samples(
                 key, shard, image, encode_captions(caption), encode_meta(meta), has_own_key=has_own_key
             )
+
+    def _refuse_urls(self, rows: Any, images: list[Any], shard: str) -> None:
+        """Raise SourceError if no row has an image, and a column holds URLs of them."""
+        if any(_image_bytes(value, None) is not None for value in images):
+            return
+        columns = {self.image: images} if self.image else {}
+        columns |= {name: rows.column(name).to_pylist() for name in self.meta if URL_COLUMN.search(name)}
+        for name, values in columns.items():
+            paths = [value.get("path") if isinstance(value, dict) else value for value in values]
+            if paths and all(isinstance(each, str) and each.startswith(HTTP) for each in paths):
+                raise SourceError(
+                    f"column {name!r} of {path_of(shard)} holds URLs of images: download them first, for instance with "
+                    f"`img2dataset --url_list FILE --url_col {name} --caption_col {self.caption} --output_format "
+                    "webdataset --output_folder DIR`, and name DIR as the source"
+                )
 
 
 def encode_meta(row: dict[str, Any]) -> bytes:
@@ -162,6 +193,8 @@ def _named_column(schema: Any, fitting: list[str], keys: tuple[str, ...], option
         raise SourceError(f"{option} {';'.join(keys)!r} is not a column: choose one of {', '.join(schema.names)}")
     if name not in fitting:
         others = f": choose one of {', '.join(fitting)}" if fitting else ""
+        if option == "--image-key":
+            others += "; if it holds URLs, download the images first, for instance with img2dataset"
         raise SourceError(f"{option} {name!r} is a column of {schema.field(name).type}, not of {content}{others}")
     return name
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from index.errors import one_line
+from index.reach import is_out_of_reach
 from index.table.storage import Storage
 from pipeline.images import NOT_OPENED
 from pipeline.rejects import Rejected, RejectReason
@@ -22,7 +23,6 @@ from pipeline.sources.columns import ROWS_PER_READ
 from pipeline.sources.identity import FileInfo
 from pipeline.sources.metadata import METADATA_FILES, Row, read_metadata
 from pipeline.sources.ranges import SampleRange, split_into_ranges
-from pipeline.sources.reach import is_out_of_reach
 from pipeline.sources.sample import Caption, ReadOptions, Sample, Unreadable
 
 

@@ -1,35 +1,62 @@
-"""Stream a dataset of the Hugging Face hub or of a local folder: `hf:NAME?name=CONFIG&split=SPLIT&revision=REV`.
+"""Name datasets of the Hugging Face hub, pin them to a commit, and say what is wrong if that fails.
 
-NAME alone means the only configuration, and the split `train`. A shard is one file of the dataset, written
-`hf:NAME?...&shard=I/N`. Listing pins the commit, so that a run that is resumed reads the same data. Nothing is
-downloaded beyond what is read. A row may hold the path of its image instead of the bytes: the image is read if the
-path is inside the dataset, and is missing otherwise.
+`hf:NAME` is a dataset as `datasets` understands it, with configurations and splits (streamed.py). `hf://datasets/NAME/PATH`
+are files of its repository, as for fsspec. Both take `@REVISION`. Listing pins both to a commit, so that a run that is
+resumed reads the same data.
 """
 
-import hashlib
 import os
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from index.errors import SourceError, one_line
-from pipeline.rejects import Rejected, RejectReason
-from pipeline.sources.columns import ROWS_PER_READ, Columns
-from pipeline.sources.identity import FileInfo
-from pipeline.sources.reach import is_out_of_reach, retried
-from pipeline.sources.sample import ReadOptions, Sample, Unreadable
+from index.errors import SourceError
+from index.reach import describe, retried, status_of
 
 SCHEME = "hf:"
-ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "lzma", "zstd", "lz4")
-"""Protocols that may stand before `::` in the path of an image."""
+FILES = "hf://"
+DATASETS = "hf://datasets/"
 PARAMETERS = ("name", "split", "revision", "shard")
+COMMIT = re.compile("[0-9a-f]{40}")
+PINNED = re.compile(rf"({DATASETS}[^/@]+/[^/@]+)@({COMMIT.pattern})(?=/|#|$)")
+NOT_DATA = ("README.md", ".gitattributes")
+"""Files of a gated repository that anyone may read."""
+
+
+def is_dataset(source: str) -> bool:
+    """Return whether a source or shard is a dataset as `datasets` understands it, `hf:NAME`."""
+    return source.startswith(SCHEME) and not source.startswith(FILES)
+
+
+def without_commit(shard: str) -> str:
+    """Return the name of a shard whatever its commit."""
+    if is_dataset(shard):
+        return str(replace(DatasetURI.parse(shard), revision=None))
+    return PINNED.sub(r"\1", shard)
+
+
+def repository_of(shard: str) -> str | None:
+    """Return the repository at its commit of a file `hf://datasets/...`, None of other shards."""
+    match = PINNED.match(shard)
+    return match[0] if match else None
+
+
+def commits_of(shards: Iterable[str]) -> dict[str, str]:
+    """Return the commit of each dataset that shards belong to."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        if match := PINNED.match(shard):
+            found[match[1].removeprefix(DATASETS)] = match[2]
+        elif is_dataset(shard) and (uri := DatasetURI.parse(shard)).revision:
+            found[uri.path] = uri.revision
+    return found
 
 
 @dataclass(frozen=True, slots=True)
-class _HubURI:
+class DatasetURI:
     """A parsed `hf:` URI; fields are named as the arguments of `datasets.load_dataset`."""
 
     path: str
@@ -42,7 +69,8 @@ class _HubURI:
     """I/N: file I, counted from 0, of the N files of the split."""
 
     @classmethod
-    def parse(cls, uri: str) -> "_HubURI":
+    def parse(cls, uri: str) -> "DatasetURI":
+        """Parse a source or shard; raises SourceError if it is malformed."""
         path, mark, query = uri.removeprefix(SCHEME).rpartition("?")
         if not mark:
             path, query = query, ""
@@ -51,157 +79,186 @@ class _HubURI:
         if not path or unknown or (mark and not parameters):
             reason = f"parameter {unknown} is unknown" if unknown else "the dataset's name or a parameter is missing"
             raise SourceError(
-                f"{uri!r} is not a dataset URI ({reason}): use hf:NAME?name=CONFIG&split=SPLIT&revision=REV, "
-                "where each of the three parameters is optional"
+                f"'{SCHEME}{path}' is not a dataset URI ({reason}): use "
+                "hf:NAME@REVISION?name=CONFIG&split=SPLIT&revision=REV, where all but NAME is optional"
             )
+        if "@" in path and not _is_folder(path):
+            path, _, revision = path.partition("@")
+            if parameters.setdefault("revision", revision) != revision:
+                raise SourceError(
+                    f"'{SCHEME}{path}' has two revisions, {revision} and {parameters['revision']}: use one"
+                )
         return cls(path, **parameters)
 
     def __str__(self) -> str:
+        """Return the URI."""
         parameters = {name: value for name in PARAMETERS if (value := getattr(self, name))}
         return f"{SCHEME}{self.path}?{urlencode(parameters, safe='/')}"
 
     @property
     def is_folder(self) -> bool:
-        return os.path.isdir(self.path)
+        """Return whether it is a folder of this machine, or written as one."""
+        return _is_folder(self.path)
 
-    def pin(self) -> "_HubURI":
-        """Return the URI that means the same data everywhere and later: an absolute path or a commit."""
-        if self.is_folder or self.path.startswith(("/", ".")):
-            return replace(self, path=os.path.abspath(self.path))
-        from huggingface_hub import HfApi
+    @property
+    def root(self) -> str:
+        """Return where its files are: a folder, or its repository at its commit."""
+        return self.path if self.is_folder else f"{DATASETS}{self.path}@{self.revision}"
 
-        return replace(self, revision=HfApi().dataset_info(self.path, revision=self.revision).sha)
+    def pin(self) -> "DatasetURI":
+        """Return the URI that means the same data everywhere and later: an absolute path or a commit.
 
-    def read_file(self, path: str, max_bytes: int) -> bytes | None:
-        """Read an image of the dataset, which may be in an archive; None if the path is outside the dataset.
-
-        Raises Rejected if it is larger than `max_bytes`.
+        Raises SourceError if the hub does not have it or does not give it to us.
         """
-        import fsspec
-
-        if not self._is_inside(path):
-            return None
-        with fsspec.open(path, "rb") as file:
-            data: bytes = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise Rejected(RejectReason.SAMPLE_TOO_LARGE, ReadOptions(max_sample_bytes=max_bytes).too_large(None))
-        return data
-
-    def _is_inside(self, path: str) -> bool:
-        """Return whether a path that a row holds leads to a file of the dataset, through archives only.
-
-        fsspec opens a chain `a::b::c` from its end, but any link may name another store: `file:///secret::hf://...`.
-        """
-        *archives, origin = path.split("::")
-        if any(link.partition("://")[0] not in ARCHIVES for link in archives):
-            return False
         if self.is_folder:
-            return os.path.realpath(origin).startswith(os.path.join(os.path.realpath(self.path), ""))
-        return origin.startswith(f"hf://datasets/{self.path}@") and ".." not in origin.split("/")
+            return replace(self, path=os.path.abspath(self.path))
+        return replace(self, revision=commit_of(self.path, self.revision))
 
 
-def list_shards(source: str, options: ReadOptions) -> list[str]:
-    """Return the files of one split; raises SourceError if the dataset or the split does not exist."""
-    given = _HubURI.parse(source)
-    _load_splits.cache_clear()
+def pinned_uri(uri: str) -> str:
+    """Return `hf://datasets/NAME/PATH` at the commit that its revision names now; other URIs are unchanged.
+
+    Raises SourceError if it is not a dataset, or if the hub does not have it or does not give it to us.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    from index.table.hub_files import hub_files
+
+    if not uri.startswith(FILES) or uri.startswith(f"{FILES}buckets/") or PINNED.match(uri):
+        return uri
     try:
-        uri = retried(source, given.pin)
+        found = hub_files().resolve_path(uri)
+    except (HFValidationError, ValueError, NotImplementedError) as error:
+        raise SourceError(f"{uri!r} is not a file or folder of a dataset: use {DATASETS}ORG/NAME/PATH") from error
+    if found.repo_type != "dataset":
+        raise SourceError(
+            f"{uri!r} names a {found.repo_type} repository: files of a dataset are {DATASETS}{found.repo_id}/PATH"
+        )
+    commit = commit_of(found.repo_id, None if found.revision == "main" else found.revision)
+    return f"{DATASETS}{found.repo_id}@{commit}/{found.path_in_repo}".rstrip("/")
+
+
+def from_web_address(source: str) -> str | None:
+    """Return how to write an address copied from the hub's web pages as a source; None if it is something else.
+
+    The address of a file itself, `.../resolve/REVISION/PATH`, is a source as it is.
+    """
+    if not source.removeprefix(SCHEME).startswith(("http://", "https://")):
+        return None
+    from huggingface_hub import constants
+
+    address = urlsplit(source.removeprefix(SCHEME))
+    hosts = ("huggingface.co", "www.huggingface.co", "hf.co", urlsplit(constants.ENDPOINT).netloc)
+    parts = [part for part in address.path.split("/") if part]
+    if address.netloc not in hosts or "resolve" in parts[3:4]:
+        return None
+    if parts[:1] != ["datasets"] or len(parts) < 3:
+        return f"{SCHEME}ORG/NAME"
+    name, (view, revision, *path) = "/".join(parts[1:3]), [*parts[3:], "", ""]
+    path = [part for part in path if part]
+    if view not in ("tree", "blob"):
+        return f"{SCHEME}{name}"
+    return f"{DATASETS}{name}@{revision}/{'/'.join(path)}" if path else f"{SCHEME}{name}@{revision}"
+
+
+@lru_cache(maxsize=64)
+def commit_of(name: str, revision: str | None) -> str:
+    """Return the commit of a dataset's revision as of when it was first asked for, or since `forget`.
+
+    Raises SourceError if the hub does not have it or does not give it to us.
+    """
+    from huggingface_hub import HfApi, constants
+
+    shown = f"{SCHEME}{name}" + (f"@{revision}" if revision else "")
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(
+            f"{shown} is on the hub, and HF_HUB_OFFLINE is set: unset it, or name a folder that you have downloaded "
+            f"with `hf download {name} --repo-type dataset --local-dir DIR`"
+        )
+
+    def ask() -> str:
+        info = HfApi().dataset_info(name, revision=revision)
+        if info.gated:
+            _check_access(name, info)
+        return str(info.sha)
+
+    try:
+        return retried(shown, ask)
     except SourceError:
         raise
     except Exception as error:  # the hub client raises exceptions of any class
-        raise SourceError(
-            f"{source} is not found on the hub ({one_line(error, typed=True)}): check its name and the connection, and "
-            "log in with `hf auth login` if it is private"
-        ) from error
+        raise explained(shown, name, revision, error) from error
+
+
+def forget() -> None:
+    """Ask the hub anew for the commits of revisions."""
+    commit_of.cache_clear()
+
+
+def explained(shown: str, name: str, revision: str | None, error: BaseException) -> SourceError:
+    """Return what the hub's refusal of a dataset means and what to do."""
+    from huggingface_hub import constants, errors, get_token
+
+    def of(kind: type[BaseException]) -> bool:
+        return any(isinstance(each, kind) for each in _causes(error))
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if "Invalid credentials" in str(error):
+        text = f"the hub refuses your access token: {login} to a valid one"
+    elif of(errors.GatedRepoError):
+        then = "with the account of your token" if get_token() else f"then {login}"
+        text = f"it is gated: ask for access at {constants.ENDPOINT}/datasets/{name}, {then}"
+    elif of(errors.RevisionNotFoundError):
+        text = f"the dataset has no revision {revision or 'main'!r}: use one of its branches, tags or commits"
+    elif of(errors.RepositoryNotFoundError):
+        if _is_model(name):
+            text = "it is a model, and a dataset is needed: check the name"
+        elif get_token():
+            text = "the hub has no such dataset, or your account may not read it: check the name, and `hf auth whoami`"
+        else:
+            text = f"the hub has no such dataset, or it is private: check the name, or {login}"
+    elif of(errors.HFValidationError):
+        text = "a dataset of the hub is ORG/NAME, a folder of this machine begins with ./ or /"
+    elif status_of(error) == 429:
+        higher = "" if get_token() else f"; {login} for a higher limit"
+        text = f"the hub has had too many requests (429): wait some minutes and try again{higher}"
+    elif status_of(error) in (401, 403):
+        text = f"the hub denies access ({describe(error)}): {login}"
+    else:
+        text = f"the hub cannot be reached ({describe(error)}): check the connection and HF_ENDPOINT, then try again"
+    return SourceError(f"{shown} cannot be read: {text}")
+
+
+def check_not_refused(uri: DatasetURI) -> None:
+    """Raise SourceError if the hub does not give us the files of a dataset: `datasets` drops the hub's answer."""
+    commit_of.cache_clear()
+    commit_of(uri.path, uri.revision)
+
+
+def _check_access(name: str, info: Any) -> None:
+    """Raise the hub's error if we may not read the files of a gated dataset."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    data = next((file.rfilename for file in info.siblings or () if file.rfilename not in NOT_DATA), None)
+    if data is not None:
+        get_hf_file_metadata(hf_hub_url(name, data, repo_type="dataset", revision=info.sha))
+
+
+def _is_model(name: str) -> bool:
+    from huggingface_hub import HfApi
+
     try:
-        splits = retried(source, lambda: _load_splits(uri.path, uri.name, uri.revision))
-    except SourceError:
-        raise
-    except Exception as error:
-        raise _not_loaded(uri.path, error) from error
-    split = given.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    if split not in splits:
-        example = replace(given, split=next(iter(splits), "SPLIT"))
-        raise SourceError(f"{source} has no split {split!r}: choose one of {', '.join(splits)}, as in '{example}'")
-    total = splits[split].num_shards
-    return [str(replace(uri, split=split, shard=f"{index}/{total}")) for index in range(total)]
+        HfApi().model_info(name)
+    except Exception:  # the hub client raises exceptions of any class
+        return False
+    return True
 
 
-def count_samples(shard: str, options: ReadOptions) -> int | None:
-    """Return None: the number of rows is known only after reading."""
-    return None
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
-def identity(shard: str, options: ReadOptions) -> str:
-    """Return a hash of the hashes that the hub gives for the files of the shard, or of its commit if it gives none."""
-    uri = _HubURI.parse(shard)
-    parts: list[str] = []
-    for path in _files_of(_shard_of(uri)):
-        files, name = options.storage.files(path.rpartition("::")[2])
-        info = files.info(name)
-        lfs = info.get("lfs") or {}
-        digest = lfs.get("sha256") or info.get("blob_id") or FileInfo.of(info).state
-        parts.append(f"{path.partition('::')[0] if '::' in path else ''} {digest}")
-    if not parts and uri.revision is None:  # of a local folder: nothing tells it from itself after a change
-        parts.append(f"{uuid.uuid4()}")
-    text = "\n".join(parts) or f"{uri.revision} {uri.split} {uri.shard}"
-    return hashlib.sha256(f"{uri.name} {uri.split}\n{text}".encode()).hexdigest()[:32]
-
-
-def read_samples(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
-    """Yield the rows in their order; raises ValueError if the dataset has another number of files by now."""
-    uri = _HubURI.parse(shard)
-    dataset = _shard_of(uri)
-    index, _, total = (uri.shard or "").partition("/")
-    stem = f"{uri.split}-{int(index):05d}-of-{int(total):05d}"
-    position, columns = 0, None
-    if (
-        dataset.features is not None
-    ):  # in one order: rows of a streamed WebDataset differ in it, and would not fit together
-        columns = Columns.of(dataset.features.arrow_schema, options)
-        dataset = dataset.select_columns(columns.names)
-    for rows in dataset.with_format("arrow").iter(ROWS_PER_READ):
-        columns = columns or Columns.of(rows.schema, options)
-        yield from columns.samples(
-            rows, shard, stem, position, options, lambda path: uri.read_file(path, options.max_sample_bytes)
-        )
-        position += rows.num_rows
-
-
-def _shard_of(uri: _HubURI) -> Any:
-    """Return one file of a split as a streamed dataset; raises ValueError if their number has changed."""
-    index, _, total = (uri.shard or "").partition("/")
-    if not (index.isdecimal() and total.isdecimal() and uri.split):
-        raise SourceError(f"'{uri}' is not a shard: use one that `list_shards` returns, with &split= and &shard=I/N")
-    try:
-        dataset = _load_splits(uri.path, uri.name, uri.revision)[uri.split]
-    except Exception as error:
-        if is_out_of_reach(error):
-            raise
-        raise _not_loaded(uri.path, error) from error
-    if dataset.num_shards != int(total):
-        raise ValueError(
-            f"the split has {dataset.num_shards} files and this shard needs {total}: the dataset was changed after it "
-            "was listed"
-        )
-    return dataset.shard(int(total), int(index))
-
-
-def _files_of(dataset: Any) -> list[str]:
-    """Return the files of a streamed dataset; empty if datasets does not tell them in the usual place."""
-    arguments = getattr(getattr(dataset, "_ex_iterable", None), "kwargs", {})
-    found: Any = next((arguments[name] for name in ("files", "original_files", "tar_paths") if arguments.get(name)), [])
-    return [str(each) for each in found] if all(isinstance(each, str) for each in found) else []
-
-
-def _not_loaded(path: str, error: Exception) -> SourceError:
-    return SourceError(f"{SCHEME}{path} cannot be loaded by datasets.load_dataset: {one_line(error, typed=True)}")
-
-
-@lru_cache(maxsize=2)
-def _load_splits(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
-    import datasets
-
-    # An outage is waited for by reach.py, which says so; datasets would be silent for minutes.
-    datasets.config.STREAMING_READ_MAX_RETRIES = 1
-    return dict(datasets.load_dataset(path, name, revision=revision, streaming=True))
+def _is_folder(path: str) -> bool:
+    return path.startswith(("/", ".")) or os.path.isdir(path)

@@ -22,7 +22,8 @@ class FileInfo(NamedTuple):
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> "FileInfo":
         """Parse an entry of an fsspec listing."""
-        digest = next((str(info[name]).strip('"') for name in HASHES if info.get(name)), "")
+        content = (info.get("lfs") or {}).get("sha256") or info.get("blob_id")  # of the hub, the same as its ETag
+        digest = content or next((str(info[name]).strip('"') for name in HASHES if info.get(name)), "")
         time = next((info[name] for name in TIMES if info.get(name)), "")
         # Local files: seconds as a float, which holds microseconds.
         text = str(round(time * 1e6)) if isinstance(time, float) else str(time)

@@ -11,13 +11,14 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from index.errors import SourceError
+from index.reach import describe, is_out_of_reach, retried, status_of
 from index.table.storage import is_local
-from pipeline.sources import folder, hub, parquet, saved, tar
+from pipeline.sources import folder, hub, parquet, saved, streamed, tar
 from pipeline.sources.metadata import METADATA_FILES
-from pipeline.sources.reach import describe, is_out_of_reach, retried, status_of
 from pipeline.sources.sample import ReadOptions, path_of
 
 EXTENSIONS = (*tar.EXTENSIONS, *parquet.EXTENSIONS)
@@ -31,10 +32,17 @@ def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> l
     """Return the shards of all sources, in order and without repeats; raises SourceError if a source has none."""
     options = options or ReadOptions()
     shards: dict[str, None] = {}
+    hub.forget()
     for source in sources:
         with _listing(source):
-            matches = (hub.list_shards if source.startswith(hub.SCHEME) else _list_paths)(source, options)
+            list_source = streamed.list_shards if hub.is_dataset(source) else _list_paths
+            if source.startswith(hub.SCHEME):
+                matches = retried(path_of(source), partial(list_source, source, options))
+            else:
+                matches = list_source(source, options)
         if not matches:
+            if not source.startswith(hub.SCHEME):
+                options.storage.check_bucket(source)
             raise SourceError(
                 f"no shards at {path_of(source)!r}: use .tar or .parquet files, a folder of them or of images, a "
                 "pattern such as 'data/{00000..00009}.tar', or hf:NAME"
@@ -51,7 +59,7 @@ def passed_over(sources: Sequence[str], options: ReadOptions | None = None) -> d
     options = options or ReadOptions()
     counts: Counter[str] = Counter()
     for source in sources:
-        if source.startswith(hub.SCHEME):
+        if hub.is_dataset(source):
             continue
         with _listing(source):
             for files, path, uri in _matches(source, options):
@@ -64,7 +72,9 @@ def passed_over(sources: Sequence[str], options: ReadOptions | None = None) -> d
 
 @contextlib.contextmanager
 def _listing(source: str) -> Iterator[None]:
-    """Raise SourceError for whatever a store answers while a source is listed."""
+    """Raise SourceError for whatever a store answers while a source is listed, and for an address of a web page."""
+    if (as_source := hub.from_web_address(source)) is not None:
+        raise SourceError(f"{path_of(source)!r} is a page of the hub: a dataset of it is '{as_source}'")
     try:
         yield
     except Exception as error:
@@ -106,8 +116,8 @@ def _matches(source: str, options: ReadOptions) -> Iterator[tuple[Any, str, str]
     """Yield the file system, path and URI of what a path or pattern names."""
     import braceexpand
 
-    patterns = [source]
-    if "{" in source and not (options.storage.exists(source)):
+    patterns, is_hub = [source], source.startswith(hub.FILES)
+    if "{" in source and (is_hub or not options.storage.exists(source)):
         try:
             patterns = list(braceexpand.braceexpand(source))
         except ValueError as error:
@@ -117,8 +127,8 @@ def _matches(source: str, options: ReadOptions) -> Iterator[tuple[Any, str, str]
     if source.startswith(HTTP) and not glob.has_magic(path_of(source).replace("?", "")):
         yield from _http_files(patterns, options)
         return
-    listings: dict[str, set[str]] | None = {} if len(patterns) > MAX_LOOKUPS else None
-    for pattern in patterns:
+    listings: dict[str, set[str]] | None = {} if is_hub or len(patterns) > MAX_LOOKUPS else None
+    for pattern in map(hub.pinned_uri, patterns):
         files, path = options.storage.files(pattern)
         for match in _existing(files, path, listings):
             yield files, match, files.unstrip_protocol(match).removeprefix("file://")

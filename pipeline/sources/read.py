@@ -4,23 +4,25 @@ Samples come in the order of their source and are not decoded: a damaged image o
 images.py and sample.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from index.errors import CoalescerError
+from index.errors import CoalescerError, OutOfReachError
+from index.reach import Patience, describe
 from index.table.storage import is_local
 from pipeline.rejects import RejectReason
-from pipeline.sources import folder, hub, parquet, saved, tar
+from pipeline.sources import folder, hub, parquet, saved, streamed, tar
 from pipeline.sources.ranges import SampleRange
-from pipeline.sources.reach import Patience, describe
 from pipeline.sources.sample import ReadOptions, Sample, Unreadable, path_of
+
+T = TypeVar("T")
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What the module of each format offers: tar, parquet, folder, saved and hub."""
+    """What the module of each format offers: tar, parquet, folder, saved and streamed."""
 
     def count_samples(self, shard: str, options: ReadOptions) -> int | None:
         """Return the number of samples if it is known without reading them, else None."""
@@ -34,12 +36,9 @@ class Reader(Protocol):
 
 def count_samples(shard: str, options: ReadOptions | None = None) -> int | None:
     """Return the number of samples of a shard if it is known without reading them, else None."""
-    options = options or ReadOptions()
     try:
-        return _reader_of(shard, options).count_samples(shard, options)
-    except CoalescerError:
-        raise
-    except Exception:  # a shard that cannot be read is reported by read_samples
+        return _expected(shard, options or ReadOptions())
+    except OutOfReachError:
         return None
 
 
@@ -47,15 +46,10 @@ def shard_identity(shard: str, options: ReadOptions | None = None) -> str:
     """Return a text that tells a shard's content, whichever path it is seen under, without reading it.
 
     It is made of hashes that the hub or store gives, or of file names, sizes and times of change. Raises SourceError if
-    the shard is out of reach.
+    the shard stays out of reach.
     """
     options = options or ReadOptions()
-    patience = _patience(shard)
-    while True:
-        try:
-            return _reader_of(shard, options).identity(shard, options)
-        except Exception as error:
-            patience.wait(error)
+    return _patiently(shard, options, lambda: _reader_of(shard, options).identity(shard, options))
 
 
 def read_samples(shard: str, options: ReadOptions | None = None) -> Iterator[Sample | Unreadable]:
@@ -81,12 +75,12 @@ def read_samples(shard: str, options: ReadOptions | None = None) -> Iterator[Sam
             else:
                 keys.add(sample.key)
                 yield sample if name == shard else replace(sample, shard=name)
-        expected = count_samples(shard, options)
+        expected = _expected(shard, options)
         fault = "the shard ends early" if expected is not None and expected > read else None
     except CoalescerError:
         raise
     except Exception as error:  # tarfile, pyarrow, datasets and file systems raise exceptions of any class
-        fault, expected = describe(error), count_samples(shard, options)
+        fault, expected = describe(error), _expected(shard, options)
     if fault is not None:
         missed = None if expected is None else max(1, expected - read)
         known = "how many samples are missed is unknown" if missed is None else f"{missed:,} samples are missed"
@@ -100,7 +94,7 @@ def public_name(shard: str) -> str:
 
 def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
     """Yield what the reader yields; where the store is out of reach, wait, open it again, and go on from there."""
-    patience = _patience(shard)
+    patience = _patience(shard, options)
     done = 0
     while True:
         try:
@@ -113,14 +107,38 @@ def _read_on(shard: str, options: ReadOptions) -> Iterator[Sample | Unreadable]:
             patience.wait(error)
 
 
-def _patience(shard: str) -> Patience:
-    return Patience(public_name(shard), is_local=is_local(shard) and not shard.startswith(hub.SCHEME))
+def _expected(shard: str, options: ReadOptions) -> int | None:
+    """Return the number of samples if it is known; raises OutOfReachError if what tells it stays out of reach."""
+    try:
+        return _patiently(shard, options, lambda: _reader_of(shard, options).count_samples(shard, options))
+    except CoalescerError:
+        raise
+    except Exception:  # a shard that cannot be read is reported by read_samples
+        return None
+
+
+def _patiently(shard: str, options: ReadOptions, call: Callable[[], T]) -> T:
+    """Return the result of a call, which is repeated while the shard is out of reach."""
+    patience = _patience(shard, options)
+    while True:
+        try:
+            result = call()
+        except Exception as error:
+            patience.wait(error)
+        else:
+            patience.reset()
+            return result
+
+
+def _patience(shard: str, options: ReadOptions) -> Patience:
+    is_file = is_local(shard) and not shard.startswith(hub.SCHEME)
+    return Patience(public_name(shard), is_local=is_file, limit=options.storage.patience, on_wait=options.on_wait)
 
 
 def _reader_of(shard: str, options: ReadOptions) -> Reader:
     path = path_of(shard)
-    if shard.startswith(hub.SCHEME):
-        return hub
+    if hub.is_dataset(shard):
+        return streamed
     if path.endswith(parquet.EXTENSIONS):
         return parquet
     if path.endswith(tar.EXTENSIONS):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from index.errors import OptionError, one_line
+from index.reach import OnWait
 from index.table.storage import Storage
 from pipeline.images import IMAGE_EXTENSIONS, NOT_OPENED
 from pipeline.rejects import Rejected, RejectReason
@@ -74,6 +75,8 @@ class ReadOptions:
     """Of an image with several captions: first, or all as one sample each, with the keys KEY, KEY#1, KEY#2, ..."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
     """A sample whose files are larger is rejected without reading or decompressing it."""
+    on_wait: OnWait | None = field(default=None, compare=False)
+    """Is told what is waited for while a store is away."""
 
     def __post_init__(self) -> None:
         """Raise OptionError if a value is not allowed."""

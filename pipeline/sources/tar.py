@@ -84,7 +84,8 @@ def _sidecar_table(shard: str, options: ReadOptions, columns: list[str] | None =
     import pyarrow.parquet as pq
 
     path = f"{strip_extension(shard)}.parquet"
-    if not options.storage.exists(path):
+    files, name = options.storage.files(path)
+    if not files.isfile(name):
         return None
     with options.storage.open(path) as file, pq.ParquetFile(file) as table:
         names = columns_without_bytes(table.schema_arrow)

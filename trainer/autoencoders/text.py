@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TOTAL, Range
-from pipeline.encoders import mean_pool
-from pipeline.model_files import quiet_libraries
+from pipeline.encoders.families import mean_pool
+from pipeline.encoders.files import quiet_libraries
 from trainer.autoencoders.data import load_captions
 from trainer.autoencoders.train import TrainConfig, train
 from trainer.objectives.base import Loss

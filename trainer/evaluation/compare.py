@@ -15,7 +15,7 @@ from index.table.storage import write_json, write_text
 from trainer.evaluation.protocol import EvaluationConfig, open_protocol
 from trainer.evaluation.report import comparison_page
 from trainer.grid import draw_grid
-from trainer.run_folder import read_config
+from trainer.run_folder import find_run, read_config
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -32,19 +32,20 @@ def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: 
 
     The page shows images of `captions` from each group. Raises RunError unless all runs are complete and of one table.
     """
-    configs = [read_config(run) for run in runs]
-    _check_runs(runs, configs)
+    folders = [find_run(run) for run in runs]
+    configs = [read_config(folder) for folder in folders]
+    _check_runs(folders, configs)
     began = time.perf_counter()
-    first = CoalescerPipeline.from_pretrained(runs[0], device=config.device, encoders=config.encoders)
-    protocol = open_protocol(runs[0], first, config, out)
+    first = CoalescerPipeline.from_pretrained(folders[0], device=config.device, encoders=config.encoders)
+    protocol = open_protocol(folders[0], first, config, out)
     labels = label_runs(configs)
     shown = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
     evaluated: list[dict[str, Any]] = []
     samples, images = {}, {}
-    for run, label in zip(runs, labels, strict=True):
-        pipeline = CoalescerPipeline.from_pretrained(run, device=config.device, encoders=config.encoders)
+    for run, folder, label in zip(runs, folders, labels, strict=True):
+        pipeline = CoalescerPipeline.from_pretrained(folder, device=config.device, encoders=config.encoders)
         result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
-        evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(run)})
+        evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(folder)})
         if label not in samples:
             samples[label] = result.samples[shown].x
             if captions:

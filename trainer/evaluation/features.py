@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from index.errors import OptionError, one_line
-from pipeline.model_files import quiet_libraries
+from pipeline.encoders.files import quiet_libraries
 from trainer.evaluation.metrics import frechet, kernel_mmd
 
 

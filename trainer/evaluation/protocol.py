@@ -37,7 +37,7 @@ from trainer.evaluation.samples import (
     sample_prompts,
 )
 from trainer.grid import draw_grid
-from trainer.run_folder import EncoderPlaces, read_config
+from trainer.run_folder import EncoderPlaces, find_run, read_config
 from trainer.sampler import CoalescerPipeline
 
 if TYPE_CHECKING:
@@ -165,12 +165,13 @@ class Protocol:
         }
 
 
-def evaluate(run: Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
+def evaluate(run: str | Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
     """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report."""
-    objective = read_config(run)["fit"]["objective"]
+    folder = find_run(run)
+    objective = read_config(folder)["fit"]["objective"]
     began = time.perf_counter()
-    pipeline = CoalescerPipeline.from_pretrained(run, device=config.device, encoders=config.encoders)
-    protocol = open_protocol(run, pipeline, config, out)
+    pipeline = CoalescerPipeline.from_pretrained(folder, device=config.device, encoders=config.encoders)
+    protocol = open_protocol(folder, pipeline, config, out)
     result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
     report: dict[str, Any] = {"run": str(run), "objective": objective, **protocol.summary()}
     report |= {"num_inference_steps": config.num_inference_steps, "metrics": result.metrics}

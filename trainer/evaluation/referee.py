@@ -179,6 +179,7 @@ def open_referee(
     """
     meta = table.meta
     encoders = {"image_encoder": meta.image_encoder.digest, "text_encoder": meta.text_encoder.digest}
+    encoders |= {"text_pooling": meta.text_encoder.pooling, "text_prompt": meta.text_encoder.prompt}
     key = {"table_version": table.version, **encoders, **BUDGET}
     name = f"referee-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     reports = Path(reports_of(table.uri))

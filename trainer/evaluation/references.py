@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int
 from index.search.exact import ExactSearch
 from index.table.schema import TRAIN
 from index.table.table import Table
-from pipeline.encoders import DiffusersAutoencoder
+from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.images import decode_image
 from trainer.evaluation.evaluator import Evaluator, ImageBatches
 from trainer.evaluation.samples import DECODE_BATCH, Decode, Prompts, Samples

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 
 from index.errors import OptionError, RunError, one_line
 from index.table.schema import TableMeta
-from pipeline.model_files import quiet_libraries
+from pipeline.encoders.files import quiet_libraries
 from trainer.models import mlp, transformer
 from trainer.models.base import Network
 from trainer.models.mlp import LatentMLP

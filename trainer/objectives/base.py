@@ -28,6 +28,10 @@ class Training(NamedTuple):
     """Fraction of the training steps that are done, 0 to 1."""
     teacher: Callable[..., Prediction]
     """The network with its averaged weights; no gradient flows through it."""
+    whole: Batch | None = None
+    """The batch of this process that the batch of a loss is a part of, if gradients are accumulated."""
+    first: int = 0
+    """The first row of the part in it."""
 
 
 class Loss(NamedTuple):

@@ -3,7 +3,8 @@
 The search runs the other way round: from a pool of noise the one whose output is nearest to y is trained toward y, so
 that no y is left out. Outputs within eps of y are rejected, because the nearest of a large pool is not a fair sample
 of the outputs; if all are, y has no loss. Pool and y share the caption. The pool is R and the R of other rows of the
-batch, which are independent of y; processes that share a batch use the rows of their own.
+batch, which are independent of y, also where gradients are accumulated over parts of it; processes that share a batch
+use the rows of their own.
 
 The authors keep one pool of 10 N outputs for N images for some epochs, compare and learn in the features of a
 perceptual network, and reject what is near any image; here each y has a pool of its own in each step, in latent space.
@@ -30,12 +31,13 @@ class IMLE(Objective):
 
     def loss(self, network: nn.Module, batch: Batch, training: Training) -> Loss:
         """Return the mean squared error, per dimension, of the nearest output that is not rejected."""
-        cond_mask = self.cond_mask(batch)
+        cond_mask, pool = self.cond_mask(batch), (training.whole or batch).r
+        rows = slice(training.first, training.first + len(batch.r))
         nearest, chosen = torch.full_like(batch.uniforms[:, 0], torch.inf), batch.r
         rejected = torch.zeros_like(nearest)
         with torch.no_grad():
             for shift in range(self.pool_size):
-                r = batch.r.roll(shift, 0)
+                r = pool.roll(shift, 0)[rows]
                 error = (network(r, batch.text, cond_mask=cond_mask).direction - batch.y).square().mean(1)
                 reject = error < self.eps**2
                 better = ~reject & (error < nearest)

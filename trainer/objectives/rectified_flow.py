@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import OptionError, RunError
-from index.table.schema import TableMeta
+from index.table.schema import EncoderRef, TableMeta
 from trainer.models.base import Network
 from trainer.models.registry import load_network
 from trainer.objectives.base import Loss, StepInput, Training
@@ -76,7 +76,7 @@ def _check_fit(folder: Path, flow_meta: TableMeta, meta: TableMeta, network: Net
         "latents": flow_meta.latent_shape == meta.latent_shape
         and np.array_equal(flow_meta.geometry.mean, meta.geometry.mean)
         and np.array_equal(flow_meta.geometry.std, meta.geometry.std),
-        "text encoder": flow_meta.text_encoder.digest == meta.text_encoder.digest,
+        "text encoder": _read_as(flow_meta.text_encoder) == _read_as(meta.text_encoder),
         "--num-tokens": network.num_tokens in (0, num_tokens),
     }
     different = [part for part, same in equal.items() if not same]
@@ -85,6 +85,10 @@ def _check_fit(folder: Path, flow_meta: TableMeta, meta: TableMeta, network: Net
             f"{folder} was trained with another {' and '.join(different)}: first train a flow on this table"
             + (f" with --num-tokens {num_tokens}" if "--num-tokens" in different else "")
         )
+
+
+def _read_as(ref: EncoderRef) -> tuple[str, str, str]:
+    return ref.digest, ref.pooling, ref.prompt
 
 
 @lru_cache(maxsize=1)

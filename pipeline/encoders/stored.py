@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -13,9 +13,8 @@ from index.errors import EncoderError
 from index.table.commit import update_meta
 from index.table.schema import EncoderRef
 from index.table.table import Table
-from pipeline.encoders import DiffusersAutoencoder, TransformersTextEncoder
-
-Encoder = TypeVar("Encoder", DiffusersAutoencoder, TransformersTextEncoder)
+from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.text import TransformersTextEncoder
 
 
 def open_image_encoder(
@@ -25,7 +24,10 @@ def open_image_encoder(
 
     Raises EncoderError if it is not there or is not the same.
     """
-    return _open(DiffusersAutoencoder, "image", ref, given, device, dtype)
+    with _naming_option(ref, given, "image"):
+        encoder = DiffusersAutoencoder(given or ref.name, device, dtype, revision=None if given else ref.revision)
+    check_encoder(ref, encoder.ref, "image")
+    return encoder
 
 
 def open_text_encoder(
@@ -35,15 +37,16 @@ def open_text_encoder(
 
     Raises EncoderError if it is not there or is not the same.
     """
-    return _open(TransformersTextEncoder, "text", ref, given, device, dtype)
-
-
-def _open(
-    encoder_class: type[Encoder], role: str, ref: EncoderRef, given: str | None, device: str, dtype: str
-) -> Encoder:
-    with _naming_option(ref, given, role):
-        encoder = encoder_class(given or ref.name, device, dtype, revision=None if given else ref.revision)
-    check_encoder(ref, encoder.ref, role)
+    with _naming_option(ref, given, "text"):
+        encoder = TransformersTextEncoder(
+            given or ref.name,
+            device,
+            dtype,
+            revision=None if given else ref.revision,
+            pooling=ref.pooling,
+            prompt=ref.prompt,
+        )
+    check_encoder(ref, encoder.ref, "text")
     return encoder
 
 
@@ -109,9 +112,14 @@ def _naming_option(ref: EncoderRef, given: str | None, role: str) -> Iterator[No
     try:
         yield
     except EncoderError as error:
-        if given is None:
+        option = f"--{role}-encoder"
+        if given is None and is_missing(ref):
             raise EncoderError(
                 f"the {role} encoder of the table cannot be opened at {ref.name} ({str(error).partition(': ')[0]}): "
-                f"if it was moved, name its folder or hub id by --{role}-encoder"
+                f"if it was moved, name its folder or hub id by {option}"
+            ) from error
+        if given is None:
+            raise EncoderError(
+                f"the {role} encoder of the table cannot be opened: {error}; a copy elsewhere can be named by {option}"
             ) from error
         raise

@@ -1,0 +1,1 @@
+"""Image and text encoders: diffusers autoencoders and text models, from a folder or the hub."""

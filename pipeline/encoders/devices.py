@@ -1,0 +1,67 @@
+"""Where encoders compute: the device, its data type, batches that fit into its memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from index.errors import EncoderError, OptionError, one_line
+from index.table.schema import EncoderRef
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(device: str = "auto") -> str:
+    """Return `device`, or for auto the first of cuda, mps and cpu that is available.
+
+    Raises OptionError if the device does not exist on this machine.
+    """
+    import torch
+
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(
+                f"--device {device} cannot be used ({reason}): use auto, cpu, cuda, cuda:N or mps"
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def encoding(ref: EncoderRef, task: str = "encode") -> Iterator[None]:
+    """Turn the exceptions of a first encoding into an EncoderError: models raise those of any class."""
+    try:
+        yield
+    except Exception as error:
+        raise EncoderError(
+            f"{ref.class_name} {ref.name} cannot {task} ({one_line(error, typed=True)}): use another encoder"
+        ) from error
+
+
+def prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
+    """Move a model to a device for inference, and return its torch dtype."""
+    import torch
+
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    model.to(device, torch_dtype).eval().requires_grad_(False)
+    return torch_dtype
+
+
+def split_if_out_of_memory(
+    forward: Callable[["torch.Tensor"], "torch.Tensor"], batch: "torch.Tensor"
+) -> "torch.Tensor":
+    """Return `forward(batch)`, computed in halves if the device runs out of memory."""
+    import torch
+
+    try:
+        return forward(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([split_if_out_of_memory(forward, half) for half in batch.chunk(2)])

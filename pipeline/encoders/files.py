@@ -1,0 +1,131 @@
+"""Find the files of an encoder: a folder by its absolute path, a hub id by its commit.
+
+Weights are read from safetensors only, and remote code is never run. The libraries load weights that do not match the
+model with a mere warning and then encode wrongly, so missing, unexpected and mismatched weights are refused here.
+"""
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from index.errors import CoalescerError, EncoderError, one_line
+from pipeline.encoders.hub import fetch, open_snapshot
+from pipeline.encoders.hub_names import ENCODER, HubName
+from pipeline.encoders.parts import choose_part, list_files
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_FIXES = {
+    "missing_keys": "get the whole weights, or the config.json that belongs to them",
+    "unexpected_keys": "its config.json must name the class that made them (saving it again would only drop them); if "
+    "that class is not supported, use another encoder",
+    "mismatched_keys": "get the config.json that belongs to them",
+}
+"""What to do about weights that do not match: saving them again would keep a wrong model."""
+
+
+class Place(NamedTuple):
+    """Where the files of an encoder are."""
+
+    name: str
+    """Absolute folder, or hub id without its revision, as it is stored with a table."""
+    folder: Path
+    """On this machine: of a hub id the folder in the cache, with the other parts of its pipeline beside it."""
+    revision: str | None
+    """Commit of a hub repository; None for a folder."""
+    variant: str | None = None
+    """`variant` of from_pretrained; None for plain weights."""
+
+
+def locate(name: str, revision: str | None = None, role: str | None = None) -> Place:
+    """Find a folder, or fetch what is needed of a hub id `ORG/NAME`, `ORG/NAME/SUBFOLDER`, `...@REVISION`.
+
+    A commit costs no request if the cache has its files.
+
+    Args:
+        name: what the user typed, or what `Place.name` was.
+        revision: commit of a hub id that was found before.
+        role: image or text, to find the encoder of a pipeline by the pipeline's root.
+
+    Raises EncoderError, with what to type, if there is no such folder and the hub does not give it.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(name)))
+    if folder.is_dir() and revision is None:
+        part = choose_part(list_files(folder), "", role, lambda subfolder: folder / subfolder)
+        return Place(str(folder / part.subfolder), folder / part.subfolder, None, part.variant)
+    if folder.is_file():
+        raise EncoderError(f"{name} is a file: use the folder that it is in, with config.json and model weights")
+    if name.startswith((".", "/", "~")) or "/" not in name:
+        raise EncoderError(f"no folder {name}: {ENCODER.usage}")
+    hub = HubName.parse(name, ENCODER)
+    snapshot = open_snapshot(replace(hub, revision=revision or hub.revision), ENCODER)
+    try:
+        part = choose_part(snapshot.files, hub.subfolder, role, hub.at)
+    except EncoderError as error:
+        raise snapshot.doubt(error) from error
+    fetch(snapshot, part.files, ENCODER)
+    return Place(hub.at(part.subfolder).path, snapshot.folder / part.subfolder, snapshot.commit, part.variant)
+
+
+def find_encoder(name: str, role: str) -> tuple[str, str | None]:
+    """Return the absolute folder of an encoder and None, or its hub id and commit. Raises EncoderError."""
+    with loading(name, f"the {role} encoder"):
+        place = locate(name, role=role)
+    return place.name, place.revision
+
+
+def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256, in hex, of the names and bytes of all weights except those with an excluded prefix."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(exclude):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quiet_libraries() -> None:
+    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+
+
+@contextlib.contextmanager
+def loading(name: str, role: str) -> Iterator[None]:
+    """Turn the exceptions of the model libraries into an EncoderError."""
+    quiet_libraries()
+    try:
+        yield
+    except (CoalescerError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise exceptions of any class; tokenizers Exception itself
+        raise EncoderError(
+            f"{name} cannot be loaded as {role} ({one_line(error)}): check that it is one, as save_pretrained writes it"
+        ) from error
+
+
+def check_weights(name: str, info: dict[str, Any], exclude: tuple[str, ...] = ()) -> None:
+    """Raise EncoderError if `from_pretrained` reported weights that do not match the model."""
+    for problem in WEIGHT_FIXES:
+        keys = sorted(str(key) for key in info.get(problem) or () if not str(key).startswith(exclude))
+        if keys:
+            raise EncoderError(
+                f"the weights of {name} do not match its config ({len(keys)} {problem.replace('_', ' ')}, such as "
+                f"{keys[0]}): {WEIGHT_FIXES[problem]}"
+            )
