@@ -210,7 +210,7 @@ COMMANDS = {"encode": Encode, "build-index": BuildIndex, "fit": Fit, "evaluate":
 def without_times(content: Any) -> Any:
     """Return a report without what depends on the moment."""
     if isinstance(content, dict):
-        return {key: without_times(value) for key, value in content.items() if "second" not in key}
+        return {key: without_times(value) for key, value in content.items() if not key.startswith("ms_per_")}
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
