@@ -23,7 +23,7 @@ from index.table.table import Table, is_table, open_table
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encode import graph, monitor, publish
 from pipeline.encode import run as encode_run
-from pipeline.encode.checkpoints import FRAGMENTS, PLAN, Checkpoints, file_name
+from pipeline.encode.checkpoints import META, PLAN, VECTORS, Checkpoints, file_name
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
@@ -304,18 +304,37 @@ def without_engine(monkeypatch, after=lambda job: None, *, runs: bool = False):
     monkeypatch.setattr(encode_run, "_run_graph", ends)
 
 
-def drop_fragments(job) -> None:
-    job.checkpoints.write(FRAGMENTS, job.checkpoints.read(FRAGMENTS)[:-1])
+def drop_vectors(job) -> None:
+    job.runtime.storage.remove(job.checkpoints.uri(file_name(job.config.shards[-1], VECTORS)))
 
 
-def lose_fragments(job) -> None:
-    job.runtime.storage.remove(job.checkpoints.uri(FRAGMENTS))
+def other_vectors(job) -> None:
+    """As an earlier attempt has left them that had another geometry."""
+    name = file_name(job.config.shards[0], VECTORS)
+    job.checkpoints.write(name, job.checkpoints.read(name) | {"layout": "other"})
+
+
+def not_of_its_rows(job) -> None:
+    """As an earlier attempt has left them, before the shard was encoded again to as many rows."""
+    checkpoint = job.checkpoints.load(job.config.shards[0])
+    checkpoint.fragments[0]["files"][0]["path"] = "other.lance"
+    job.checkpoints.save(checkpoint)
+
+
+def lose_plan_of_layout(job) -> None:
+    job.runtime.storage.remove(job.checkpoints.uri(META))
 
 
 @pytest.mark.parametrize(
     ("runs", "after", "finished"),
-    [(False, lambda job: None, 0), (True, drop_fragments, 3), (True, lose_fragments, 3)],
-    ids=["nothing ran", "a fragment was dropped", "ended before the last step"],
+    [
+        (False, lambda job: None, 0),
+        (True, drop_vectors, 3),
+        (True, other_vectors, 3),
+        (True, not_of_its_rows, 3),
+        (True, lose_plan_of_layout, 3),
+    ],
+    ids=["nothing ran", "a shard was dropped", "other geometry", "other rows", "ended before the last steps"],
 )
 def test_an_engine_that_ends_without_an_error_is_not_believed(
     shapes, encode_shapes, tmp_path, monkeypatch, runs, after, finished
