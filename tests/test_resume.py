@@ -352,7 +352,7 @@ def test_an_engine_that_ends_without_an_error_is_not_believed(
 def test_an_append_whose_engine_dies_keeps_the_table_and_the_work(shapes, encode_shapes, tmp_path, monkeypatch):
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
     with monkeypatch.context() as patch:
-        without_engine(patch, lose_fragments, runs=True)
+        without_engine(patch, lose_plan_of_layout, runs=True)
         with pytest.raises(TableError, match=r"not finished \(2 of 2 shards encoded\)"):
             encode_shapes(shapes, tmp_path / "t.lance", append=True)
     assert open_table(first.uri).version == first.version

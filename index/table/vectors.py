@@ -9,6 +9,7 @@ that were deleted stay deleted. `in_geometry` computes vectors without writing t
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,9 +103,9 @@ def rewrite_vectors(
     if balance is not None and len(balance) != starts[-1]:
         raise TableError(f"{table.uri} changed meanwhile ({len(balance)} rows -> {starts[-1]}): rerun the same command")
     written = []
-    for fragment, start, end in zip(table.dataset().get_fragments(), starts, starts[1:], strict=True):
+    for fragment, (start, end) in zip(table.dataset().get_fragments(), pairwise(starts.tolist()), strict=True):
         written.append(replace_vectors(table, fragment, geometry, None if balance is None else balance[start:end]))
-        yield int(end)
+        yield end
     yield commit_vectors(table, geometry, written, balanced=balance is not None and bool(balance.any()))
 
 
