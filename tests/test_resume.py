@@ -23,7 +23,7 @@ from index.table.table import Table, is_table, open_table
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encode import graph, monitor, publish
 from pipeline.encode import run as encode_run
-from pipeline.encode.checkpoints import META, PLAN, VECTORS, Checkpoints, file_name
+from pipeline.encode.checkpoints import LAYOUT, META, PLAN, VECTORS, Checkpoints, file_name
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
@@ -534,6 +534,53 @@ def test_a_geometry_that_changed_during_an_append_is_noticed(shapes, encode_shap
     assert added.dataset().count_rows() == 360
     vectors = added.meta.geometry.vectors(added.column("text", None), added.column("latent", None))
     assert (added.column("vector", None) == vectors.astype("float16")).all()
+
+
+def test_a_balance_that_comes_during_an_append_is_noticed(shapes, encode_shapes, tmp_path, monkeypatch):
+    """Rows to append get a neutral balance coordinate, or none if there is no balance."""
+    from index.build.build_index import BuildConfig, build_index
+
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
+    build_index(first, BuildConfig(index_type="none", geometry="raw", desc_scale=1.5))
+
+    def balance(job) -> None:
+        build_index(open_table(first.uri), BuildConfig(index_type="none", balance=True, balance_time_limit=1.0))
+
+    with monkeypatch.context() as patch:
+        without_engine(patch, balance, runs=True)
+        with pytest.raises(TableError, match="changed while it was appended to: rerun the same command"):
+            encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
+    coordinate = added.meta.geometry.balance_of(added.column("vector", None))
+    assert (len(coordinate), added.meta.balanced) == (360, True)
+    assert (coordinate[-240:] > 0).all()
+    assert len(set(coordinate[-240:])) == 1
+
+
+def test_vectors_that_were_laid_out_before_a_stop_are_not_written_again(
+    encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
+):
+    add, written = graph.add_vectors, []
+
+    def fails_at_the_third(*given):
+        if len(written) == 2:
+            raise KeyError("worker failure")
+        written.append(add(*given))
+        return written[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "add_vectors", fails_at_the_third)
+        with pytest.raises(Exception, match="worker failure"):
+            encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
+    assert len(list(run_folder(tmp_path / "t.lance").glob(f"*.{VECTORS}"))) == 2
+    layout = json.loads((run_folder(tmp_path / "t.lance") / LAYOUT).read_text())
+    assert set(layout) == {"geometry", "balance", "balance_digest"}  # nothing that grows with the shards
+    again: list[object] = []
+    monkeypatch.setattr(graph, "add_vectors", lambda *given: again.append(add(*given)) or again[-1])
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
+    assert len(again) == 1
+    assert content(table) == content(encoded)
+    assert table.meta.balanced is False
 
 
 def test_a_finished_table_whose_shards_have_changed_says_so(shapes, encode_shapes, tmp_path):
