@@ -47,6 +47,7 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
         groups = fragment_groups(table, runtime.num_workers)
         try:
+            table.storage.remove(segments_folder(table.uri))  # of a build that was killed
             table.storage.write_json(plan_uri, to_json_dict(plan))
             with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
                 run_beam(
