@@ -25,11 +25,18 @@ from index.space.geometry import Geometry
 from index.table.commit import publish, update_meta
 from index.table.schema import TRAIN, TableMeta
 from index.table.table import open_table
-from index.table.vectors import add_vectors, encoded_columns, in_geometry, is_balanced, neutral_balance
+from index.table.vectors import (
+    add_vectors,
+    encoded_columns,
+    in_geometry,
+    is_balanced,
+    neutral_balance,
+    vectors_folder,
+)
 from pipeline.beam import layout as beam_layout
 from pipeline.beam.gather import Barrier
 from pipeline.beam.layout import Layout, LayOutVectors
-from pipeline.beam.rewrite_vectors import TableFragments, beam_vector_writer, vectors_folder
+from pipeline.beam.rewrite_vectors import TableFragments, beam_vector_writer
 from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.config import RuntimeConfig
 

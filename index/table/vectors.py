@@ -88,7 +88,14 @@ def commit_vectors(
     The vector index covers no row any more. Raises TableError if the table changed meanwhile.
     """
     assert geometry.vector_dim == table.meta.geometry.vector_dim
-    return merge_fragments(table, table.meta.with_geometry(geometry, balanced=balanced), fragments)
+    committed = merge_fragments(table, table.meta.with_geometry(geometry, balanced=balanced), fragments)
+    table.storage.remove(vectors_folder(table.uri))
+    return committed
+
+
+def vectors_folder(uri: str) -> str:
+    """Return the folder of vectors that are left to commit: DB/NAME.vectors, with a folder for a version and layout."""
+    return uri.removesuffix(".lance") + ".vectors"
 
 
 def rewrite_vectors(

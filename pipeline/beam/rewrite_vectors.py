@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from jaxtyping import Float32
 
 from index.background import repeat
 from index.build.layout import VectorWriter
-from index.errors import TableError
+from index.errors import OutOfReachError, TableError
 from index.space.geometry import Geometry
 from index.table.storage import Storage
 from index.table.table import Table
-from index.table.vectors import commit_vectors, encoded_columns, fragment_starts, replace_vectors
+from index.table.vectors import commit_vectors, encoded_columns, fragment_starts, replace_vectors, vectors_folder
 from index.terminal import Progress
 from pipeline.beam.engine import check_engine
 from pipeline.beam.layout import Fragment, Fragments, Layout, LayOutVectors
@@ -122,16 +122,9 @@ def beam_vector_writer(runtime: RuntimeConfig) -> VectorWriter:
             memory_advice="fewer --num-workers",
         )
         written = [fragment_from_dict(each) for each in _read_records(fragments, names, layout.digest)]
-        table = commit_vectors(table, geometry, written, balanced=is_balanced)
-        table.storage.remove(root)
-        return table
+        return commit_vectors(table, geometry, written, balanced=is_balanced)
 
     return write
-
-
-def vectors_folder(uri: str) -> str:
-    """Return the folder of what is left to commit: DB/NAME.vectors, with a folder for a version and layout."""
-    return uri.removesuffix(".lance") + ".vectors"
 
 
 def _names(table: Table, balance_rows: int | None) -> list[Name]:
@@ -173,10 +166,15 @@ def _read_records(fragments: TableFragments, names: list[Name], digest: str) -> 
 def _monitor(fragments: TableFragments, total: int, log: Path | None) -> Iterator[None]:
     """Show how many fragments have a record while the block runs."""
 
-    def count() -> int:
-        return sum(name.removesuffix(".json").isdecimal() for name in fragments.storage.names(fragments.folder))
+    def count(storage: Storage) -> int:
+        return sum(name.removesuffix(".json").isdecimal() for name in storage.names(fragments.folder))
 
-    with Progress("write vectors", total=total, unit="fragments", log=log, done=count()) as bar:
-        with repeat(POLL_SECONDS, lambda: bar.advance(count() - bar.done)):
+    def look() -> None:
+        # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
+        with contextlib.suppress(OutOfReachError):
+            bar.advance(count(replace(fragments.storage, patience=0.0)) - bar.done)
+
+    with Progress("write vectors", total=total, unit="fragments", log=log, done=count(fragments.storage)) as bar:
+        with repeat(POLL_SECONDS, look):
             yield
-        bar.advance(count() - bar.done)
+        look()
