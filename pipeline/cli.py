@@ -340,7 +340,7 @@ def build_index(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Beam runner that builds the index, such as DataflowRunner.",
+            help="Beam runner that writes vectors and builds the index, such as DataflowRunner.",
             show_default="this process",
         ),
     ] = None,
@@ -381,9 +381,9 @@ def build_index(
         seed=seed,
     )
     storage = Storage.of(storage_option or ())
-    builder = _index_builder(index_type, num_workers, runner, beam_options or [], storage)
+    build, write = _index_writers(index_type, num_workers, runner, beam_options or [], storage)
     opened = point_encoders(open_table(table, storage=storage), image_encoder, text_encoder)
-    built = run_build(opened, config, builder)
+    built = run_build(opened, config, build, write)
     decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
     if decode is None and not keeps_images(built.table):
         ref = built.table.meta.image_encoder
@@ -447,20 +447,25 @@ def _encoder_dtype(dtype: Dtype, device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def _index_builder(index_type: str, num_workers: int, runner: str | None, beam_options: list[str], storage: Any) -> Any:
-    """Return what builds the index: this process, or Beam if a runner or several workers are wanted."""
+def _index_writers(
+    index_type: str, num_workers: int, runner: str | None, beam_options: list[str], storage: Any
+) -> tuple[Any, Any]:
+    """Return what builds the index and what writes vectors: this process, or Beam if it is asked for."""
+    from index.build.layout import write_vectors
     from index.errors import OptionError
     from index.search.lance_index import build_whole
 
     if num_workers > 1 or runner is not None:
         from pipeline.beam.index_segments import beam_builder
+        from pipeline.beam.rewrite_vectors import beam_vector_writer
         from pipeline.config import RuntimeConfig
 
         options = (*([f"--runner={runner}"] if runner else []), *beam_options)
-        return beam_builder(RuntimeConfig(num_workers=num_workers, storage=storage, beam_options=options), index_type)
+        runtime = RuntimeConfig(num_workers=num_workers, storage=storage, beam_options=options)
+        return beam_builder(runtime, index_type), beam_vector_writer(runtime)
     if beam_options:
         raise OptionError(f"{beam_options[0]!r} is an option of Beam: add --runner NAME or --num-workers N")
-    return build_whole
+    return build_whole, write_vectors
 
 
 def _print_report(title: str, report: dict[str, Any], as_json: bool, *, page: str | None = None) -> None:

@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from index.space.geometry import Geometry
 from index.space.moments import Moments
-from index.table.commit import add_vectors, publish
+from index.table.commit import publish
 from index.table.schema import HELDOUT, TRAIN, EncoderRef, TableMeta, encoded_schema
 from index.table.storage import Storage
 from index.table.table import list_array, open_table
+from index.table.vectors import add_vectors
 
 
 def write_table(uri: Path, text, latent, *, heldout=0, fragments=1, fitted=None, desc_scale=4.0, geometry="sphere"):

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 import lance
 import psutil
 import pytest
+from synthetic_tables import random_table
 
 from index.table.storage import Storage
 from index.table.table import Table, open_table
@@ -231,33 +231,30 @@ def build(pipeline, uri, batches):
     assert dataset.version == 1
 
 
-def test_vectors_are_laid_out_by_all_workers_of_dask(dask, encoded, tmp_path):
-    table = open_table(shutil.copytree(encoded.uri, tmp_path / "t.lance"))
-    Layout(table.meta).write(str(tmp_path / "layout.json"), Storage())
-    fragments = [json.dumps(each.metadata.to_json()) for each in table.dataset().get_fragments()]
-    (tmp_path / "fragments.json").write_text(json.dumps(fragments * 8))
+def test_vectors_are_laid_out_by_all_workers_of_dask(dask, tmp_path):
+    table = random_table(tmp_path / "t.lance", 240, fragments=24)
+    Layout(table.meta.geometry).write(str(tmp_path / "layout.json"), Storage())
     code = """
 def build(pipeline, uri, folder):
-    import apache_beam as beam, json, os, time
-    from index.table.commit import encoded_columns
-    from index.table.storage import Storage
+    import apache_beam as beam, os, time
     from index.table.table import open_table
-    from pipeline.beam.gather import Gather
+    from pipeline.beam.gather import Barrier
     from pipeline.beam.layout import LayOutVectors
-    schema = encoded_columns(open_table(uri))
+    from pipeline.beam.rewrite_vectors import TableFragments
+    fragments = TableFragments(open_table(uri), folder)
     def who(element):
         time.sleep(0.1)
         open(f"{folder}/by-{os.getpid()}", "a").write("x")
-    fragments = json.load(open(f"{folder}/fragments.json"))
     (
-        pipeline | beam.Create(fragments) | Gather() | beam.FlatMap(lambda texts: list(enumerate(texts)))
-        | LayOutVectors(uri, schema, f"{folder}/layout.json", Storage()) | beam.Map(who)
+        pipeline | beam.Create(range(50)) | Barrier() | beam.FlatMap(lambda n: [(i, 0) for i in range(n - 26)])
+        | LayOutVectors(fragments) | beam.Map(who)
     )
 """
     run_on_dask(dask, code, table.uri, tmp_path)
     laid_out = [len(path.read_text()) for path in tmp_path.glob("by-*")]
-    assert sum(laid_out) == len(fragments * 8)
+    assert sum(laid_out) == 24
     assert len(laid_out) == 2
+    assert len(list(tmp_path.glob("[0-9]*.json"))) == 24
 
 
 # Engines that die.

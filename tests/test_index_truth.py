@@ -74,7 +74,7 @@ def update_rows(table):
         # IVF_PQ misses the target: another index replaces it before anything is described.
         ({"index_type": "ivf_pq"}, ["create_index", "create_index"], False),
         ({"index_type": "ivf_sq", "desc_scale": 2.5}, ["commit", "create_index"], False),
-        ({"index_type": "ivf_rq", "balance": True, "geometry": "raw"}, ["commit", "commit", "create_index"], False),
+        ({"index_type": "ivf_rq", "balance": True, "geometry": "raw"}, ["commit", "create_index"], False),
         ({"index_type": "none"}, [], False),
         ({"index_type": "ivf_flat", "rows": "updated"}, ["optimize_indices", "optimize_indices"], False),
         ({"index_type": "ivf_rq"}, ["drop_index", "commit_existing_index_segments"], True),

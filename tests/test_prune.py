@@ -11,13 +11,14 @@ import pytest
 
 from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, TableError
-from index.table.commit import committed_by, rewrite_vectors, update_meta
+from index.table.commit import committed_by, update_meta
 from index.table.lock import hold_lock
 from index.table.prune import PruneReport, prune
 from index.table.readers import needed_by, readers_of
 from index.table.schema import TRAIN
 from index.table.storage import Storage
 from index.table.table import Table, open_table, rejects_uri
+from index.table.vectors import rewrite_vectors
 
 WEEKS_AGO = time.time() - 30 * 86_400
 

@@ -23,7 +23,7 @@ from index.table.table import Table, is_table, open_table
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encode import graph, monitor, publish
 from pipeline.encode import run as encode_run
-from pipeline.encode.checkpoints import FRAGMENTS, PLAN, Checkpoints, file_name
+from pipeline.encode.checkpoints import LAYOUT, META, PLAN, VECTORS, Checkpoints, file_name
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
@@ -304,18 +304,37 @@ def without_engine(monkeypatch, after=lambda job: None, *, runs: bool = False):
     monkeypatch.setattr(encode_run, "_run_graph", ends)
 
 
-def drop_fragments(job) -> None:
-    job.checkpoints.write(FRAGMENTS, job.checkpoints.read(FRAGMENTS)[:-1])
+def drop_vectors(job) -> None:
+    job.runtime.storage.remove(job.checkpoints.uri(file_name(job.config.shards[-1], VECTORS)))
 
 
-def lose_fragments(job) -> None:
-    job.runtime.storage.remove(job.checkpoints.uri(FRAGMENTS))
+def other_vectors(job) -> None:
+    """As an earlier attempt has left them that had another geometry."""
+    name = file_name(job.config.shards[0], VECTORS)
+    job.checkpoints.write(name, job.checkpoints.read(name) | {"layout": "other"})
+
+
+def not_of_its_rows(job) -> None:
+    """As an earlier attempt has left them, before the shard was encoded again to as many rows."""
+    checkpoint = job.checkpoints.load(job.config.shards[0])
+    checkpoint.fragments[0]["files"][0]["path"] = "other.lance"
+    job.checkpoints.save(checkpoint)
+
+
+def lose_plan_of_layout(job) -> None:
+    job.runtime.storage.remove(job.checkpoints.uri(META))
 
 
 @pytest.mark.parametrize(
     ("runs", "after", "finished"),
-    [(False, lambda job: None, 0), (True, drop_fragments, 3), (True, lose_fragments, 3)],
-    ids=["nothing ran", "a fragment was dropped", "ended before the last step"],
+    [
+        (False, lambda job: None, 0),
+        (True, drop_vectors, 3),
+        (True, other_vectors, 3),
+        (True, not_of_its_rows, 3),
+        (True, lose_plan_of_layout, 3),
+    ],
+    ids=["nothing ran", "a shard was dropped", "other geometry", "other rows", "ended before the last steps"],
 )
 def test_an_engine_that_ends_without_an_error_is_not_believed(
     shapes, encode_shapes, tmp_path, monkeypatch, runs, after, finished
@@ -333,7 +352,7 @@ def test_an_engine_that_ends_without_an_error_is_not_believed(
 def test_an_append_whose_engine_dies_keeps_the_table_and_the_work(shapes, encode_shapes, tmp_path, monkeypatch):
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
     with monkeypatch.context() as patch:
-        without_engine(patch, lose_fragments, runs=True)
+        without_engine(patch, lose_plan_of_layout, runs=True)
         with pytest.raises(TableError, match=r"not finished \(2 of 2 shards encoded\)"):
             encode_shapes(shapes, tmp_path / "t.lance", append=True)
     assert open_table(first.uri).version == first.version
@@ -515,6 +534,53 @@ def test_a_geometry_that_changed_during_an_append_is_noticed(shapes, encode_shap
     assert added.dataset().count_rows() == 360
     vectors = added.meta.geometry.vectors(added.column("text", None), added.column("latent", None))
     assert (added.column("vector", None) == vectors.astype("float16")).all()
+
+
+def test_a_balance_that_comes_during_an_append_is_noticed(shapes, encode_shapes, tmp_path, monkeypatch):
+    """Rows to append get a neutral balance coordinate, or none if there is no balance."""
+    from index.build.build_index import BuildConfig, build_index
+
+    first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
+    build_index(first, BuildConfig(index_type="none", geometry="raw", desc_scale=1.5))
+
+    def balance(job) -> None:
+        build_index(open_table(first.uri), BuildConfig(index_type="none", balance=True, balance_time_limit=1.0))
+
+    with monkeypatch.context() as patch:
+        without_engine(patch, balance, runs=True)
+        with pytest.raises(TableError, match="changed while it was appended to: rerun the same command"):
+            encode_shapes(shapes, tmp_path / "t.lance", append=True)
+    added = encode_shapes(shapes, tmp_path / "t.lance", append=True).table
+    coordinate = added.meta.geometry.balance_of(added.column("vector", None))
+    assert (len(coordinate), added.meta.balanced) == (360, True)
+    assert (coordinate[-240:] > 0).all()
+    assert len(set(coordinate[-240:])) == 1
+
+
+def test_vectors_that_were_laid_out_before_a_stop_are_not_written_again(
+    encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
+):
+    add, written = graph.add_vectors, []
+
+    def fails_at_the_third(*given):
+        if len(written) == 2:
+            raise KeyError("worker failure")
+        written.append(add(*given))
+        return written[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "add_vectors", fails_at_the_third)
+        with pytest.raises(Exception, match="worker failure"):
+            encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
+    assert len(list(run_folder(tmp_path / "t.lance").glob(f"*.{VECTORS}"))) == 2
+    layout = json.loads((run_folder(tmp_path / "t.lance") / LAYOUT).read_text())
+    assert set(layout) == {"geometry", "balance", "balance_digest"}  # nothing that grows with the shards
+    again: list[object] = []
+    monkeypatch.setattr(graph, "add_vectors", lambda *given: again.append(add(*given)) or again[-1])
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
+    assert len(again) == 1
+    assert content(table) == content(encoded)
+    assert table.meta.balanced is False
 
 
 def test_a_finished_table_whose_shards_have_changed_says_so(shapes, encode_shapes, tmp_path):

@@ -23,9 +23,9 @@ from index.search.blocks import VectorBlocks
 from index.search.exact import ExactSearch
 from index.search.neighbors import RetrievedPairs
 from index.space.queries import Purpose, draw_points, draw_rows
-from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
 from index.table.table import open_table
+from index.table.vectors import rewrite_vectors
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from index.space.centering import fit_centering
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict, to_json_dict
-from index.table.commit import append_rows, commit_fragments, rewrite_vectors, update_meta
+from index.table.commit import append_rows, commit_fragments, update_meta
 from index.table.schema import (
     HELDOUT,
     METADATA_KEY,
@@ -38,6 +38,7 @@ from index.table.schema import (
     split_of,
 )
 from index.table.table import Table, column_array, list_array, open_table, table_uri
+from index.table.vectors import rewrite_vectors
 from pipeline.sources.listing import list_shards
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from index.build.layout import MAX_TARGET_PERPLEXITY, choose_geometry, lay_out
+from index.build.layout import MAX_TARGET_PERPLEXITY, VectorWriter, choose_geometry, lay_out, write_vectors
 from index.build.select import INDEX_TYPES, Builder, Selection, index_bytes, select_index
 from index.errors import OptionError, TableError
 from index.ranges import POSITIVE, SEED, Range, check_ranges
@@ -68,20 +68,22 @@ class Built:
     report: IndexReport
 
 
-def build_index(table: Table, config: BuildConfig, build: Builder = build_whole) -> Built:
+def build_index(
+    table: Table, config: BuildConfig, build: Builder = build_whole, write: VectorWriter = write_vectors
+) -> Built:
     """Lay a table out, select and build its index, and write the report to DB/NAME.reports/index.json.
 
-    `build` makes the index itself, here or on a Beam runner. Until the new index is complete, the last complete version
-    serves. Raises TableError if the table has no training rows or vectors that are not finite, or if another command
-    writes to it, OptionError if an option does not fit the table.
+    `write` writes the search vectors and `build` makes the index itself, here or on a Beam runner. Until the new index
+    is complete, the last complete version serves. Raises TableError if the table has no training rows or vectors that
+    are not finite, or if another command writes to it, OptionError if an option does not fit the table.
     """
     with hold_lock(table.uri, table.storage, "build-index"):
-        built = _build(table, config, build)
+        built = _build(table, config, build, write)
         built.table.write_report("index", asdict(built.report))
         return built
 
 
-def _build(table: Table, config: BuildConfig, build: Builder) -> Built:
+def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWriter) -> Built:
     """Do all of it but writing the report."""
     began, log = time.monotonic(), table.log("index")
     if len(table.positions(TRAIN)) == 0:
@@ -104,6 +106,7 @@ def _build(table: Table, config: BuildConfig, build: Builder) -> Built:
         time_limit=config.balance_time_limit,
         seed=config.seed,
         log=log,
+        write=write,
     )
     integrity = check_vectors(table)
     if integrity.nonfinite_vectors:

@@ -1,11 +1,11 @@
 """Lay a table out for search: choose its geometry and desc_scale, write its search vectors, balance its rows.
 
-Only the vector column is rewritten, in one commit, and only if something changes. Options that are not set keep what
-the table has.
+Only the vector column is rewritten, once, in one commit, and only if something changes. Options that are not set keep
+what the table has.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from index.space.centering import Centering, fit_centering
 from index.space.geometry import Geometry
 from index.space.moments import unit
 from index.space.queries import Purpose, draw_points, draw_rows
-from index.table.commit import rewrite_vectors
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
+from index.table.vectors import balance_coordinate, in_geometry, is_balanced, rewrite_vectors
 from index.terminal import Progress
 
 MAX_CENTERING_SIZE = 2**24
@@ -37,6 +37,10 @@ POINTS_PER_TARGET = 4
 MAX_TARGET_PERPLEXITY = 1024
 MAX_FITTED_ROWS = 200_000
 """Rows whose potentials are fitted; in larger tables they are an even sample, from which the others are derived."""
+
+VectorWriter = Callable[[Table, Geometry, Float32[np.ndarray, "N"] | None, Path | None], Table]
+"""Writes the vectors of all rows in a geometry, with the balance coordinate of each row in table order or none, commits
+them, and returns that version; the path is a progress log."""
 
 
 def choose_geometry(
@@ -132,6 +136,18 @@ def reachable_perplexity(target: float, rows: int) -> float:
     return min(target, max(2.0, rows / 10))
 
 
+def write_vectors(
+    table: Table, geometry: Geometry, balance: Float32[np.ndarray, "N"] | None, log: Path | None
+) -> Table:
+    """Write and commit the vectors of all rows in this process, one fragment after the other."""
+    with Progress("write vectors", total=table.dataset().count_rows(), unit="rows", log=log) as bar:
+        for step in rewrite_vectors(table, geometry, balance):
+            if isinstance(step, Table):
+                return step
+            bar.advance(step - bar.done)
+    raise AssertionError("rewrite_vectors ends with a table")
+
+
 def lay_out(
     table: Table,
     geometry: Geometry,
@@ -141,25 +157,27 @@ def lay_out(
     time_limit: float,
     seed: int,
     log: Path | None,
+    write: VectorWriter = write_vectors,
     max_fitted_rows: int = MAX_FITTED_ROWS,
 ) -> tuple[Table, BalanceReport | None]:
-    """Rewrite the search vectors in a geometry, with or without balance (None keeps what the table has).
+    """Write the search vectors in a geometry, with or without balance (None keeps what the table has), if they change.
 
     Balancing holds at most `memory` bytes of vectors (larger tables are read again at each step) and ends after at
     most `time_limit` seconds; its report is None if it did not run.
     """
-    coordinate = _balance_coordinate(table)
     changed = not geometry.same_as(table.meta.geometry)
-    if changed or (balance is False and coordinate.any()):
-        table = _last_version(rewrite_vectors(table, geometry), table, log)
-        coordinate = np.zeros_like(coordinate)
     if not balance:
-        return table, None
-    train = table.positions(TRAIN)
+        if not changed and balance is False:
+            table = table.at(table.version, replace(table.meta, balanced=is_balanced(table)))
+            changed = bool(table.meta.balanced)
+        return (write(table, geometry, None, log) if changed else table), None
+    # Vectors of a new geometry are computed as they are read, and written with the balance that is fitted to them.
+    laid_out = in_geometry(table, geometry) if changed else table
+    coordinate, train = balance_coordinate(laid_out), table.positions(TRAIN)
     stored = coordinate[train]
     start = -np.square(stored) if stored.any() else None
     g, report = _fit_balance(
-        table,
+        laid_out,
         start,
         memory=memory,
         time_limit=time_limit,
@@ -168,14 +186,7 @@ def lay_out(
         stride=-(-len(train) // max_fitted_rows),
     )
     coordinate[train] = np.sqrt(g.max() - g)
-    return _last_version(rewrite_vectors(table, geometry, coordinate), table, log), report
-
-
-def _balance_coordinate(table: Table) -> Float32[np.ndarray, "N"]:
-    """Return the balance coordinate of every row, in table order."""
-    batches = table.scan(["vector"], batch_readahead=1)
-    parts = [table.meta.geometry.balance_of(column_array(batch["vector"])).astype(np.float32) for batch in batches]
-    return np.concatenate([np.empty(0, np.float32), *parts])
+    return write(table, geometry, coordinate, log), report
 
 
 def _fit_balance(
@@ -218,13 +229,3 @@ def _fit_balance(
         fitted_rows=sample.count,
         resumed=start is not None,
     )
-
-
-def _last_version(steps: Iterator[int | Table], table: Table, log: Path | None) -> Table:
-    """Run `rewrite_vectors` with a progress bar and return the table that it ends with."""
-    with Progress("write vectors", total=table.dataset().count_rows(), unit="rows", log=log) as bar:
-        for step in steps:
-            if isinstance(step, Table):
-                return step
-            bar.advance(step - bar.done)
-    raise AssertionError("rewrite_vectors ends with a table")

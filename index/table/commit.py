@@ -1,98 +1,30 @@
 """Change a table: rows, search vectors and metadata, each change in one commit.
 
-The search vectors of a fragment are in a data file of their own. Encoding writes the other columns first, shard by
-shard; a geometry can be fitted only when all of them are known, and then `add_vectors` writes the vectors. `publish`
-commits rows, vectors and metadata together, and so does `append_rows`: readers see the table before or after, never a
-part of it. A new geometry rewrites the vector files alone; rows that were deleted stay deleted.
+`publish` commits rows, vectors and metadata together, and so does `append_rows`: readers see the table before or after,
+never a part of it. Vectors alone are written and committed in `index.table.vectors`.
 
 Each commit carries the version that it was computed from. What came in between makes it a TableError, unless it
 changes nothing that the commit rests on: rows that LanceDB deletes while metadata is written, for instance.
 """
 
 import contextlib
-import json
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Float32
 
 from index.errors import TableError
-from index.space.geometry import Geometry
-from index.table.schema import METADATA_KEY, TRAIN, TableMeta, table_schema, vector_field
+from index.table.schema import METADATA_KEY, TableMeta, table_schema
 from index.table.storage import Storage
-from index.table.table import INDEXED, Table, column_array, list_array, open_newest
+from index.table.table import INDEXED, Table, open_newest
 
 if TYPE_CHECKING:
     import lance
     from lance.schema import LanceSchema
 
 RECENT_COMMITS = 100
-DROPPED = -2
-"""Lance's field id, in a data file, of a column that a later data file replaces."""
 MODES = ("create", "overwrite", "append")
-BATCH_ROWS = 4096
-
-Rows = tuple[Float16[np.ndarray, "B T"], Float16[np.ndarray, "B L"]]
-"""Text embeddings and latents."""
-
-
-def add_vectors(
-    uri: str,
-    fragment: "lance.FragmentMetadata",
-    encoded: pa.Schema,
-    geometry: Geometry,
-    balance: float = 0.0,
-    storage: Storage | None = None,
-) -> "lance.FragmentMetadata":
-    """Write the search vectors of a fragment that no commit refers to yet; return the fragment with that file.
-
-    `balance` is the balance coordinate of all rows. Nothing is committed.
-    """
-    from lance.file import LanceFileReader
-
-    content: dict[str, Any] = fragment.to_json()
-    rows_file = next(file for file in content["files"] if encoded.get_field_index("latent") in file["fields"])
-    reader = LanceFileReader(
-        f"{uri}/data/{rows_file['path']}",
-        storage_options=None if storage is None else storage.lance,
-        columns=["text", "latent"],
-    )
-    batches = (_text_and_latent(batch) for batch in reader.read_all(batch_size=BATCH_ROWS).to_batches())
-    vectors = (geometry.vectors(*rows, np.full(len(rows[0]), balance, np.float32)) for rows in batches)
-    return _with_vectors(uri, content, len(encoded), geometry.vector_dim, vectors, storage)
-
-
-def _with_vectors(
-    uri: str,
-    content: dict[str, Any],
-    vector_id: int,
-    dim: int,
-    vectors: Iterator[Float32[np.ndarray, "B S"]],
-    storage: Storage | None,
-) -> "lance.FragmentMetadata":
-    """Write a data file of vectors, one for each physical row, and return the fragment with it in place of its own."""
-    import lance
-    from lance.file import LanceFileWriter
-
-    schema, name, done = pa.schema([vector_field(dim)]), f"{uuid.uuid4().hex}.lance", 0
-    options = None if storage is None else storage.lance
-    with LanceFileWriter(f"{uri}/data/{name}", schema, storage_options=options) as writer:
-        for batch in vectors:
-            writer.write_batch(pa.record_batch([list_array(batch)], schema=schema))
-            done += len(batch)
-    assert done == content["physical_rows"], (done, content["physical_rows"])
-    rows_file = content["files"][0]
-    other_files = [
-        {**file, "fields": [DROPPED if field == vector_id else field for field in file["fields"]]}
-        for file in content["files"]
-        if file["fields"] != [vector_id]
-    ]
-    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0], "file_size_bytes": None}
-    return lance.FragmentMetadata.from_json(json.dumps({**content, "files": [*other_files, vector_file]}))
 
 
 def commit_fragments(
@@ -221,14 +153,25 @@ def append_rows(table: Table, meta: TableMeta, fragments: Sequence["lance.Fragme
         )
     if committed_by(dataset, run_id):
         return update_meta(table, meta)
-    if not _has_own_columns(table):
+    if not has_own_columns(table):
         operation: lance.LanceOperation.BaseOperation = lance.LanceOperation.Append(list(fragments))
         dataset = _commit(table.uri, operation, table.version, table.storage, run_id)
         return update_meta(table.at(dataset), meta)
     # Append cannot change metadata. In a Merge, new fragments get ids that no fragment had before, so no index covers
     # them, and any other commit is a conflict.
-    fragments = [*(each.metadata for each in dataset.get_fragments()), *fragments]
-    operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
+    return merge_fragments(table, meta, [*(each.metadata for each in dataset.get_fragments()), *fragments], run_id)
+
+
+def merge_fragments(
+    table: Table, meta: TableMeta, fragments: Sequence["lance.FragmentMetadata"], run_id: str | None = None
+) -> Table:
+    """Replace the fragments and the metadata of a table in one commit.
+
+    Raises TableError if the table changed meanwhile.
+    """
+    import lance
+
+    operation = lance.LanceOperation.Merge(list(fragments), _lance_schema(table, meta))
     return table.at(_commit(table.uri, operation, table.version, table.storage, run_id), meta)
 
 
@@ -240,85 +183,7 @@ def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
     return LanceSchema.from_pyarrow(schema.with_metadata((schema.metadata or {}) | {METADATA_KEY: meta.to_json()}))
 
 
-def neutral_balance(table: Table) -> float:
-    """Return the root mean square balance coordinate of training rows, for rows to append; 0 without potentials."""
-    first = table.dataset().head(65_536, columns=["vector"], filter=f"split = '{TRAIN}'")["vector"]
-    coordinate = table.meta.geometry.balance_of(column_array(first)).astype(np.float32)
-    return float(np.sqrt(np.square(coordinate).mean())) if len(coordinate) else 0.0
-
-
-def rewrite_vectors(
-    table: Table, geometry: Geometry, balance: Float32[np.ndarray, "N"] | None = None
-) -> Iterator[int | Table]:
-    """Replace the vectors of all rows by those of another geometry: yield the rows done so far, then the new table.
-
-    `balance` is the balance coordinate of each row, in table order. No row moves, so other indexes stay; the vector
-    index covers no row any more. Raises TableError if the table changed meanwhile.
-    """
-    import lance
-
-    encoded, dataset = encoded_columns(table), table.dataset()
-    count = dataset.count_rows()
-    coordinate = np.zeros(count, np.float32) if balance is None else balance
-    if len(coordinate) != count:
-        raise TableError(f"{table.uri} changed meanwhile ({len(coordinate)} rows -> {count}): rerun the same command")
-    fragments, done = [], 0
-    for fragment in dataset.get_fragments():
-        rows = fragment.count_rows()
-        vectors = _vectors_of(fragment, geometry, coordinate[done : done + rows])
-        content = fragment.metadata.to_json()
-        fragments.append(_with_vectors(table.uri, content, len(encoded), geometry.vector_dim, vectors, table.storage))
-        done += rows
-        yield done
-    meta = table.meta.with_geometry(geometry)
-    assert geometry.vector_dim == table.meta.geometry.vector_dim
-    operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
-    yield table.at(_commit(table.uri, operation, table.version, table.storage), meta)
-
-
-def _vectors_of(
-    fragment: "lance.LanceFragment", geometry: Geometry, balance: Float32[np.ndarray, "N"]
-) -> Iterator[Float32[np.ndarray, "B S"]]:
-    """Iterate over the vectors of a committed fragment, in its physical order; those of deleted rows are zero."""
-    physical, done = 0, 0
-    batches = fragment.to_batches(columns=["text", "latent"], with_row_address=True, batch_size=BATCH_ROWS)
-    for batch in batches:
-        # The lower half of an address is the row within its fragment.
-        rows = (batch["_rowaddr"].to_numpy() & 0xFFFFFFFF).astype(np.int64)
-        if not len(rows):
-            continue
-        yield from _zeros(int(rows[0]) - physical, geometry.vector_dim)
-        vectors = np.zeros((rows[-1] + 1 - rows[0], geometry.vector_dim), np.float32)
-        vectors[rows - rows[0]] = geometry.vectors(*_text_and_latent(batch), balance[done : done + len(rows)])
-        yield vectors
-        physical, done = int(rows[-1]) + 1, done + len(rows)
-    yield from _zeros(fragment.metadata.physical_rows - physical, geometry.vector_dim)
-
-
-def _zeros(count: int, dim: int) -> Iterator[Float32[np.ndarray, "B S"]]:
-    for start in range(0, count, BATCH_ROWS):
-        yield np.zeros((min(BATCH_ROWS, count - start), dim), np.float32)
-
-
-def _text_and_latent(batch: pa.RecordBatch) -> Rows:
-    return column_array(batch["text"]), column_array(batch["latent"])
-
-
-def encoded_columns(table: Table) -> pa.Schema:
-    """Return the columns that encoding wrote.
-
-    Raises TableError if the user added or dropped columns: `add_vectors` finds columns by their field ids.
-    """
-    if not _has_own_columns(table):
-        raise TableError(
-            f"columns of {table.uri} were added or dropped, so its vectors cannot be rewritten: "
-            "encode the table again with `pipeline encode`"
-        )
-    schema = table.dataset().schema
-    return schema.remove(len(schema) - 1).remove_metadata()
-
-
-def _has_own_columns(table: Table) -> bool:
+def has_own_columns(table: Table) -> bool:
     """Return whether the table has the columns that encoding wrote and no others, with the field ids 0, 1, 2 ..."""
     dataset = table.dataset()
     names = [(field.id(), field.name()) for field in dataset.lance_schema.fields()]

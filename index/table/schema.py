@@ -95,6 +95,9 @@ class TableMeta:
     moments: Moments
     """Sums over the training split, from which a geometry is fitted."""
     geometry: Geometry
+    balanced: bool | None = None
+    """Whether a balance coordinate is stored that is not 0; None if an earlier version of the software wrote the
+    vectors, which did not say it."""
     index: IndexRef | None = None
     """None until `pipeline build-index` has run."""
     run_ids: tuple[str, ...] = ()
@@ -120,9 +123,9 @@ class TableMeta:
         """
         return from_json_dict(cls, migrate(json.loads(text)))
 
-    def with_geometry(self, geometry: Geometry) -> "TableMeta":
+    def with_geometry(self, geometry: Geometry, *, balanced: bool = False) -> "TableMeta":
         """Return the metadata for vectors of another geometry, which no index serves yet."""
-        return replace(self, geometry=geometry, index=None)
+        return replace(self, geometry=geometry, balanced=balanced, index=None)
 
 
 def content_hash(content: bytes) -> bytes:

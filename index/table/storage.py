@@ -144,6 +144,24 @@ class Storage:
                 return None
             raise
 
+    def read_range(self, uri: str, start: int, stop: int) -> bytes:
+        """Read the bytes of a file from `start` up to `stop`."""
+        files, path = self.files(uri)
+        # Some stores refuse a range of nothing.
+        return bytes(self._reached(uri, lambda: files.cat_file(path, start, stop))) if stop > start else b""
+
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        """Write a file, on a local disk not atomically. Raises TableError if that fails."""
+        try:
+            files, path = self.files(uri)
+            if is_local(uri):
+                Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            self._reached(uri, lambda: files.pipe_file(path, content))
+        except CoalescerError:
+            raise
+        except Exception as error:  # every object store has errors of its own
+            raise unwritable(uri, error) from error
+
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON atomically; raises TableError if that fails."""
         self.write_text(uri, _indented(content))

@@ -1,7 +1,7 @@
-"""Gather all elements in one list, and spread elements over the workers, in ways that every Beam runner follows.
+"""Wait for all elements, gather them in one list, and spread them over the workers, the same way on every Beam runner.
 
 Beam's own `ToList` reads a side input, which its Dask runner computes inside a task of one worker, and `Reshuffle` does
-nothing there. What all runners do the same way is to group by key, so both transforms here are groups.
+nothing there. What all runners do the same way is to group by key, so all transforms here are groups.
 """
 
 from typing import Any, TypeVar
@@ -9,6 +9,24 @@ from typing import Any, TypeVar
 import apache_beam as beam
 
 Element = TypeVar("Element")
+
+
+class Barrier(beam.PTransform):  # type: ignore[misc]
+    """PCollection -> PCollection with one number: how many elements there were, once all of them are there.
+
+    What the elements have done is in files, so that nothing needs to hold all of them.
+    """
+
+    def expand(self, elements: Any) -> Any:
+        """Build the graph."""
+        # The zero keeps the group from being empty, so that what follows happens without elements, too.
+        zero = elements.pipeline | "Zero" >> beam.Create([(0, 0)])
+        return (
+            (elements | "One" >> beam.Map(lambda _: (0, 1)), zero)
+            | "With zero" >> beam.Flatten()
+            | "Count" >> beam.CombinePerKey(sum)
+            | "Number" >> beam.MapTuple(lambda _, number: number)
+        )
 
 
 class Gather(beam.PTransform):  # type: ignore[misc]

@@ -1,31 +1,33 @@
 """BuildSegments: build a vector index on Beam, one segment for each group of the table's fragments.
 
-    groups of fragments -> build a segment of each -> gather -> merge and commit
+    groups of fragments -> build a segment of each -> wait for all -> merge and commit
 
-What crosses Beam is ids of fragments and names of segment files. Partitions are trained once, before the graph runs;
-workers read them from a file next to the table.
+What crosses Beam is ids of fragments. Partitions are trained once, before the graph runs; workers read them from a file
+next to the table, and leave what describes their segments in a folder beside it.
 """
 
 import base64
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 
 from index.build.select import Builder
-from index.errors import OptionError
+from index.errors import OptionError, TableError
 from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest, publish_segments, without_index
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.table import Table
 from index.terminal import Progress
 from pipeline.beam.engine import check_engine
-from pipeline.beam.gather import Gather
+from pipeline.beam.gather import Barrier
 from pipeline.beam.runner import run_beam
 from pipeline.config import RuntimeConfig
 
 ROWS_PER_SEGMENT = 2**20
+READING_THREADS = 16
 
 
 def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
@@ -45,13 +47,14 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
         plan_uri = f"{table.uri.removesuffix('.lance')}.plan.json"
         groups = fragment_groups(table, runtime.num_workers)
         try:
+            table.storage.remove(segments_folder(table.uri))  # of a build that was killed
             table.storage.write_json(plan_uri, to_json_dict(plan))
             with Progress(f"build {plan.index_type}", total=len(groups), unit="segments", log=log) as bar:
                 run_beam(
                     lambda pipeline: (
                         pipeline
                         | "Fragments" >> beam.Create(groups)
-                        | "Build segments" >> BuildSegments(table, plan_uri)
+                        | "Build segments" >> BuildSegments(table, plan_uri, [group[0] for group in groups])
                     ),
                     runtime,
                     table.uri,
@@ -60,9 +63,15 @@ def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
                 bar.advance(len(groups))
         finally:
             table.storage.remove(plan_uri)
+            table.storage.remove(segments_folder(table.uri))
         return newest(table)
 
     return build
+
+
+def segments_folder(uri: str) -> str:
+    """Return the folder of what describes the segments of an unfinished index: DB/NAME.segments."""
+    return uri.removesuffix(".lance") + ".segments"
 
 
 def fragment_groups(table: Table, num_workers: int) -> list[list[int]]:
@@ -80,11 +89,14 @@ def fragment_groups(table: Table, num_workers: int) -> list[list[int]]:
 
 
 class BuildSegments(beam.PTransform):  # type: ignore[misc]
-    """PCollection of groups of fragment ids -> PCollection with the one version number of the indexed table."""
+    """PCollection of groups of fragment ids -> PCollection with the one version number of the indexed table.
 
-    def __init__(self, table: Table, plan_uri: str) -> None:
+    `names` are the first ids of all groups.
+    """
+
+    def __init__(self, table: Table, plan_uri: str, names: Sequence[int]) -> None:
         super().__init__()
-        self.table, self.plan_uri = table, plan_uri
+        self.table, self.plan_uri, self.names = table, plan_uri, names
 
     def expand(self, groups: Any) -> Any:
         """Build the graph."""
@@ -92,13 +104,13 @@ class BuildSegments(beam.PTransform):  # type: ignore[misc]
             groups
             | "Spread" >> beam.Reshuffle()
             | "Build" >> beam.ParDo(_BuildSegment(self.table, self.plan_uri))
-            | "Gather" >> Gather()
-            | "Commit" >> beam.ParDo(_CommitSegments(self.table))
+            | "Wait for all" >> Barrier()
+            | "Commit" >> beam.ParDo(_CommitSegments(self.table, self.names))
         )
 
 
 class _BuildSegment(beam.DoFn):  # type: ignore[misc]
-    """A group of fragment ids -> the segment that covers them, pickled as text."""
+    """A group of fragment ids -> its first id, once the segment that covers them is built and described in a file."""
 
     def __init__(self, table: Table, plan_uri: str) -> None:
         self.table, self.plan_uri = table, plan_uri
@@ -106,15 +118,32 @@ class _BuildSegment(beam.DoFn):  # type: ignore[misc]
     def setup(self) -> None:
         self.plan = from_json_dict(IndexPlan, self.table.storage.read_json(self.plan_uri))
 
-    def process(self, fragments: list[int]) -> Iterator[str]:
-        yield base64.b64encode(pickle.dumps(build_segment(self.table, self.plan, fragments))).decode()
+    def process(self, fragments: list[int]) -> Iterator[int]:
+        segment = pickle.dumps(build_segment(self.table, self.plan, fragments))
+        self.table.storage.write_json(_segment_uri(self.table, fragments[0]), base64.b64encode(segment).decode())
+        yield fragments[0]
 
 
 class _CommitSegments(beam.DoFn):  # type: ignore[misc]
-    """All segments -> the version of the table that they index."""
+    """Number of segments -> the version of the table that they index."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, table: Table, names: Sequence[int]) -> None:
+        self.table, self.names = table, names
 
-    def process(self, segments: list[str]) -> Iterator[int]:
-        yield publish_segments(self.table, [pickle.loads(base64.b64decode(text)) for text in sorted(segments)]).version
+    def process(self, number: int) -> Iterator[int]:
+        if number != len(self.names):  # some engines drop elements without an error
+            raise TableError(
+                f"the index of {self.table.uri} is not finished ({number:,} of {len(self.names):,} segments built): "
+                "rerun the same command"
+            )
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            segments = list(pool.map(lambda name: _read_segment(self.table, name), self.names))
+        yield publish_segments(self.table, segments).version
+
+
+def _segment_uri(table: Table, name: int) -> str:
+    return f"{segments_folder(table.uri)}/{name}.json"
+
+
+def _read_segment(table: Table, name: int) -> Any:
+    return pickle.loads(base64.b64decode(table.storage.read_json(_segment_uri(table, name))))

@@ -20,11 +20,13 @@ from index.table.storage import Storage
 PLAN = "plan.json"
 """The settings and shards of the run, and what its table held when it began."""
 LAYOUT = "layout.json"
-"""The table's metadata and the balance of new rows, from which search vectors are laid out."""
-FRAGMENTS = "fragments.json"
-"""All fragments of the run with their search vectors, ready to be committed."""
+"""The geometry and the balance of new rows, from which search vectors are laid out."""
+META = "meta.json"
+"""The table's metadata, ready to be committed, and the digest of the layout."""
 STOP = "stop.json"
 """Why no further shard is to be started, if one process found a reason."""
+VECTORS = "vectors.json"
+"""Extension of a shard's file that names its fragments with their search vectors, ready to be committed."""
 UNREAD, WAITING = "unread", "waiting"
 """Extensions of a shard's files that say why it could not be read, and what a worker waits for."""
 LOADING_THREADS = 16
@@ -118,7 +120,7 @@ class Checkpoints:
     def forget_attempt(self) -> None:
         """Delete what an earlier attempt has noted of its end, and of shards that it could not read."""
         for name in self.storage.names(self.folder):
-            if name in (STOP, FRAGMENTS) or name.endswith((f".{UNREAD}", f".{WAITING}")):
+            if name in (STOP, META) or name.endswith((f".{UNREAD}", f".{WAITING}")):
                 self.storage.remove(self.uri(name))
 
     def save(self, checkpoint: ShardCheckpoint) -> None:

@@ -243,6 +243,7 @@ class EncodeJob:
                 desc_scale=config.desc_scale or DESC_SCALE,
                 allow_small_desc_scale=config.allow_small_desc_scale,
             ),
+            balanced=False,
             run_ids=(self.run_id,),
         )
 

@@ -5,9 +5,8 @@ rows, so that a visible table has its rejects, and the ledger after them, so tha
 Each commit is recognized by the run's id, so a run that was stopped between two of them finishes when it is rerun.
 """
 
-import json
 import uuid
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -16,12 +15,12 @@ from index.errors import TableError
 from index.table.commit import RECENT_COMMITS, append_rows, commit_fragments, publish, update_meta
 from index.table.ledger import LedgerEntry, add_entries, read_ledger, rebuild_ledger
 from index.table.lock import Lock
-from index.table.schema import REJECTS
+from index.table.schema import REJECTS, TableMeta
 from index.table.storage import unwritable
 from index.table.table import Table, is_table, rejects_uri
-from pipeline.beam.layout import Layout
 from pipeline.beam.write_lance import fragment_from_dict
-from pipeline.encode.checkpoints import FRAGMENTS, LAYOUT, SampleCounts, ShardCheckpoint, not_finished
+from pipeline.encode.checkpoints import LOADING_THREADS, META, SampleCounts, ShardCheckpoint, not_finished
+from pipeline.encode.graph import ShardFragments
 from pipeline.encode.job import EncodeJob
 
 
@@ -32,6 +31,8 @@ class RunOutcome:
     counts: SampleCounts = field(default_factory=SampleCounts)
     entries: list[LedgerEntry] = field(default_factory=list)
     """Of the ledger, one per shard."""
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """Data files without search vectors, by shard; shards without rows have none."""
     reject_fragments: list[dict[str, Any]] = field(default_factory=list)
     uncounted_shards: list[str] = field(default_factory=list)
     """Of a published run: shards whose checkpoints are gone."""
@@ -45,6 +46,8 @@ def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
         outcome.counts.add(checkpoint)
         outcome.entries.append(_entry(job, checkpoint))
         outcome.reject_fragments += checkpoint.reject_fragments
+        if checkpoint.fragments:
+            outcome.files[checkpoint.shard] = [file["path"] for each in checkpoint.fragments for file in each["files"]]
     if outcome.counts.shards != len(shards) and not is_published:
         raise not_finished(job.uri, outcome.counts.shards, len(shards))
     counted = {entry.shard for entry in outcome.entries}
@@ -58,7 +61,7 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
     `recorded` are entries for a table that has no ledger yet. Raises TableError if the engine has lost a part, if the
     table was given another geometry while the run was encoding, or if the lock of the table was lost.
     """
-    fragments = list(_read_fragments(job, outcome.counts))
+    meta, fragments = _read_fragments(job, outcome)
     rejects = [fragment_from_dict(content) for content in outcome.reject_fragments]
     storage, run_id, append = job.runtime.storage, job.run_id, job.base is not None
     if append and not (fragments or rejects or _tells_more(job, outcome.entries)):
@@ -66,7 +69,6 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
     try:
         lock.check()
         _commit_rejects(job, rejects)
-        meta = Layout.read(job.checkpoints.uri(LAYOUT), storage).meta
         lock.check()
         if not append:
             publish(job.uri, job.schema, meta, fragments, run_id, storage)
@@ -127,15 +129,23 @@ def remove_unused_files(table: Table) -> None:
         table.dataset().cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
 
-def _read_fragments(job: EncodeJob, counts: SampleCounts) -> Iterator[Any]:
-    """Yield the fragments with search vectors; raises TableError if they are not all there."""
-    contents = [json.loads(text) for text in job.checkpoints.read(FRAGMENTS) or []]
+def _read_fragments(job: EncodeJob, outcome: RunOutcome) -> tuple[TableMeta, list[Any]]:
+    """Return the metadata and the fragments with search vectors; raises TableError if they are not all there."""
+    unfinished = not_finished(job.uri, outcome.counts.shards, len(job.config.shards))
+    planned = job.checkpoints.read(META)
+    if planned is None:
+        raise unfinished
+    records, digest = ShardFragments(job), planned["layout"]
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        found = list(pool.map(lambda shard: records.read_record(shard, digest) or [], sorted(outcome.files)))
+    contents = [content for each in found for content in each]
     files = set(job.runtime.storage.names(f"{job.uri}/data"))
     written = {file["path"] for content in contents for file in content["files"]}
-    if sum(content["physical_rows"] for content in contents) != counts.rows or not written <= files:
-        raise not_finished(job.uri, counts.shards, len(job.config.shards))
-    for content in contents:
-        yield fragment_from_dict(content)
+    encoded = {path for paths in outcome.files.values() for path in paths}
+    rows = sum(content["physical_rows"] for content in contents)
+    if rows != outcome.counts.rows or not encoded <= written <= files:
+        raise unfinished
+    return TableMeta.from_json(planned["meta"]), [fragment_from_dict(content) for content in contents]
 
 
 def _commit_rejects(job: EncodeJob, rejects: list[Any]) -> None:
@@ -152,7 +162,9 @@ def _check_unchanged(job: EncodeJob) -> Table:
     """Return the newest version of the table. Raises TableError if its vectors are no longer those of the run."""
     table, base = job.open_table(), job.base
     assert base is not None
-    if not table.meta.geometry.same_as(base.geometry) or table.meta.run_ids != base.run_ids:
+    # A balance that has come or gone matters, too: new rows got the neutral one of the base.
+    is_same = table.meta.geometry.same_as(base.geometry) and table.meta.balanced == base.balanced
+    if not is_same or table.meta.run_ids != base.run_ids:
         raise TableError(f"{job.uri} changed while it was appended to: rerun the same command to finish")
     return table
 

@@ -25,10 +25,11 @@ from index.search.exact import ExactSearch
 from index.space.geometry import Geometry
 from index.space.moments import Moments, unit
 from index.space.queries import draw_points
-from index.table.commit import add_vectors, publish
+from index.table.commit import publish
 from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema
 from index.table.storage import Storage
 from index.table.table import Table, list_array
+from index.table.vectors import add_vectors
 
 TEXT_DIM, LATENT_DIM, SCALES = 6, 16, (2.0, 4.0)
 SAMPLE_ROWS, SAMPLE_CAPTIONS, SAMPLE_POINTS = 20_000, 16, 512

@@ -23,10 +23,11 @@ from index.search.exact import ExactSearch
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.space.queries import draw_points, draw_rows
-from index.table.commit import add_vectors, publish
+from index.table.commit import publish
 from index.table.schema import TRAIN, EncoderRef, TableMeta, encoded_schema, split_of
 from index.table.storage import Storage
 from index.table.table import Table, column_array, list_array
+from index.table.vectors import add_vectors
 from pipeline.beam.write_lance import fragment_from_dict, write_fragments
 
 BATCH, NUM_QUERIES, TARGET = 1024, 8192, 0.95
