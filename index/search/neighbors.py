@@ -29,3 +29,7 @@ class NeighborSearch(Protocol):
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query."""
         ...
+
+    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
+        """Return the row ids of what `nearest` returns, without reading the pairs."""
+        ...

@@ -91,7 +91,9 @@ def _with_vectors(
         for file in content["files"]
         if file["fields"] != [vector_id]
     ]
-    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0], "file_size_bytes": None}
+    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0]}
+    # A file whose size is known is opened without asking the store for it.
+    vector_file["file_size_bytes"] = writer.size_bytes
     return lance.FragmentMetadata.from_json(json.dumps({**content, "files": [*other_files, vector_file]}))
 
 
@@ -143,14 +145,19 @@ def committed_by(dataset: "lance.LanceDataset", run_id: str) -> bool:
 
 
 def _commit(
-    uri: str,
+    target: "str | Table",
     operation: "lance.LanceOperation.BaseOperation",
     read_version: int,
     storage: Storage,
     run_id: str | None = None,
 ) -> "lance.LanceDataset":
-    """Commit what was computed from `read_version`; raises TableError if another commit contradicts it."""
+    """Commit what was computed from `read_version`; raises TableError if another commit contradicts it.
+
+    The dataset of a table is not opened again.
+    """
     import lance
+
+    uri, base = (target, target) if isinstance(target, str) else (target.uri, target.dataset())
 
     transaction = lance.Transaction(
         read_version=read_version,
@@ -159,7 +166,7 @@ def _commit(
     )
     with refused_on_conflict(uri, read_version, storage):
         # Without retries, because Lance would retry an Overwrite over whatever came in between.
-        return lance.LanceDataset.commit(uri, transaction, storage_options=storage.lance, max_retries=0)
+        return lance.LanceDataset.commit(base, transaction, storage_options=storage.lance, max_retries=0)
 
 
 @contextlib.contextmanager
@@ -223,13 +230,13 @@ def append_rows(table: Table, meta: TableMeta, fragments: Sequence["lance.Fragme
         return update_meta(table, meta)
     if not _has_own_columns(table):
         operation: lance.LanceOperation.BaseOperation = lance.LanceOperation.Append(list(fragments))
-        dataset = _commit(table.uri, operation, table.version, table.storage, run_id)
+        dataset = _commit(table, operation, table.version, table.storage, run_id)
         return update_meta(table.at(dataset), meta)
     # Append cannot change metadata. In a Merge, new fragments get ids that no fragment had before, so no index covers
     # them, and any other commit is a conflict.
     fragments = [*(each.metadata for each in dataset.get_fragments()), *fragments]
     operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
-    return table.at(_commit(table.uri, operation, table.version, table.storage, run_id), meta)
+    return table.at(_commit(table, operation, table.version, table.storage, run_id), meta)
 
 
 def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
@@ -273,7 +280,7 @@ def rewrite_vectors(
     meta = table.meta.with_geometry(geometry)
     assert geometry.vector_dim == table.meta.geometry.vector_dim
     operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
-    yield table.at(_commit(table.uri, operation, table.version, table.storage), meta)
+    yield table.at(_commit(table, operation, table.version, table.storage), meta)
 
 
 def _vectors_of(
@@ -334,7 +341,7 @@ def update_meta(table: Table, meta: TableMeta) -> Table:
 
     update = lance.LanceOperation.UpdateMap({METADATA_KEY.decode(): meta.to_json()})
     operation = lance.LanceOperation.UpdateConfig(schema_metadata_updates=update)
-    return table.at(_commit(table.uri, operation, table.version, table.storage), meta)
+    return table.at(_commit(table, operation, table.version, table.storage), meta)
 
 
 def tag_indexed(table: Table) -> None:

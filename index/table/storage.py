@@ -137,8 +137,10 @@ class Storage:
     def read_json(self, uri: str) -> Any:
         """Read a JSON file; None if there is none."""
         files, path = self.files(uri)
+        # Without a start, s3fs asks for the size first.
+        start = 0 if uri.startswith("s3://") else None
         try:
-            return json.loads(self._reached(uri, lambda: files.cat_file(path)))
+            return json.loads(self._reached(uri, lambda: files.cat_file(path, start)))
         except FileNotFoundError as error:
             if is_denied(error):
                 return None
@@ -170,6 +172,12 @@ class Storage:
             except FileNotFoundError:
                 if self.exists(uri):  # the answer to an attempt that has deleted it may be lost
                     raise
+
+    def remove_file(self, uri: str) -> None:
+        """Delete one file if it exists, without asking whether it does."""
+        files, path = self.files(uri)
+        with contextlib.suppress(FileNotFoundError):
+            self._reached(uri, lambda: files.rm_file(path))
 
     def _reached(self, uri: str, call: Callable[[], T]) -> T:
         """Return the result of a call, which is repeated while the store is away.

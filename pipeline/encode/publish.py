@@ -40,7 +40,7 @@ class RunOutcome:
 def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
     """Add up the checkpoints of a run; raises TableError if a shard has none and the run is not published yet."""
     outcome, shards = RunOutcome(), job.config.shards
-    for checkpoint in job.checkpoints.load_all(shards):
+    for checkpoint in job.checkpoints.load_all(shards, moments=False):
         checkpoint.check()
         outcome.counts.add(checkpoint)
         outcome.entries.append(_entry(job, checkpoint))
