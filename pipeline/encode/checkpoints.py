@@ -11,6 +11,7 @@ their own, which is written before it and read once, for the table's metadata.
 
 import contextlib
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -157,7 +158,7 @@ class Checkpoints:
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file of the run atomically."""
-        self.storage.write_json(self.uri(name), content)
+        self.storage.write_text(self.uri(name), json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
     def read_many(self, names: Sequence[str]) -> Iterator[Any]:
         """Yield the contents of JSON files of the run, each as `read` returns it."""
