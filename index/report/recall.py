@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from index.search.exact import ExactSearch
-from index.search.neighbors import NeighborSearch
+from index.search.neighbors import RowSearch
 from index.space.queries import Purpose, draw_points, draw_rows
 from index.table.schema import HELDOUT, TRAIN
 from index.table.table import Table
@@ -68,7 +68,7 @@ def find_ground_truth(exact: ExactSearch, queries: Float32[np.ndarray, "M S"]) -
     return GroundTruth(exact, queries, positions, exact.distances(queries, positions[:, :1])[:, 0])
 
 
-def measure_recall(neighbors: NeighborSearch, truth: GroundTruth) -> Recall:
+def measure_recall(neighbors: RowSearch, truth: GroundTruth) -> Recall:
     """Search the same queries with `neighbors`, in batches of 256 after one to warm up."""
     exact, distances, recalls_at_10, seconds = truth.exact, [], [], []
     neighbors.nearest_ids(truth.queries[:BATCH])
