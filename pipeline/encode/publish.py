@@ -101,7 +101,8 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
             f"{table.version - 1} of the table, or delete it, and rerun the same command"
         )
     uncounted = _entries_from_rows(job, table, outcome.uncounted_shards)
-    add_entries(table, [*([] if read_ledger(table) else recorded), *outcome.entries, *uncounted])
+    present = read_ledger(table)
+    add_entries(table, [*([] if present else recorded), *outcome.entries, *uncounted], present)
     return table
 
 

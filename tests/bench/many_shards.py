@@ -211,7 +211,7 @@ def main() -> None:
         sizes = {"plan": (run / "plan.json").stat().st_size, "run folder": bytes_under(run)}
         job = meter("resume: plan", lambda: remaining_work(make_job(uri, first)), count).job
         tried = job.config.shards[:: max(1, count // TRIED)]
-        meter("resume: a thousand finished shards", lambda: [finished_shard(job, shard) for shard in tried])
+        meter("resume: a thousand finished shards", lambda: [finished_shard(job, shard) for shard in tried], TRIED)
         watch = meter("watch: all checkpoints", lambda: _watched(job), count)
         meter("watch: nothing new", lambda: watch.look(job.checkpoints), count)
         meter("metadata, fragments", lambda: lay_out(job), count)
