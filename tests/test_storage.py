@@ -27,7 +27,7 @@ from index.report.report import describe
 from index.search.ann import ApproximateSearch
 from index.table.storage import Storage
 from index.table.store_options import fsspec_options
-from index.table.table import is_table, open_table, table_uri
+from index.table.table import Table, is_table, open_table, table_uri
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import count_samples, read_samples
 from pipeline.sources.sample import ReadOptions
@@ -196,6 +196,28 @@ def small_table(endpoint):
     options = Storage.of([f"endpoint_url={endpoint}", *KEYS]).lance
     lance.write_dataset(rows, uri, storage_options=options, max_rows_per_file=1000)
     return uri
+
+
+def test_what_was_read_of_a_file_serves_all_versions(outage):
+    lance_options = outage.storage.lance
+    uri = "s3://bucket/versions/t.lance"
+    rows = pa.table({"split": ["train", "val"] * 500})
+    first = lance.write_dataset(rows, uri, storage_options=lance_options, max_rows_per_file=250)
+    first.update_config({"a": "b"})
+    table = Table(uri, 1, None, outage.storage)
+
+    def requests(version: Table) -> int:
+        outage.requests.clear()
+        assert version.dataset().version == version.version
+        assert version.column("split", None).tolist() == rows["split"].to_pylist()
+        return sum("/data/" in path for _, path in outage.requests)
+
+    other = table.at(2)
+    counts = requests(table), requests(other), requests(Table(uri, 2, None, outage.storage))
+    assert counts[1] < counts[0] == counts[2]
+    outage.requests.clear()
+    assert len(table.positions("val")) == len(table.positions("val")) == 500
+    assert sum("/data/" in path for _, path in outage.requests) <= counts[1]
 
 
 @pytest.mark.parametrize("part", ["/_versions/", "/data/"])

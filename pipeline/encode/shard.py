@@ -24,7 +24,7 @@ from index.table.schema import REJECTS, TRAIN, content_hash, sample_id, split_of
 from index.table.storage import is_local
 from index.table.table import list_array, rejects_uri
 from pipeline.beam.write_lance import write_fragments
-from pipeline.encode.checkpoints import ShardCheckpoint, moments_name
+from pipeline.encode.checkpoints import ShardCheckpoint
 from pipeline.encode.job import EncodeJob
 from pipeline.encode.ledger import content_identity, identity_to_read
 from pipeline.encode.present import PresentRows
@@ -92,7 +92,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
 
 def finished_shard(job: EncodeJob, shard: str) -> ShardCheckpoint | None:
     """Return the checkpoint of a shard if it still holds: the shard has not changed since, and its files exist."""
-    checkpoint, storage = job.checkpoints.load(shard), job.runtime.storage
+    checkpoint, storage = job.checkpoints.load(shard, moments=True), job.runtime.storage
     if checkpoint is None or content_identity(shard, job.read_options) not in ("", checkpoint.identity):
         return None
     written = {job.uri: checkpoint.fragments, rejects_uri(job.uri): checkpoint.reject_fragments}
@@ -102,8 +102,6 @@ def finished_shard(job: EncodeJob, shard: str) -> ShardCheckpoint | None:
         for fragment in fragments
         for file in fragment["files"]
     ]
-    if checkpoint.has_moments:
-        paths.append(job.checkpoints.uri(moments_name(shard)))
     return checkpoint if all(storage.exists(path) for path in paths) else None
 
 
