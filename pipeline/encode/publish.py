@@ -40,10 +40,11 @@ class RunOutcome:
 def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
     """Add up the checkpoints of a run; raises TableError if a shard has none and the run is not published yet."""
     outcome, shards = RunOutcome(), job.config.shards
+    options = job.sample_options  # it looks through the names of all shards
     for checkpoint in job.checkpoints.load_all(shards, moments=False):
         checkpoint.check()
         outcome.counts.add(checkpoint)
-        outcome.entries.append(_entry(job, checkpoint))
+        outcome.entries.append(_entry(checkpoint, job.run_id, options))
         outcome.reject_fragments += checkpoint.reject_fragments
     if outcome.counts.shards != len(shards) and not is_published:
         raise not_finished(job.uri, outcome.counts.shards, len(shards))
@@ -174,12 +175,12 @@ def _entries_from_rows(job: EncodeJob, table: Table, shards: list[str]) -> list[
     return [replace(entry, run_id=job.run_id) for entry in found]
 
 
-def _entry(job: EncodeJob, checkpoint: ShardCheckpoint) -> LedgerEntry:
+def _entry(checkpoint: ShardCheckpoint, run_id: str, options: str) -> LedgerEntry:
     return LedgerEntry(
         shard=checkpoint.shard,
         identity=checkpoint.identity,
-        options=job.sample_options,
-        run_id=job.run_id,
+        options=options,
+        run_id=run_id,
         samples=checkpoint.samples,
         rows=checkpoint.rows,
         rejected=checkpoint.rejected,
