@@ -7,7 +7,6 @@ Each commit is recognized by the run's id, so a run that was stopped between two
 
 import json
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -59,7 +58,7 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
     `recorded` are entries for a table that has no ledger yet. Raises TableError if the engine has lost a part, if the
     table was given another geometry while the run was encoding, or if the lock of the table was lost.
     """
-    fragments = list(_read_fragments(job, outcome.counts))
+    fragments = _read_fragments(job, outcome.counts)
     rejects = [fragment_from_dict(content) for content in outcome.reject_fragments]
     storage, run_id, append = job.runtime.storage, job.run_id, job.base is not None
     if append and not (fragments or rejects or _tells_more(job, outcome.entries)):
@@ -129,15 +128,17 @@ def remove_unused_files(table: Table) -> None:
         table.dataset().cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
 
-def _read_fragments(job: EncodeJob, counts: SampleCounts) -> Iterator[Any]:
-    """Yield the fragments with search vectors; raises TableError if they are not all there."""
-    contents = [json.loads(text) for text in job.checkpoints.read(FRAGMENTS) or []]
-    files = set(job.runtime.storage.names(f"{job.uri}/data"))
-    written = {file["path"] for content in contents for file in content["files"]}
-    if sum(content["physical_rows"] for content in contents) != counts.rows or not written <= files:
+def _read_fragments(job: EncodeJob, counts: SampleCounts) -> list[Any]:
+    """Return the fragments with search vectors; raises TableError if they are not all there."""
+    files, rows, fragments = set(job.runtime.storage.names(f"{job.uri}/data")), 0, []
+    for text in job.checkpoints.read(FRAGMENTS) or []:
+        content = json.loads(text)
+        if {file["path"] for file in content["files"]} <= files:
+            rows += content["physical_rows"]
+            fragments.append(fragment_from_dict(content))
+    if rows != counts.rows:
         raise not_finished(job.uri, counts.shards, len(job.config.shards))
-    for content in contents:
-        yield fragment_from_dict(content)
+    return fragments
 
 
 def _commit_rejects(job: EncodeJob, rejects: list[Any]) -> None:

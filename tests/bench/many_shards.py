@@ -8,6 +8,7 @@ prune: seconds, files read, and the growth of resident memory while it ran.
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -194,6 +195,8 @@ def main() -> None:
     parser.add_argument("--fragments", type=int, default=20_000)
     options = parser.parse_args()
     count, meter = options.shards, Meter()
+    for name in ("lance", "lancedb", "apache_beam"):  # what they take is not for the shards
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source, uri = folder / "shards", str(folder / "db" / "t.lance")
