@@ -23,7 +23,17 @@ from index.table.table import Table, is_table, open_table
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encode import graph, monitor, publish
 from pipeline.encode import run as encode_run
-from pipeline.encode.checkpoints import LAYOUT, META, PLAN, VECTORS, Checkpoints, file_name
+from pipeline.encode.checkpoints import (
+    LAYOUT,
+    META,
+    PLAN,
+    VECTORS,
+    Checkpoints,
+    ShardCheckpoint,
+    Watch,
+    file_name,
+    moments_name,
+)
 from pipeline.sources.listing import list_shards
 
 KILLS, SHARDS = 5, 30
@@ -141,6 +151,42 @@ def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encod
     table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
     assert set(failure.encoded) == set(list_shards([str(shapes)])) - set(finished)
     assert content(table) == content(encoded)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text(path.read_text()[:50])])
+def test_a_shard_whose_moments_are_lost_is_encoded_again(
+    encoded, shapes, encode_shapes, content, tmp_path, failure, damage
+):
+    with pytest.raises(Exception, match="worker failure"):
+        encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
+    lost = failure.encoded[0]
+    damage(run_folder(tmp_path / "t.lance") / moments_name(lost))
+    failure.repaired, failure.encoded = True, []
+    table = encode_shapes(shapes, tmp_path / "t.lance", keep_images=True).table
+    assert lost in failure.encoded
+    assert (content(table), table.meta.moments.count) == (content(encoded), encoded.meta.moments.count)
+
+
+def test_watching_reads_each_checkpoint_once(tmp_path, monkeypatch):
+    shards, read = [f"s{number}" for number in range(4)], []
+    checkpoints, watch = Checkpoints(str(tmp_path)), Watch(shards)
+    read_json = Storage.read_json
+    monkeypatch.setattr(Storage, "read_json", lambda storage, uri: read.append(uri) or read_json(storage, uri))
+    checkpoints.write("plan.json", {})
+    checkpoints.save_progress("s0", 3)
+    for shard in ("s1", "s2"):
+        checkpoints.save(ShardCheckpoint(shard, samples=5, rows=5, moments={"count": 5}))
+    for _ in range(2):
+        watch.look(checkpoints)
+        assert (watch.samples, watch.counts.shards, watch.counts.rows) == (13, 2, 10)
+    checkpoints.save(ShardCheckpoint("s0", samples=7, rows=7))
+    checkpoints.save_unread("s3", "gone")
+    checkpoints.save_wait("s2", "the store")
+    watch.look(checkpoints)
+    assert (watch.samples, watch.counts.shards, list(watch.counts.unread)) == (17, 4, ["s3"])
+    assert watch.waits == ["the store"]
+    finished = [uri for uri in read if uri.endswith(".json")]
+    assert sorted(finished) == sorted(checkpoints.uri(file_name(shard)) for shard in ("s0", "s1", "s2"))
 
 
 def test_an_unfinished_run_is_not_resumed_with_other_options(shapes, encode_shapes, tmp_path, failure):

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from outages import proxy
+from synthetic_tables import random_table
 
 from index import reach, terminal
 from index.build.build_index import BuildConfig, build_index
@@ -27,7 +28,7 @@ from index.report.report import describe
 from index.search.ann import ApproximateSearch
 from index.table.storage import Storage
 from index.table.store_options import fsspec_options
-from index.table.table import is_table, open_table, table_uri
+from index.table.table import Table, is_table, open_table, table_uri
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import count_samples, read_samples
 from pipeline.sources.sample import ReadOptions
@@ -196,6 +197,35 @@ def small_table(endpoint):
     options = Storage.of([f"endpoint_url={endpoint}", *KEYS]).lance
     lance.write_dataset(rows, uri, storage_options=options, max_rows_per_file=1000)
     return uri
+
+
+def test_what_was_read_of_a_file_serves_all_versions(outage, tmp_path):
+    meta = random_table(tmp_path / "t.lance", 20).meta
+    lance_options = outage.storage.lance
+    uri = "s3://bucket/versions/t.lance"
+    # Larger than what Lance reads of a file's end, so that metadata and data are requests of their own.
+    noise = np.random.default_rng(0).normal(size=100_000)
+    rows = pa.table({"split": ["train", "val"] * 50_000, "x": noise})
+    first = lance.write_dataset(rows, uri, storage_options=lance_options, max_rows_per_file=25_000)
+    first.update_config({"a": "b"})
+    table = Table(uri, 1, meta, outage.storage)
+
+    def requests(version: Table) -> int:
+        outage.requests.clear()
+        assert version.dataset().version == version.version
+        assert (version.column("x", None) == noise).all()
+        return sum("/data/" in path for _, path in outage.requests)
+
+    other = table.at(2)
+    counts = requests(table), requests(other), requests(Table(uri, 2, meta, outage.storage))
+    assert counts[1] < counts[0] == counts[2]
+    assert len(table.positions("val")) == 50_000
+    outage.requests.clear()
+    assert len(table.positions("train")) + len(table.positions("val")) == 100_000
+    assert not any("/_versions/" in path for _, path in outage.requests)
+    outage.requests.clear()
+    assert len(table.positions("train")) == 50_000
+    assert outage.requests == []
 
 
 @pytest.mark.parametrize("part", ["/_versions/", "/data/"])

@@ -1,10 +1,11 @@
 """Approximate search through the table's LanceDB index, and the choice between approximate and exact search."""
 
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int
 
 from index.search.exact import ExactSearch
 from index.search.neighbors import NeighborSearch, RetrievedPairs
@@ -29,11 +30,29 @@ class ApproximateSearch:
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query; if a query reaches fewer, its last one is repeated."""
+        rows, chosen, distance = self._search(queries, k, ("text", "latent"))
+        text, latent = (column_array(rows[name]) for name in ("text", "latent"))
+        return RetrievedPairs(
+            row_id=rows["_rowid"].to_numpy().astype(np.int64)[chosen],
+            distance=distance[chosen],
+            text=text[chosen],
+            latent=latent[chosen],
+        )
+
+    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
+        """Return the row ids of what `nearest` returns, without reading the pairs."""
+        rows, chosen, _ = self._search(queries, k, ())
+        return np.asarray(rows["_rowid"].to_numpy().astype(np.int64)[chosen])
+
+    def _search(
+        self, queries: Float32[np.ndarray, "B S"], k: int, columns: Sequence[str]
+    ) -> tuple[pa.Table, Int[np.ndarray, "B K"], Float[np.ndarray, "M"]]:
+        """Return the rows that were found, which of them are the `k` nearest of each query, and their distances."""
         # LanceDB plans a single query differently from a batch: it prunes otherwise and may return another row.
         batch = queries if len(queries) > 1 else queries.repeat(2, axis=0)
 
         async def search() -> pa.Table:
-            return await self._query(batch, k).to_arrow()
+            return await self._query(batch, k, columns).to_arrow()
 
         rows = asyncio.run(search())
         query, distance = rows["query_index"].to_numpy(), rows["_distance"].to_numpy()
@@ -45,29 +64,24 @@ class ApproximateSearch:
         first = np.searchsorted(query, np.arange(len(queries)))
         count = np.searchsorted(query, np.arange(len(queries)), side="right") - first
         assert count.min() >= 1, "a query returned no rows"
-        chosen = order[first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)]
-        text, latent = (column_array(rows[name]) for name in ("text", "latent"))
-        return RetrievedPairs(
-            row_id=rows["_rowid"].to_numpy().astype(np.int64)[chosen],
-            distance=distance[chosen],
-            text=text[chosen],
-            latent=latent[chosen],
-        )
+        return rows, order[first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)], distance
 
     def explain_plan(self, queries: Float32[np.ndarray, "B S"]) -> str:
         """Return LanceDB's plan for a batch of queries; `ANNIvfBatch` in it is the shared scan."""
 
         async def explain() -> str:
-            return str(await self._query(queries, 1).explain_plan())
+            return str(await self._query(queries, 1, ("text", "latent")).explain_plan())
 
         return asyncio.run(explain())
 
-    def _query(self, queries: Float32[np.ndarray, "B S"], k: int):  # type: ignore[no-untyped-def]
+    def _query(  # type: ignore[no-untyped-def]
+        self, queries: Float32[np.ndarray, "B S"], k: int, columns: Sequence[str]
+    ):
         query = self._table.query().where(f"split = '{TRAIN}'").nearest_to(list(queries))
         query = query.limit(k * self._refine_factor).with_row_id()
         if self._nprobes is not None:
             query = query.nprobes(self._nprobes)
-        return query.select(["text", "latent", "_distance", *(["vector"] if self._refine_factor > 1 else [])])
+        return query.select([*columns, "_distance", *(["vector"] if self._refine_factor > 1 else [])])
 
 
 def open_search(table: Table, *, exact: bool = False, device: str = "cpu", memory: int | None = None) -> NeighborSearch:

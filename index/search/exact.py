@@ -59,6 +59,10 @@ class ExactSearch:
             latent=self.take(positions, "latent"),
         )
 
+    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
+        """Return the row ids of what `nearest` returns, without reading the pairs."""
+        return np.asarray(self.row_ids[self.nearest_positions(queries, k)])
+
     def take(self, positions: Int[np.ndarray, "*B"], column: str) -> Float16[np.ndarray, "*B D"]:
         """Return the `text` or `latent` column of training rows; order and repeats are kept."""
         if column in self._columns:

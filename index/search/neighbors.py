@@ -29,3 +29,12 @@ class NeighborSearch(Protocol):
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query."""
         ...
+
+
+@runtime_checkable
+class RowSearch(NeighborSearch, Protocol):
+    """A search that can leave out the pairs."""
+
+    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
+        """Return the row ids of what `nearest` returns, without reading the pairs."""
+        ...

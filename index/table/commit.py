@@ -75,14 +75,19 @@ def committed_by(dataset: "lance.LanceDataset", run_id: str) -> bool:
 
 
 def _commit(
-    uri: str,
+    target: "str | Table",
     operation: "lance.LanceOperation.BaseOperation",
     read_version: int,
     storage: Storage,
     run_id: str | None = None,
 ) -> "lance.LanceDataset":
-    """Commit what was computed from `read_version`; raises TableError if another commit contradicts it."""
+    """Commit what was computed from `read_version`; raises TableError if another commit contradicts it.
+
+    The dataset of a table is not opened again.
+    """
     import lance
+
+    uri, base = (target, target) if isinstance(target, str) else (target.uri, target.dataset())
 
     transaction = lance.Transaction(
         read_version=read_version,
@@ -91,7 +96,7 @@ def _commit(
     )
     with refused_on_conflict(uri, read_version, storage):
         # Without retries, because Lance would retry an Overwrite over whatever came in between.
-        return lance.LanceDataset.commit(uri, transaction, storage_options=storage.lance, max_retries=0)
+        return lance.LanceDataset.commit(base, transaction, storage_options=storage.lance, max_retries=0)
 
 
 @contextlib.contextmanager
@@ -155,7 +160,7 @@ def append_rows(table: Table, meta: TableMeta, fragments: Sequence["lance.Fragme
         return update_meta(table, meta)
     if not has_own_columns(table):
         operation: lance.LanceOperation.BaseOperation = lance.LanceOperation.Append(list(fragments))
-        dataset = _commit(table.uri, operation, table.version, table.storage, run_id)
+        dataset = _commit(table, operation, table.version, table.storage, run_id)
         return update_meta(table.at(dataset), meta)
     # Append cannot change metadata. In a Merge, new fragments get ids that no fragment had before, so no index covers
     # them, and any other commit is a conflict.
@@ -172,7 +177,7 @@ def merge_fragments(
     import lance
 
     operation = lance.LanceOperation.Merge(list(fragments), _lance_schema(table, meta))
-    return table.at(_commit(table.uri, operation, table.version, table.storage, run_id), meta)
+    return table.at(_commit(table, operation, table.version, table.storage, run_id), meta)
 
 
 def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
@@ -199,7 +204,7 @@ def update_meta(table: Table, meta: TableMeta) -> Table:
 
     update = lance.LanceOperation.UpdateMap({METADATA_KEY.decode(): meta.to_json()})
     operation = lance.LanceOperation.UpdateConfig(schema_metadata_updates=update)
-    return table.at(_commit(table.uri, operation, table.version, table.storage), meta)
+    return table.at(_commit(table, operation, table.version, table.storage), meta)
 
 
 def tag_indexed(table: Table) -> None:

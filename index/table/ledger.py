@@ -6,14 +6,17 @@ deleted table, or that is newer than a restored one, hides no shard. Which rows 
 case: a ledger that lacks rows costs time, not data.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from index.table.table import Table, is_table, open_newest, rejects_uri
+
+BATCH_ROWS = 8192
 
 LEDGER = pa.schema(
     [
@@ -57,7 +60,10 @@ def read_ledger(table: Table) -> list[LedgerEntry]:
     dataset = open_newest(ledger_uri(table.uri), table.storage)
     if dataset is None:
         return []
-    entries = [LedgerEntry(**row) for batch in dataset.to_batches(columns=LEDGER.names) for row in batch.to_pylist()]
+    batches = dataset.to_batches(columns=LEDGER.names, batch_size=BATCH_ROWS)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    # Most entries share these texts, which are otherwise held once for each.
+    entries = (LedgerEntry(**row | {name: sys.intern(row[name]) for name in ("options", "run_id")}) for row in rows)
     return [entry for entry in entries if entry.run_id in table.meta.run_ids]
 
 
@@ -94,18 +100,18 @@ def rebuild_ledger(table: Table) -> list[LedgerEntry]:
     ]
 
 
-def add_entries(table: Table, entries: Sequence[LedgerEntry]) -> None:
-    """Add the entries of a run in one commit; nothing is done if the ledger has entries of that run.
+def add_entries(table: Table, entries: Sequence[LedgerEntry], present: Sequence[LedgerEntry]) -> None:
+    """Add the entries of a run in one commit to those that are `present`; nothing is done if these are of that run.
 
     The ledger of another table that had the same name is replaced.
     """
     import lance
 
     runs = {entry.run_id for entry in entries}
-    present = read_ledger(table)
     if not entries or runs <= {entry.run_id for entry in present}:
         return
-    rows = pa.Table.from_pylist([asdict(entry) for entry in entries], schema=LEDGER)
+    columns = {name: [getattr(entry, name) for entry in entries] for name in LEDGER.names}
+    rows = pa.Table.from_pydict(columns, schema=LEDGER)
     uri, storage = ledger_uri(table.uri), table.storage
     mode = "append" if present else "overwrite" if is_table(uri, storage) else "create"
     lance.write_dataset(rows, uri, mode=mode, storage_options=storage.lance)

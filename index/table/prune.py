@@ -6,6 +6,7 @@ versions that the user tagged or named, and the files of an unfinished encode ru
 
 import itertools
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import lance
 
 MAX_LISTED_FILES = 2**31
+READING_THREADS, BATCH_FILES = 16, 1024
 NO_VERSION = timedelta(days=36_500)
 """No version is older."""
 
@@ -161,9 +163,12 @@ def _check_unfinished(table: Table, datasets: Iterable["lance.LanceDataset"]) ->
     folder = runs_folder(table.uri)
     files, root = table.storage.files(folder)
     needed = set[str]()
-    for name in files.find(root):  # at any depth: each run has a folder of its own
-        if name.endswith(".json"):
-            needed.update(_paths(table.storage.read_json(folder + name.removeprefix(root))))
+    # At any depth: each run has a folder of its own.
+    names = [folder + name.removeprefix(root) for name in files.find(root) if name.endswith(".json")]
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for start in range(0, len(names), BATCH_FILES):
+            for content in pool.map(table.storage.read_json, names[start : start + BATCH_FILES]):
+                needed.update(_paths(content))
     if needed and any(needed & {path.rpartition("/")[2] for path in _remains(each)} for each in datasets):
         raise TableError(
             f"an unfinished encode run ({folder}) needs files that are more than a week old, and they cannot be told "

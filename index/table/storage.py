@@ -137,8 +137,10 @@ class Storage:
     def read_json(self, uri: str) -> Any:
         """Read a JSON file; None if there is none."""
         files, path = self.files(uri)
+        # Without a start, s3fs asks for the size first.
+        start = 0 if uri.startswith("s3://") else None
         try:
-            return json.loads(self.reached(uri, lambda: files.cat_file(path)))
+            return json.loads(self.reached(uri, lambda: files.cat_file(path, start)))
         except FileNotFoundError as error:
             if is_denied(error):
                 return None
@@ -148,7 +150,7 @@ class Storage:
         """Read the bytes of a file from `start` up to `stop`."""
         files, path = self.files(uri)
         # Some stores refuse a range of nothing.
-        return bytes(self._reached(uri, lambda: files.cat_file(path, start, stop))) if stop > start else b""
+        return bytes(self.reached(uri, lambda: files.cat_file(path, start, stop))) if stop > start else b""
 
     def write_bytes(self, uri: str, content: bytes) -> None:
         """Write a file, on a local disk not atomically. Raises TableError if that fails."""
@@ -156,7 +158,7 @@ class Storage:
             files, path = self.files(uri)
             if is_local(uri):
                 Path(uri).parent.mkdir(parents=True, exist_ok=True)
-            self._reached(uri, lambda: files.pipe_file(path, content))
+            self.reached(uri, lambda: files.pipe_file(path, content))
         except CoalescerError:
             raise
         except Exception as error:  # every object store has errors of its own
@@ -188,6 +190,12 @@ class Storage:
             except FileNotFoundError:
                 if self.exists(uri):  # the answer to an attempt that has deleted it may be lost
                     raise
+
+    def remove_file(self, uri: str) -> None:
+        """Delete one file if it exists, without asking whether it does."""
+        files, path = self.files(uri)
+        with contextlib.suppress(FileNotFoundError):
+            self.reached(uri, lambda: files.rm_file(path))
 
     def reached(self, uri: str, call: Callable[[], T]) -> T:
         """Return the result of a call, which is repeated while the store is away.

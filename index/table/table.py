@@ -46,13 +46,28 @@ class Table:
     storage: Storage = field(default_factory=Storage)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the open handle."""
-        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
+        """Pickle without open handles and their caches."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def at(self, version: "int | lance.LanceDataset", meta: TableMeta | None = None) -> "Table":
         """Return another version of this table, by number or as an open dataset; `meta` is by default this one's."""
         number = version if isinstance(version, int) else version.version
-        return Table(self.uri, int(number), meta or self.meta, self.storage)
+        other = Table(self.uri, int(number), meta or self.meta, self.storage)
+        # Versions share most of their files: what was read of one is not read again for the next.
+        other.__dict__["_sessions"] = self._shared()
+        if not isinstance(version, int):
+            other.__dict__["_handle"] = version
+        return other
+
+    def _shared(self) -> "tuple[lance.Session, lancedb.Session]":
+        """Return the caches of file metadata and indexes that versions of a table share in this process."""
+        import lance
+        import lancedb
+
+        if "_sessions" not in self.__dict__:
+            self.__dict__["_sessions"] = lance.Session(), lancedb.Session()
+        sessions: tuple[lance.Session, lancedb.Session] = self.__dict__["_sessions"]
+        return sessions
 
     def dataset(self) -> "lance.LanceDataset":
         """Return this version as a Lance dataset, opened once.
@@ -64,28 +79,38 @@ class Table:
 
         handle = self.__dict__.get("_handle")
         if handle is None or handle.version != self.version:
-            handle = lance.dataset(self.uri, version=self.version, storage_options=self.storage.lance)
+            handle = lance.dataset(
+                self.uri, version=self.version, storage_options=self.storage.lance, session=self._shared()[0]
+            )
             self.__dict__["_handle"] = handle
         return handle
 
     def lancedb(self) -> "lancedb.table.Table":
-        """Open this version in LanceDB."""
+        """Return this version as a table of LanceDB, opened once."""
         import lancedb
 
-        folder, name = self._lancedb_name()
-        table = lancedb.connect(folder, storage_options=self.storage.lance).open_table(name)
-        table.checkout(self.version)
-        return table
+        if "_lancedb" not in self.__dict__:
+            folder, name = self._lancedb_name()
+            session = self._shared()[1]
+            table = lancedb.connect(folder, storage_options=self.storage.lance, session=session).open_table(name)
+            table.checkout(self.version)
+            self.__dict__["_lancedb"] = table
+        opened: lancedb.table.Table = self.__dict__["_lancedb"]
+        return opened
 
     async def lancedb_async(self) -> "AsyncTable":
-        """Open this version in LanceDB's asynchronous interface."""
+        """Return this version in LanceDB's asynchronous interface, opened once."""
         import lancedb
 
-        folder, name = self._lancedb_name()
-        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance)
-        table = await connection.open_table(name)
-        await table.checkout(self.version)
-        return table
+        if "_lancedb_async" not in self.__dict__:
+            folder, name = self._lancedb_name()
+            session = self._shared()[1]
+            connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
+            table = await connection.open_table(name)
+            await table.checkout(self.version)
+            self.__dict__["_lancedb_async"] = table
+        opened: AsyncTable = self.__dict__["_lancedb_async"]
+        return opened
 
     def _lancedb_name(self) -> tuple[str, str]:
         """Return the database folder and the table name by which LanceDB knows the table."""
@@ -111,9 +136,14 @@ class Table:
         return column_array(self.dataset().to_table(columns=[name], filter=_of_split(split))[name])
 
     def positions(self, split: str) -> Int[np.ndarray, "N"]:
-        """Return the positions of a split's rows: 0-based indices in table order."""
-        masks = [pc.equal(batch["split"], split).to_numpy(zero_copy_only=False) for batch in self.scan(["split"])]
-        return np.flatnonzero(np.concatenate([np.empty(0, bool), *masks]))
+        """Return the positions of a split's rows: 0-based indices in table order; the column is read once."""
+        masks = self.__dict__.setdefault("_masks", {})
+        if split not in masks:
+            parts = [pc.equal(batch["split"], split).to_numpy(zero_copy_only=False) for batch in self.scan(["split"])]
+            mask = np.concatenate([np.empty(0, bool), *parts])
+            masks[split] = np.packbits(mask), len(mask)
+        bits, count = masks[split]
+        return np.flatnonzero(np.unpackbits(bits, count=count))
 
     def take(self, positions: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows at some positions, in their order, with repeats; vectors are a B x dim array."""
@@ -156,12 +186,14 @@ def open_table(
     Raises TableError if there is no such table, if it is not ours, or if it has no index.
     """
     import lance
+    import lancedb
 
     uri, storage = table_uri(path), Storage.of() if storage is None else storage
     if not is_table(uri, storage):
         raise TableError(f"no table at {path}: create it with `pipeline encode SOURCE --table {path} ...`")
+    sessions = lance.Session(), lancedb.Session()
     try:
-        dataset = lance.dataset(uri, version=version, storage_options=storage.lance)
+        dataset = lance.dataset(uri, version=version, storage_options=storage.lance, session=sessions[0])
     except (ValueError, OSError) as error:
         if version is not None and version not in (kept := _versions(uri, storage)):
             last = ", ".join(map(str, kept[-9:]))
@@ -171,6 +203,7 @@ def open_table(
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, check_table(dataset.schema), storage)
+    table.__dict__.update(_handle=dataset, _sessions=sessions)
     if not indexed or index_is_current(dataset, table.meta.index):
         return table
     for number in [] if version is not None else complete_versions(dataset):

@@ -171,7 +171,9 @@ def in_geometry(table: Table, geometry: Geometry) -> Table:
 
     Its vectors are computed from the rows whenever they are read: the same as those that would be stored.
     """
-    return _InGeometry(table.uri, table.version, table.meta.with_geometry(geometry), table.storage)
+    computed = _InGeometry(table.uri, table.version, table.meta.with_geometry(geometry), table.storage)
+    computed.__dict__["_sessions"] = table._shared()
+    return computed
 
 
 class _InGeometry(Table):
@@ -235,7 +237,9 @@ def _with_vectors(
         for file in content["files"]
         if file["fields"] != [vector_id]
     ]
-    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0], "file_size_bytes": None}
+    vector_file = {**rows_file, "path": name, "fields": [vector_id], "column_indices": [0]}
+    # A file whose size is known is opened without asking the store for it.
+    vector_file["file_size_bytes"] = writer.size_bytes
     return lance.FragmentMetadata.from_json(json.dumps({**content, "files": [*other_files, vector_file]}))
 
 

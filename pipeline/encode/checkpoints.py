@@ -4,10 +4,14 @@ A finished shard leaves a checkpoint that names its fragments, which no commit r
 atomically, so a run that was stopped at any moment resumes with the shards that have none. They are all that the
 processes of a run share, on any machine and any Beam runner. A checkpoint that cannot be parsed, whose shard has
 changed since, or whose files are gone, counts as none. The plan is deleted first: a folder without one is a leftover.
+
+A checkpoint is about a kilobyte. The moments of its rows, a hundred times as much for large latents, are in a file of
+their own, which is written before it and read once, for the table's metadata.
 """
 
 import contextlib
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +31,12 @@ STOP = "stop.json"
 """Why no further shard is to be started, if one process found a reason."""
 VECTORS = "vectors.json"
 """Extension of a shard's file that names its fragments with their search vectors, ready to be committed."""
-UNREAD, WAITING = "unread", "waiting"
-"""Extensions of a shard's files that say why it could not be read, and what a worker waits for."""
+UNREAD, WAITING, PROGRESS = "unread", "waiting", "progress"
+"""Extensions of a shard's files that say why it could not be read, what a worker waits for, and how many of its samples
+are read so far."""
 LOADING_THREADS = 16
+BATCH_SHARDS = 1024
+"""Shards whose checkpoints are asked for at a time."""
 
 
 @dataclass(slots=True)
@@ -60,7 +67,9 @@ class ShardCheckpoint:
     """Further captions of the images, which `--captions first` leaves out."""
     seconds_by_step: dict[str, float] = field(default_factory=dict)
     moments: dict[str, Any] | None = None
-    """Of the training rows, JSON-ready; None if there are none."""
+    """Of the training rows, JSON-ready; None if there are none, or if they were not asked for."""
+    has_moments: bool = False
+    """Whether the moments are in a file of their own."""
     fragments: list[dict[str, Any]] = field(default_factory=list)
     reject_fragments: list[dict[str, Any]] = field(default_factory=list)
 
@@ -87,21 +96,26 @@ class Checkpoints:
     folder: str
     storage: Storage = field(default_factory=Storage)
 
-    def load(self, shard: str) -> ShardCheckpoint | None:
-        """Return the checkpoint of a shard, or None if the shard is not finished."""
+    def load(self, shard: str, *, moments: bool = False) -> ShardCheckpoint | None:
+        """Return the checkpoint of a shard, or None if the shard is not finished; on demand with its moments."""
         try:
-            return ShardCheckpoint(**self.read(file_name(shard)))
+            checkpoint = ShardCheckpoint(**self.read(file_name(shard)))
         except TypeError:  # None, or of another version of the software
             return None
+        if moments and checkpoint.has_moments:
+            checkpoint.moments = self.read(moments_name(shard))
+            return checkpoint if checkpoint.moments is not None else None
+        return checkpoint
 
-    def load_all(self, shards: Sequence[str]) -> Iterator[ShardCheckpoint]:
+    def load_all(self, shards: Sequence[str], *, moments: bool = True) -> Iterator[ShardCheckpoint]:
         """Yield the checkpoints of shards in their order, a few at a time; those that do not exist are left out."""
         with ThreadPoolExecutor(LOADING_THREADS) as pool:
             for start in range(0, len(shards), LOADING_THREADS):
-                yield from filter(None, pool.map(self._outcome, shards[start : start + LOADING_THREADS]))
+                batch = shards[start : start + LOADING_THREADS]
+                yield from filter(None, pool.map(lambda shard: self._outcome(shard, moments), batch))
 
-    def _outcome(self, shard: str) -> ShardCheckpoint | None:
-        return self.load(shard) or self.load_unread(shard)
+    def _outcome(self, shard: str, moments: bool) -> ShardCheckpoint | None:
+        return self.load(shard, moments=moments) or self.load_unread(shard)
 
     def load_unread(self, shard: str) -> ShardCheckpoint | None:
         """Return the checkpoint of a shard that this attempt could not read, None if there was no such shard."""
@@ -121,43 +135,21 @@ class Checkpoints:
         """Delete what an earlier attempt has noted of its end, and of shards that it could not read."""
         for name in self.storage.names(self.folder):
             if name in (STOP, META) or name.endswith((f".{UNREAD}", f".{WAITING}")):
-                self.storage.remove(self.uri(name))
+                self.storage.remove_file(self.uri(name))
 
     def save(self, checkpoint: ShardCheckpoint) -> None:
-        """Write the checkpoint of a finished shard and delete its progress."""
-        self.write(file_name(checkpoint.shard), asdict(checkpoint))
-        self.storage.remove(self.uri(file_name(checkpoint.shard, "progress")))
+        """Write the checkpoint of a finished shard, its moments before it, and delete its progress."""
+        shard, content = checkpoint.shard, asdict(checkpoint)
+        if checkpoint.moments is not None:
+            self.write(moments_name(shard), content.pop("moments"))
+            content["has_moments"] = True
+        self.write(file_name(shard), content)
+        self.storage.remove_file(self.uri(file_name(shard, PROGRESS)))
 
     def save_progress(self, shard: str, samples: int) -> None:
         """Write how many samples of an unfinished shard were read; a failure to write it is ignored."""
         with contextlib.suppress(TableError):
-            self.write(file_name(shard, "progress"), samples)
-
-    def poll(self, shards: Sequence[str], finished: dict[str, ShardCheckpoint]) -> int:
-        """Add newly finished shards to `finished` and return the samples read so far, unfinished shards included.
-
-        Fragments and moments are dropped from what is added, so that its size does not grow with the rows.
-        """
-        names = set(self.storage.names(self.folder))
-        unfinished = 0
-        for shard in shards:
-            if shard in finished:
-                continue
-            if file_name(shard, UNREAD) in names:
-                finished[shard] = ShardCheckpoint(shard, unread="unread")
-                continue
-            if file_name(shard) in names:
-                if (checkpoint := self.load(shard)) is not None:
-                    checkpoint.fragments, checkpoint.reject_fragments, checkpoint.moments = [], [], None
-                    finished[shard] = checkpoint
-            elif file_name(shard, "progress") in names:
-                unfinished += self.read(file_name(shard, "progress")) or 0
-        return unfinished + sum(checkpoint.samples for checkpoint in finished.values())
-
-    def waits(self) -> list[str]:
-        """Return what workers wait for, as they tell it."""
-        names = self.storage.names(self.folder)
-        return [text for name in names if name.endswith(f".{WAITING}") if (text := self.read(name))]
+            self.write(file_name(shard, PROGRESS), samples)
 
     def read(self, name: str) -> Any:
         """Return the content of a JSON file of the run, or None if it does not exist or was not written whole."""
@@ -168,7 +160,13 @@ class Checkpoints:
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file of the run atomically."""
-        self.storage.write_json(self.uri(name), content)
+        self.storage.write_text(self.uri(name), json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+
+    def read_many(self, names: Sequence[str]) -> Iterator[Any]:
+        """Yield the contents of JSON files of the run, each as `read` returns it."""
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:
+            for start in range(0, len(names), BATCH_SHARDS):
+                yield from pool.map(self.read, names[start : start + BATCH_SHARDS])
 
     def remove(self) -> None:
         """Delete all files of the run, the plan first, so that a run that is stopped meanwhile is not resumed."""
@@ -190,6 +188,11 @@ def not_finished(uri: str, finished: int, shards: int) -> TableError:
 def file_name(shard: str, extension: str = "json") -> str:
     """Return the name of a shard's file in the checkpoint folder: a hash of the shard's name."""
     return f"{hashlib.sha256(shard.encode()).hexdigest()[:24]}.{extension}"
+
+
+def moments_name(shard: str) -> str:
+    """Return the name of the file of a shard's moments: in a folder of its own, which nobody lists."""
+    return f"moments/{file_name(shard, 'txt')}"
 
 
 @dataclass(slots=True)
@@ -251,3 +254,37 @@ class SampleCounts:
 def _reasons(counts: Counter[str], example: str = "") -> str:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
     return f" ({reasons}{f'; for example {example}' if example else ''})" if counts else ""
+
+
+class Watch:
+    """Adds up the checkpoints of a run as they appear: each is read once, and a shard costs a few hundred bytes."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        """Take the shards of the run; nothing is read before `look`."""
+        self.counts = SampleCounts()
+        """Of the finished shards."""
+        self.samples = 0
+        """Samples read so far, those of unfinished shards included."""
+        self.waits: list[str] = []
+        """What workers wait for, as they tell it."""
+        self._unfinished = {file_name(shard, ""): shard for shard in shards}
+
+    def look(self, checkpoints: Checkpoints) -> None:
+        """List the folder once, and read what is new in it."""
+        names = checkpoints.storage.names(checkpoints.folder)
+        self.waits = [text for text in checkpoints.read_many(_ending(names, WAITING)) if text]
+        for name in _ending(names, UNREAD):
+            if (shard := self._unfinished.pop(name.removesuffix(UNREAD), None)) is not None:
+                self.counts.add(ShardCheckpoint(shard, unread="unread"))
+        new = [name for name in _ending(names, "json") if name.removesuffix("json") in self._unfinished]
+        for name, content in zip(new, checkpoints.read_many(new), strict=True):
+            with contextlib.suppress(TypeError):  # None, or of another version of the software
+                self.counts.add(ShardCheckpoint(**content))
+                del self._unfinished[name.removesuffix("json")]
+        running = [name for name in _ending(names, PROGRESS) if name.removesuffix(PROGRESS) in self._unfinished]
+        read = sum(samples or 0 for samples in checkpoints.read_many(running))
+        self.samples = read + self.counts.samples
+
+
+def _ending(names: Sequence[str], extension: str) -> list[str]:
+    return [name for name in names if name.endswith(f".{extension}")]

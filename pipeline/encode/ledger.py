@@ -16,7 +16,7 @@ from pipeline.sources.ranges import SampleRange
 from pipeline.sources.read import shard_identity
 from pipeline.sources.sample import ReadOptions
 
-LOOKUP_THREADS, LOOKUP_SECONDS = 16, 5.0
+LOOKUP_THREADS, LOOKUP_BATCH, LOOKUP_SECONDS = 16, 1024, 5.0
 RANGE = re.compile(r"#\d+-\d+$")
 
 
@@ -45,8 +45,13 @@ def identity_to_read(shard: str, options: ReadOptions) -> str:
 
 def shard_identities(shards: Sequence[str], options: ReadOptions) -> list[str]:
     """Return the identities of shards as of now."""
+    identities: list[str] = []
     with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
-        return list(pool.map(lambda shard: content_identity(shard, options), shards))
+        # A call that waits for its thread takes two kilobytes.
+        for start in range(0, len(shards), LOOKUP_BATCH):
+            batch = shards[start : start + LOOKUP_BATCH]
+            identities += pool.map(lambda shard: content_identity(shard, options), batch)
+    return identities
 
 
 def shards_to_read(

@@ -1,7 +1,8 @@
 """Monitor an encode run through its checkpoints: show progress, and stop it once too many samples are rejected."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from index.background import repeat
 from index.errors import OutOfReachError
 from index.reach import log_wait
 from index.terminal import Progress
-from pipeline.encode.checkpoints import STOP, SampleCounts, ShardCheckpoint
+from pipeline.encode.checkpoints import STOP, SampleCounts, Watch
 from pipeline.encode.job import EncodeJob
 
 POLL_SECONDS = 0.5
+PAUSE = 10
+"""Listing a folder of many files takes long: no more than a tenth of the time is spent on looking."""
 MIN_REJECTS_TO_STOP = 1000
 """A run is never stopped early for fewer rejects."""
 
@@ -23,25 +26,22 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
 
     `samples` is the number of samples to read; None estimates it from the finished shards and never stops the run.
     """
-    shards, finished = job.config.shards, dict[str, ShardCheckpoint]()
+    shards, watch = len(job.config.shards), Watch(job.config.shards)
     # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
-    storage = replace(job.runtime.storage, patience=0.0)
-    checkpoints = replace(job.checkpoints, storage=storage)
-    with Progress("encode", total=samples, unit="images", log=log, done=job.checkpoints.poll(shards, finished)) as bar:
+    checkpoints = replace(job.checkpoints, storage=replace(job.runtime.storage, patience=0.0))
+    watch.look(job.checkpoints)
+    with Progress("encode", total=samples, unit="images", log=log, done=watch.samples) as bar:
 
         def show() -> None:
-            waits = checkpoints.waits()
-            for text in waits:
+            watch.look(checkpoints)
+            for text in watch.waits:
                 log_wait(text)
-            done = checkpoints.poll(shards, finished)
-            counts = SampleCounts()
-            for checkpoint in finished.values():
-                counts.add(checkpoint)
-            if samples is None and finished:
-                bar.expect(max(done, round(counts.samples / len(finished) * len(shards))))
-            elif samples is not None and (done > samples or len(finished) == len(shards)):
+            done, counts = watch.samples, watch.counts
+            if samples is None and counts.shards:
+                bar.expect(max(done, round(counts.samples / counts.shards * shards)))
+            elif samples is not None and (done > samples or counts.shards == shards):
                 bar.expect(done)
-            _advance(bar, done, counts, len(shards), waits)
+            _advance(bar, done, counts, shards, watch.waits)
             if samples is not None:
                 _stop_if_hopeless(job, samples, counts)
 
@@ -50,12 +50,27 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
                 show()
 
         try:
-            with repeat(POLL_SECONDS, look):
+            with repeat(POLL_SECONDS, _seldom(look)):
                 yield
         except Exception:
             look()
             raise
         look()
+
+
+def _seldom(look: Callable[[], None]) -> Callable[[], None]:
+    """Return a call that is skipped until `PAUSE` times as long as the last one took has passed."""
+    earliest = 0.0
+
+    def call() -> None:
+        nonlocal earliest
+        began = time.monotonic()
+        if began >= earliest:
+            look()
+            ended = time.monotonic()
+            earliest = ended + PAUSE * (ended - began)
+
+    return call
 
 
 def _advance(bar: Progress, done: int, counts: SampleCounts, shards: int, waits: list[str]) -> None:

@@ -41,10 +41,11 @@ class RunOutcome:
 def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
     """Add up the checkpoints of a run; raises TableError if a shard has none and the run is not published yet."""
     outcome, shards = RunOutcome(), job.config.shards
-    for checkpoint in job.checkpoints.load_all(shards):
+    options = job.sample_options  # it looks through the names of all shards
+    for checkpoint in job.checkpoints.load_all(shards, moments=False):
         checkpoint.check()
         outcome.counts.add(checkpoint)
-        outcome.entries.append(_entry(job, checkpoint))
+        outcome.entries.append(_entry(checkpoint, job.run_id, options))
         outcome.reject_fragments += checkpoint.reject_fragments
         if checkpoint.fragments:
             outcome.files[checkpoint.shard] = [file["path"] for each in checkpoint.fragments for file in each["files"]]
@@ -103,7 +104,8 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
             f"{table.version - 1} of the table, or delete it, and rerun the same command"
         )
     uncounted = _entries_from_rows(job, table, outcome.uncounted_shards)
-    add_entries(table, [*([] if read_ledger(table) else recorded), *outcome.entries, *uncounted])
+    present = read_ledger(table)
+    add_entries(table, [*([] if present else recorded), *outcome.entries, *uncounted], present)
     return table
 
 
@@ -185,12 +187,12 @@ def _entries_from_rows(job: EncodeJob, table: Table, shards: list[str]) -> list[
     return [replace(entry, run_id=job.run_id) for entry in found]
 
 
-def _entry(job: EncodeJob, checkpoint: ShardCheckpoint) -> LedgerEntry:
+def _entry(checkpoint: ShardCheckpoint, run_id: str, options: str) -> LedgerEntry:
     return LedgerEntry(
         shard=checkpoint.shard,
         identity=checkpoint.identity,
-        options=job.sample_options,
-        run_id=job.run_id,
+        options=options,
+        run_id=run_id,
         samples=checkpoint.samples,
         rows=checkpoint.rows,
         rejected=checkpoint.rejected,

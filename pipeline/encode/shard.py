@@ -92,7 +92,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
 
 def finished_shard(job: EncodeJob, shard: str) -> ShardCheckpoint | None:
     """Return the checkpoint of a shard if it still holds: the shard has not changed since, and its files exist."""
-    checkpoint, storage = job.checkpoints.load(shard), job.runtime.storage
+    checkpoint, storage = job.checkpoints.load(shard, moments=True), job.runtime.storage
     if checkpoint is None or content_identity(shard, job.read_options) not in ("", checkpoint.identity):
         return None
     written = {job.uri: checkpoint.fragments, rejects_uri(job.uri): checkpoint.reject_fragments}
