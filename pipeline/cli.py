@@ -61,6 +61,11 @@ def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     num_samples: Annotated[int, TOTAL, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
     image_size: ImageSizeOption = 32,
+    num_backgrounds: Annotated[
+        int,
+        Range(1, 33),
+        typer.Option(metavar="N", help="Backgrounds; each has 4,320 captions, named from the second on."),
+    ] = 1,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +79,10 @@ def demo_data(
     print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
-    _print_report(str(out), write_demo_data(out, num_samples=num_samples, image_size=image_size, seed=seed), as_json)
+    report = write_demo_data(
+        out, num_samples=num_samples, image_size=image_size, seed=seed, num_backgrounds=num_backgrounds
+    )
+    _print_report(str(out), report, as_json)
 
 
 @app.command(cls=Command)
