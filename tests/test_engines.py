@@ -285,13 +285,17 @@ class JobService:
         """Yield the options of each command and what is killed in it: a worker, the service with each environment."""
         in_command = ["--runner", "PortableRunner", "--", f"--job_endpoint=localhost:{self.port}"]
         in_pool = [*in_command, "--environment_type=EXTERNAL", f"--environment_config={self.pool_address}"]
-        in_command += ["--environment_type=LOOPBACK"]
-        yield in_pool, [lambda: psutil.Process(self.pool.pid).children(recursive=True)[-1].kill()]
-        yield in_command, [self.service.kill]
-        self.start()
+        yield in_pool, [self.kill_workers]
         yield in_pool, [self.service.kill]
+        self.kill_workers()  # one without its service may finish all shards before the next command starts
+        self.start()
+        yield [*in_command, "--environment_type=LOOPBACK"], [self.service.kill]
         self.start()
         yield in_pool, []
+
+    def kill_workers(self) -> None:
+        for process in psutil.Process(self.pool.pid).children(recursive=True):
+            process.kill()
 
 
 class DaskCluster:
