@@ -9,7 +9,8 @@
 
 Prints one JSON line per stage, and keeps them in WORK/stages.jsonl: a bench that was killed goes on with the stage that
 it was in, when it is typed again. A line has the seconds of the command and, as `work_seconds`, those that its own
-report gives, without that of Python; rows per second; of encode also `midway_per_second`, between one fifth and four
+report gives, without the start of Python; `cpu_seconds`, which other load on the machine changes less; rows per
+second; of encode also `midway_per_second`, between one fifth and four
 fifths of the rows, without the start of the workers; the peak of the memory (sum over the command's processes,
 sampled); and of a table the bytes per row on disk, by column and by kind of file. The last line compares with
 `--baseline`, the WORK of a smaller size: seconds per row of each stage here over there (1 is a cost that grows with the
@@ -20,6 +21,7 @@ rows alone), seconds that should not grow with rows at all, and the rate of sear
 
 import argparse
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -62,10 +64,11 @@ class Bench:
             line: dict[str, Any] = {"stage": name, "rows": self.rows, "count": count, "resumed": began.exists()}
             if not line["resumed"]:
                 began.touch()
-            start, peak = time.perf_counter(), 0
+            start, cpu, peak = time.perf_counter(), cpu_seconds(), 0
             for command in commands:
                 peak = max(peak, run(command, self.work))
             line["seconds"] = round(time.perf_counter() - start, 2)
+            line["cpu_seconds"] = round(cpu_seconds() - cpu, 2)
             line["peak_mib"] = round(peak / 2**20)
             line |= {"commands": commands} | measure()
             line["per_second"] = round(count / (line.get("work_seconds") or line["seconds"]), 2)
@@ -109,6 +112,12 @@ def run(command: str, folder: Path) -> int:
     if code:
         raise SystemExit(f"error: `{command}` failed with exit code {code}: see {folder / 'output.log'}")
     return peak[0]
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of all commands so far, those of their own processes included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(process: subprocess.Popen, peak: list[int]) -> None:
@@ -244,20 +253,23 @@ def _forget(bench: Bench, stage: str, *folders: Path) -> None:
 def growth(small: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Compare the stages of two sizes."""
 
-    def per_row(line: dict[str, Any]) -> float:
-        if midway := line.get("midway_per_second"):
-            return float(1 / midway)
-        return float((line.get("work_seconds") or line["seconds"]) / line["count"])
-
-    def constant(line: dict[str, Any], name: str) -> float:
-        return float(line[name])
+    def per_row(name: str, measure: str) -> float:
+        lines = [small[name], large[name]]
+        if measure == "seconds" and all("midway_per_second" in line for line in lines):
+            return round(lines[0]["midway_per_second"] / lines[1]["midway_per_second"], 3)
+        costs = [(line.get("work_seconds") if measure == "seconds" else None) or line[measure] for line in lines]
+        return round(costs[1] / large[name]["count"] / (costs[0] / small[name]["count"]), 3)
 
     return {
         "rows": [small["encode"]["rows"], large["encode"]["rows"]],
-        "seconds_per_row": {name: round(per_row(large[name]) / per_row(small[name]), 3) for name in PER_ROW},
+        "seconds_per_row": {name: per_row(name, "seconds") for name in PER_ROW},
+        "cpu_seconds_per_row": {name: per_row(name, "cpu_seconds") for name in PER_ROW if "cpu_seconds" in small[name]},
         "seconds": {
-            f"{stage} {name}": round(constant(large[stage], name) / constant(small[stage], name), 3)
-            for stage, name in CONSTANT.items()
+            f"{stage} {name}": round(large[stage][name] / small[stage][name], 3) for stage, name in CONSTANT.items()
+        },
+        "cpu_seconds": {
+            stage: round(large[stage]["cpu_seconds"] / small[stage]["cpu_seconds"], 3)
+            for stage in ("inspect", "fit", "evaluate")
         },
         "queries_per_second": round(large["index"]["queries_per_second"] / small["index"]["queries_per_second"], 3),
         "peak_mib": {name: round(large[name]["peak_mib"] / small[name]["peak_mib"], 2) for name in large},
