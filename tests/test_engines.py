@@ -17,13 +17,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import apache_beam as beam
 import lance
 import psutil
 import pytest
 
+from index.errors import TableError
 from index.table.storage import Storage
 from index.table.table import Table, open_table
+from pipeline.beam import runner
 from pipeline.beam.layout import Layout
+from pipeline.config import RuntimeConfig
 from pipeline.demo.shapes import write_demo_data
 
 pytestmark = pytest.mark.slow
@@ -146,8 +150,8 @@ def start_encode(image_encoder, text_encoder, tmp_path):
 def encode_on(shapes, start_encode, tmp_path):
     """A function that runs `pipeline encode` with a Beam runner and returns the table."""
 
-    def run(runner: str, *beam_options: str) -> Table:
-        process = start_encode(shapes, "--runner", runner, "--", *beam_options)
+    def run(name: str, *beam_options: str) -> Table:
+        process = start_encode(shapes, "--runner", name, "--", *beam_options)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert not list(tmp_path.glob("*.encode")), "checkpoints were not deleted"
@@ -240,6 +244,19 @@ def build(pipeline, uri, folder):
 
 
 # Engines that die.
+
+
+def test_a_dask_scheduler_whose_workers_are_all_dead_is_not_waited_for_forever(dask, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "DASK_POLL_MILLISECONDS", 500)
+    for worker in dask.workers:
+        _stop(worker)
+    runtime = RuntimeConfig(beam_options=(f"--runner={DASK}", f"--dask_client_address={dask.address}"))
+    with pytest.raises(TableError, match=r"t\.lance is not finished: .*the scheduler has no workers.*rerun the same"):
+        runner.run_beam(
+            lambda pipeline: pipeline | beam.Create([1]) | beam.Map(str), runtime, "t.lance", memory_advice="none"
+        )
+
+
 # Engines that die.
 
 
@@ -325,13 +342,13 @@ class DaskCluster:
 
     def runs(self) -> Iterator[Run]:
         """Yield the options of each command and what is killed in it; the workers' shards are done by the others."""
-        runner = ["--runner", DASK, "--"]
+        dask = ["--runner", DASK, "--"]
         worker, _, nanny = self.workers
-        yield [*runner, f"--dask_client_address={self.address}"], [worker.kill, nanny.kill, self.scheduler.kill]
+        yield [*dask, f"--dask_client_address={self.address}"], [worker.kill, nanny.kill, self.scheduler.kill]
         for process in self.workers:
             _stop(process)
         self.start()
-        yield [*runner, f"--dask_client_address={self.address}"], []
+        yield [*dask, f"--dask_client_address={self.address}"], []
 
 
 def wait_until_answers(port: int, process: subprocess.Popen, *, timeout: float = 60) -> None:
