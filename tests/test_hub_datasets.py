@@ -10,7 +10,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loopback_datasets import TOKEN, LoopbackHub
+from loopback_hub import TOKEN, serve
 from PIL import Image
 
 from index.errors import SourceError, TableError
@@ -48,29 +48,10 @@ def tar(numbers) -> bytes:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on loopback that this process takes for the hub, with empty caches."""
-    import datasets
-    from huggingface_hub import HfFileSystem, constants
-
-    server = LoopbackHub()
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", server.url + template, raising=False
-    )
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-    monkeypatch.setattr(
-        datasets.config, "HUB_DATASETS_URL", server.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
-    )
     monkeypatch.setattr("index.reach.LISTING_SECONDS", 0.0)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    forget()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
-    HfFileSystem._cache.clear()
+    with serve(monkeypatch, tmp_path / "home") as hub:
+        forget()
+        yield hub
     hub_files.cache_clear()
 
 
@@ -108,14 +89,15 @@ def captions(shards, options=None) -> list[str]:
     ],
 )
 def test_every_form_of_a_name_is_pinned_to_its_commit(hub, source, found):
-    repository = hub.add("org/name")
-    old = repository.commit({"data/a.parquet": parquet([0])}, branch="v1")
-    new = repository.commit({"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1]), "README.md": b"words"})
+    old = hub.commit_data("org/name", {"data/a.parquet": parquet([0])}, branch="v1")
+    new = hub.commit_data(
+        "org/name", {"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1]), "README.md": b"words"}
+    )
     commit = old if found == "a" else new
     shards = list_shards([source])
     assert shards == [f"hf://datasets/org/name@{commit}/data/{name}.parquet" for name in found]
     assert commits_of(shards) == {"org/name": commit}
-    repository.commit({})
+    hub.commit_data("org/name", {})
     forget()
     assert captions(shards) == [f"image {'ab'.index(name)}" for name in found]
     assert [count_samples(shard) for shard in shards] == [1] * len(found)
@@ -137,7 +119,7 @@ def test_configurations_and_splits_of_a_readme(hub):
         "z/0.tar": tar([2, 3]),
         "README.md": readme.encode(),
     }
-    hub.add("org/name", files)
+    hub.commit_data("org/name", files)
     assert captions(list_shards(["hf:org/name?name=one"])) == ["image 0"]
     assert captions(list_shards(["hf:org/name?name=one&split=test"])) == ["image 1"]
     assert captions(list_shards(["hf:org/name?name=two"])) == ["image 2", "image 3"]
@@ -151,7 +133,7 @@ def test_configurations_and_splits_of_a_readme(hub):
 
 
 def test_every_row_of_a_webdataset_repository(hub):
-    hub.add("org/name", {f"{n}.tar": tar(range(50 * n, 50 * n + 50)) for n in range(2)})
+    hub.commit_data("org/name", {f"{n}.tar": tar(range(50 * n, 50 * n + 50)) for n in range(2)})
     shards = list_shards(["hf:org/name"])
     forget()
     assert captions(shards) == [f"image {n}" for n in range(100)]
@@ -161,7 +143,7 @@ def test_an_image_folder_is_cut_into_ranges_that_are_listed_once(hub, monkeypatc
     monkeypatch.setattr("pipeline.sources.ranges.SAMPLES_PER_RANGE", 20)
     lines = "\n".join(json.dumps({"file_name": f"{n:03}.png", "text": f"image {n}"}) for n in range(50))
     images = {f"train/{n:03}.png": png(n) for n in range(50)}
-    commit = hub.add("org/name").commit({**images, "train/metadata.jsonl": lines.encode()})
+    commit = hub.commit_data("org/name", {**images, "train/metadata.jsonl": lines.encode()})
     shards = list_shards(["hf:org/name"])
     folder = f"hf://datasets/org/name@{commit}/train"
     assert shards == [f"{folder}#{part}" for part in ("0-20", "20-40", "40-50")]
@@ -175,7 +157,7 @@ def test_an_image_folder_is_cut_into_ranges_that_are_listed_once(hub, monkeypatc
 
 def test_other_formats_are_streamed_by_datasets(hub):
     rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
-    hub.add("org/name", {"0.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    hub.commit_data("org/name", {"0.jsonl": "\n".join(map(json.dumps, rows)).encode()})
     (shard,) = list_shards(["hf:org/name"])
     assert shard.endswith("&shard=0/1")
     assert captions([shard]) == ["a", "b"]
@@ -188,7 +170,7 @@ def test_other_formats_are_streamed_by_datasets(hub):
 def test_a_column_of_urls_is_explained(hub, name):
     data = io.BytesIO()
     pq.write_table(pa.table({name: ["https://host/a.jpg"] * 3, "text": ["a", "b", "c"]}), data)
-    hub.add("org/name", {"a.parquet": data.getvalue()})
+    hub.commit_data("org/name", {"a.parquet": data.getvalue()})
     (shard,) = list_shards(["hf:org/name"])
     with pytest.raises(
         SourceError,
@@ -212,7 +194,7 @@ def test_paths_of_urls_are_explained(tmp_path, bytes_type):
 def test_only_columns_that_are_needed_are_fetched(hub):
     data = parquet(range(20), other=pa.array([os.urandom(500_000) for _ in range(20)]))
     assert len(data) > 10_000_000
-    hub.add("org/name", {"a.parquet": data})
+    hub.commit_data("org/name", {"a.parquet": data})
     (shard,) = list_shards(["hf:org/name"])
     hub.requests.clear()
     assert len(captions([shard])) == 20
@@ -223,7 +205,7 @@ def test_only_columns_that_are_needed_are_fetched(hub):
 def test_ten_thousand_shards_cost_few_api_calls(hub):
     """Listing and identities in the driver, reading in workers that have listed nothing."""
     data = {f"data/{n:05}.tar": tar([n]) for n in range(10_000)}
-    hub.add("org/name", data)
+    hub.commit_data("org/name", data)
     shards = list_shards(["hf:org/name"])
     assert len(shards) == 10_000
     identities = [shard_identity(shard) for shard in shards]
@@ -246,23 +228,23 @@ def rows(table) -> Counter:
 
 def test_append_adds_what_the_hub_has_new(hub, encode_shapes, tmp_path):
     files = {"data/a.parquet": parquet(range(10))}
-    repository = hub.add("org/name", {**files, "README.md": b"one"})
+    hub.commit_data("org/name", {**files, "README.md": b"one"})
     source, table = "hf:org/name", tmp_path / "t.lance"
     assert rows(encode_shapes(source, table).table).total() == 10
 
-    repository.commit({**files, "README.md": b"two"})
+    hub.commit_data("org/name", {**files, "README.md": b"two"})
     added = encode_shapes(source, table, append=True)
     assert (added.report["rows"], added.report["shards_already_present"], added.already_complete) == (0, 1, True)
     again = encode_shapes(source, table)
     assert (again.already_complete, again.report["warnings"]) == (True, [])
 
     files["data/b.parquet"] = parquet(range(10, 14))
-    repository.commit(files)
+    hub.commit_data("org/name", files)
     added = encode_shapes(source, table, append=True)
     assert (added.report["rows"], added.report["shards_already_present"]) == (4, 1)
 
     files["data/a.parquet"] = parquet(range(2, 12))
-    repository.commit(files)
+    hub.commit_data("org/name", files)
     added = encode_shapes(source, table, append=True)
     assert (added.report["rows"], added.report["shards_already_present"]) == (0, 1)
     assert added.report["already_present"] == 10
@@ -274,8 +256,7 @@ def test_an_interrupted_run_goes_on_at_its_own_commit(hub, encode_shapes, tmp_pa
     from pipeline.encode import graph
 
     files = {f"data/train-{n:05}-of-00002.parquet": parquet(range(10 * n, 10 * n + 10)) for n in range(2)}
-    repository = hub.add("org/name")
-    first = repository.commit(files)
+    first = hub.commit_data("org/name", files)
     write_shard = graph.write_shard
 
     def write_first_only(job, shard, duplicates):
@@ -289,7 +270,7 @@ def test_an_interrupted_run_goes_on_at_its_own_commit(hub, encode_shapes, tmp_pa
     monkeypatch.setattr(graph, "write_shard", write_shard)
     (plan,) = (tmp_path / "t.encode").glob("*/plan.json")
     assert first in plan.read_text()
-    repository.commit({"data/train-00000-of-00001.parquet": parquet(range(50, 53))})
+    hub.commit_data("org/name", {"data/train-00000-of-00001.parquet": parquet(range(50, 53))})
     with pytest.raises(TableError, match="holds an unfinished run with other options"):
         encode_shapes("hf:org/name?name=default", tmp_path / "t.lance")
     resumed = encode_shapes("hf:org/name", tmp_path / "t.lance")
@@ -302,9 +283,10 @@ def test_an_interrupted_run_of_a_table_that_was_deleted_begins_anew(hub, encode_
     from pipeline.encode import graph
 
     files = {f"{n}.parquet": parquet(range(10 * n, 10 * n + 10)) for n in range(2)}
-    repository, table = hub.add("org/name", {"0.parquet": files["0.parquet"]}), tmp_path / "t.lance"
+    table = tmp_path / "t.lance"
+    hub.commit_data("org/name", {"0.parquet": files["0.parquet"]})
     encode_shapes("hf:org/name", table)
-    repository.commit(files)
+    hub.commit_data("org/name", files)
 
     def fail(job, shard, duplicates):
         raise KeyError("worker failure")
@@ -325,15 +307,15 @@ def test_an_interrupted_run_of_a_table_that_was_deleted_begins_anew(hub, encode_
 @pytest.mark.parametrize(
     ("options", "token", "message"),
     [
-        ({"private": True}, "", "no such dataset, or it is private: check the name, or log in with `hf auth login`"),
-        ({"private": True}, "hf_wrong", "the hub refuses your access token: log in"),
-        ({"gated": True}, "", "it is gated: ask for access at http://.*/datasets/org/name, then log in"),
+        ({"is_private": True}, "", "no such dataset, or it is private: check the name, or log in with `hf auth login`"),
+        ({"is_private": True}, "hf_wrong", "the hub refuses your access token: log in"),
+        ({"is_gated": True}, "", "it is gated: ask for access at http://.*/datasets/org/name, then log in"),
         ({"kind": "models"}, "", "it is a model, and a dataset is needed"),
         ({"kind": "models"}, TOKEN, "it is a model, and a dataset is needed"),
     ],
 )
 def test_a_refusal_says_what_it_is_and_what_to_do(hub, monkeypatch, source, options, token, message):
-    hub.add("org/name", {"data/a.parquet": parquet([0])}, **options)
+    hub.commit("org/name", {"data/a.parquet": parquet([0])}, **{"kind": "datasets", **options})
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(SourceError, match=message) as caught:
@@ -349,9 +331,9 @@ def test_a_missing_dataset_with_a_good_token(hub, monkeypatch, source):
         list_shards([source])
 
 
-@pytest.mark.parametrize("options", [{"private": True}, {"gated": True}])
+@pytest.mark.parametrize("options", [{"is_private": True}, {"is_gated": True}])
 def test_a_token_opens_private_and_gated_datasets_and_is_in_no_name(hub, monkeypatch, options):
-    hub.add("org/name", {"data/a.parquet": parquet([0])}, **options)
+    hub.commit("org/name", {"data/a.parquet": parquet([0])}, **{"kind": "datasets", **options})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     shards = list_shards(["hf:org/name"])
     assert captions(shards) == ["image 0"]
@@ -359,7 +341,7 @@ def test_a_token_opens_private_and_gated_datasets_and_is_in_no_name(hub, monkeyp
 
 
 def test_a_missing_revision_offline_and_down(hub, monkeypatch):
-    hub.add("org/name", {"data/a.parquet": parquet([0])})
+    hub.commit_data("org/name", {"data/a.parquet": parquet([0])})
     with pytest.raises(SourceError, match="has no revision 'v9': use one of its branches, tags or commits"):
         list_shards(["hf:org/name@v9"])
     hub.fault = 503
@@ -378,12 +360,12 @@ def test_a_missing_revision_offline_and_down(hub, monkeypatch):
     "path", ["/api/datasets/org/name", "/api/datasets/org/name/tree", "/datasets/org/name/resolve"]
 )
 def test_one_refusal_of_the_hub_is_waited_for(hub, monkeypatch, source, path):
-    hub.add("org/name", {"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1])})
+    hub.commit_data("org/name", {"data/a.parquet": parquet([0]), "data/b.parquet": parquet([1])})
     monkeypatch.setattr("index.reach.LISTING_SECONDS", 10.0)
     monkeypatch.setattr("index.reach.FIRST_PAUSE", 0.01)
-    hub.faults.append(path)
+    hub.faults.append((path, 503))
     shards = list_shards([source])
-    hub.faults += ["/datasets/org/name/resolve"]
+    hub.faults.append(("/datasets/org/name/resolve", 503))
     forget()
     assert captions(shards) == ["image 0", "image 1"]
 
@@ -413,7 +395,7 @@ def test_a_path_in_another_kind_of_repository_is_explained(hub, source):
 
 
 def test_keys_of_rows_are_named_after_their_file(hub):
-    hub.add("org/name", {"a.parquet": parquet([0])})
+    hub.commit_data("org/name", {"a.parquet": parquet([0])})
     (sample,) = read_samples(list_shards(["hf:org/name"])[0], ReadOptions())
     assert isinstance(sample, Sample)
     assert sample.key == "a/00000000"

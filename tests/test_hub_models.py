@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from loopback_models import OTHER_TOKEN, TOKEN, serve
+from loopback_hub import OTHER_TOKEN, TOKEN, serve
 
 from index import reach
 from index.build.build_index import BuildConfig, build_index
@@ -179,7 +179,7 @@ def test_what_is_wrong_and_what_to_type_is_said_uncut(hub, typed, said):
     hub.commit("org/ema", {"config.json": b"{}", "diffusion_pytorch_model.non_ema.safetensors": b"x"})
     hub.commit("org/single", {"config.json": b"{}", "sd15.safetensors": b"x"})
     hub.commit("org/readme", {"README.md": b"x"})
-    hub.datasets.add("org/data")
+    hub.commit_data("org/data", {})
     with pytest.raises(EncoderError, match=re.escape(said)) as raised:
         find_encoder(typed, "image")
     assert "\n" not in str(raised.value)
@@ -306,7 +306,7 @@ RUN = {
 
 def test_of_a_run_what_is_sampled_with_is_fetched(hub):
     first = hub.commit("org/run", RUN)
-    hub.models["org/run"].refs["v1"] = first
+    hub.repositories["org/run"].refs["v1"] = first
     folder = find_run("org/run")
     unread = ("log.jsonl", "samples.png", "report/index.html", "checkpoints/step-5/state.safetensors")
     assert fetched(hub) == sorted(set(RUN) - set(unread))
@@ -336,7 +336,7 @@ def test_what_is_wrong_with_a_run_is_said(hub, typed, said):
     hub.commit("org/vae", VAE)
     hub.commit("org/run", RUN)
     hub.commit("org/gated", RUN, is_gated=True)
-    hub.datasets.add("org/data")
+    hub.commit_data("org/data", {})
     with pytest.raises(RunError, match=re.escape(said)):
         find_run(typed)
 

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ConnectionClosedError
 
 from index.errors import TableError
+from index.reach import is_store_failure
 from index.table import lease as lease_module
 from index.table import lock as lock_module
 from index.table.lease import ConflictError, Lease, OtherObject, Stored, lease_of
@@ -472,6 +474,39 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_another_holder(step):
     held.check()
     held.check()
     assert Lease(place, {"token": "b"}, 60.0).acquire() is not None
+
+
+def test_a_store_that_is_away_when_a_lease_is_taken_is_waited_for(monkeypatch):
+    place, failures = FakeObject(), [ConnectionResetError("reset"), ConnectionResetError("reset")]
+    write = place.write
+
+    def lost(content: bytes, etag: str | None) -> str:
+        """Write, and lose the answer, while there are failures left."""
+        tag = write(content, etag)
+        if failures:
+            raise failures.pop()
+        return tag
+
+    place.write = lost
+    monkeypatch.setattr("index.reach.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(lock_module, "lease_of", lambda *_, record, seconds: Lease(place, record, seconds))
+    with hold_lock("s3://bucket/t.lance", Storage.of(KEYS)) as held:
+        assert json.loads(place.stored.content)["token"] == held.token
+        assert len(failures) == 1
+        held.check()
+
+
+def test_a_connection_that_breaks_is_an_error_of_the_store():
+    class Files:
+        def split_path(self, path):
+            return "bucket", path, None
+
+        def call_s3(self, *_, **__):
+            raise ConnectionClosedError(endpoint_url="http://store")
+
+    with pytest.raises(OSError, match="Connection was closed") as caught:
+        lease_module.S3Object(Files(), "t.lock").write(b"", None)
+    assert is_store_failure(caught.value)
 
 
 def test_the_clock_of_a_machine_decides_nothing(clock):

@@ -178,6 +178,9 @@ class Lease:
     def acquire(self) -> Stored | None:
         """Take the lease if it is free or has expired; return None, or the lease of another holder."""
         stored = self._place.read()
+        if stored is not None and self._is_ours(stored):
+            self._adopt(stored)
+            return None
         if stored is not None and not self.expired(stored):
             return stored
         try:
@@ -186,10 +189,13 @@ class Lease:
             now = self._place.read()
             if now is None or not self._is_ours(now):
                 return now or Stored(b"", "", 0.0)
-            # A write that was repeated because its answer was lost.
-            self._etag = now.etag
-            self._until = time.monotonic() + self._seconds - (now.age or 0.0) - CLOCK_STEP
+            self._adopt(now)
         return None
+
+    def _adopt(self, stored: Stored) -> None:
+        """Hold a lease that was taken by a write whose answer was lost."""
+        self._etag = stored.etag
+        self._until = time.monotonic() + self._seconds - (stored.age or 0.0) - CLOCK_STEP
 
     def check(self) -> None:
         """Renew the lease now; raises LeaseLostError if it is not held, or was not renewed within its seconds."""
@@ -278,7 +284,8 @@ def lease_of(files: Any, path: str, *, record: dict[str, Any], seconds: float) -
 def _code(error: BaseException | None) -> str | None:
     """Return the error code that S3 gave, of an exception or of what caused it."""
     while error is not None:
-        if code := getattr(error, "response", {}).get("Error", {}).get("Code"):
+        response = getattr(error, "response", None) or {}  # errors of a connection have None
+        if code := response.get("Error", {}).get("Code"):
             return str(code)
         error = error.__cause__
     return None

@@ -167,7 +167,7 @@ def _hold_lease(uri: str, record: dict[str, Any], storage: Storage) -> Iterator[
     place = lock_uri(uri)
     lease = lease_of(*storage.files(place), record=record, seconds=LEASE_SECONDS)
     try:
-        holder = lease.acquire()
+        holder = storage.reached(place, lease.acquire)
     except OSError as error:
         raise unwritable(place, error) from error
     if holder is not None:

@@ -98,10 +98,10 @@ class Storage:
         """Return whether there is a file or folder."""
         files, path = self.files(uri)
         if not uri.startswith(HTTP):
-            return bool(self._reached(uri, lambda: files.exists(path)))
+            return bool(self.reached(uri, lambda: files.exists(path)))
         try:
             # `exists` of fsspec says no for any failure.
-            self._reached(uri, lambda: files.info(path))
+            self.reached(uri, lambda: files.info(path))
         except FileNotFoundError as error:
             if is_denied(error):
                 return False
@@ -115,7 +115,7 @@ class Storage:
         """
         files, path = self.files(folder)
         try:
-            listed = self._reached(folder, lambda: files.ls(path, detail=False))
+            listed = self.reached(folder, lambda: files.ls(path, detail=False))
         except FileNotFoundError as error:
             self.check_bucket(folder, error)
             return []
@@ -138,7 +138,7 @@ class Storage:
         """Read a JSON file; None if there is none."""
         files, path = self.files(uri)
         try:
-            return json.loads(self._reached(uri, lambda: files.cat_file(path)))
+            return json.loads(self.reached(uri, lambda: files.cat_file(path)))
         except FileNotFoundError as error:
             if is_denied(error):
                 return None
@@ -155,7 +155,7 @@ class Storage:
                 write_text(Path(uri), text)
             else:
                 files, path = self.files(uri)
-                self._reached(uri, lambda: files.pipe_file(path, text.encode()))
+                self.reached(uri, lambda: files.pipe_file(path, text.encode()))
         except CoalescerError:
             raise
         except Exception as error:  # every object store has errors of its own
@@ -166,12 +166,12 @@ class Storage:
         files, path = self.files(uri)
         if self.exists(uri):
             try:
-                self._reached(uri, lambda: files.rm(path, recursive=True))
+                self.reached(uri, lambda: files.rm(path, recursive=True))
             except FileNotFoundError:
                 if self.exists(uri):  # the answer to an attempt that has deleted it may be lost
                     raise
 
-    def _reached(self, uri: str, call: Callable[[], T]) -> T:
+    def reached(self, uri: str, call: Callable[[], T]) -> T:
         """Return the result of a call, which is repeated while the store is away.
 
         Raises OutOfReachError if it stays away, earlier if it has never answered: its address may be wrong. Any other

@@ -14,7 +14,7 @@ from pipeline.beam.engine import (
     user_error,
 )
 from pipeline.beam.log import Unfinished, engine_log
-from pipeline.beam.workers import WorkerDied, num_local_workers, watch_workers
+from pipeline.beam.workers import WorkerDied, watch_workers
 from pipeline.config import RuntimeConfig
 
 DASK_POLL_MILLISECONDS = 10_000
@@ -40,7 +40,7 @@ def run_beam(
     options = check_engine(runtime)
     with engine_log(), monitor or contextlib.nullcontext():
         try:
-            with watch_workers(num_local_workers(options)), _new_pipeline(options) as pipeline:
+            with watch_workers(), _new_pipeline(options) as pipeline:
                 graph(pipeline)
                 _wait(pipeline.run())
         except WorkerDied:

@@ -1,17 +1,15 @@
 """The worker processes of Beam's local runner: notice that one died, and let none outlive the command.
 
-Beam itself waits for a dead worker forever. It starts all workers at once, and ends them one after another when it has
-finished; so if fewer live than there should be, and their number has not changed for a while, one of them died.
+Beam itself waits for a dead worker forever; what tells of it is the exception of the thread that looks after the
+worker. When a run has ended, Beam stops its workers one after another, and each may take a while: that is no death.
 """
 
 import contextlib
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -19,9 +17,10 @@ from index.background import repeat
 
 COMMAND = "sdk_worker_main"
 """Beam's module that a worker process runs, part of its command line."""
+THREAD = "run_worker"
+"""Beam's name of the thread that starts a worker process, waits for it and raises its exit code."""
 POLL_SECONDS, QUIET_SECONDS = 0.5, 5.0
-START_SECONDS = 120.0
-"""How long Beam may take before it starts its workers."""
+"""A run that goes on for so long after a worker has failed waits for it."""
 
 
 class WorkerDied(BaseException):
@@ -29,24 +28,32 @@ class WorkerDied(BaseException):
 
 
 class LocalWorkers:
-    """The `expected` worker processes of this process."""
+    """The worker processes of this process."""
 
-    def __init__(self, expected: int) -> None:
-        self.expected = expected
+    def __init__(self) -> None:
         self._seen: dict[int, psutil.Process] = {}
-        self._alive, self._since = 0, time.monotonic()
+        self._failed: float | None = None
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Learn of workers that exit with an error while the block runs."""
+        hook = threading.excepthook
+
+        def on_error(thrown: threading.ExceptHookArgs) -> None:
+            if thrown.thread is not None and thrown.thread.name == THREAD:
+                self._failed = self._failed or time.monotonic()
+            hook(thrown)
+
+        threading.excepthook = on_error
+        try:
+            yield
+        finally:
+            threading.excepthook = hook
 
     def has_lost_one(self) -> bool:
-        """Return whether fewer live than expected, as many as some time ago."""
-        if not self.expected:
-            return False
+        """Return whether a worker has failed, and the run does not end for it."""
         self._look()
-        # A worker may be the child of a shell: count those that this process has started itself.
-        alive = sum(_is_alive(process) for process in self._seen.values() if _parent(process) == os.getpid())
-        if alive != self._alive:
-            self._alive, self._since = alive, time.monotonic()
-        patience = QUIET_SECONDS if self._seen else START_SECONDS
-        return alive < self.expected and time.monotonic() - self._since >= patience
+        return self._failed is not None and time.monotonic() - self._failed >= QUIET_SECONDS
 
     def kill(self) -> None:
         """Kill all of them, at work or not: what they have not finished is done again by the next run."""
@@ -62,33 +69,9 @@ class LocalWorkers:
                     self._seen[process.pid] = process
 
 
-def num_local_workers(options: Any) -> int:
-    """Return how many worker processes Beam's options ask the local runner for; 0 for other runners."""
-    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
-
-    direct = options.view_as(DirectOptions)
-    if options.view_as(StandardOptions).runner != "FnApiRunner" or direct.direct_running_mode != "multi_processing":
-        return 0
-    return int(direct.direct_num_workers or os.cpu_count() or 1)
-
-
-def _parent(process: psutil.Process) -> int | None:
-    try:
-        return int(process.ppid())
-    except psutil.Error:
-        return None
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
 @contextlib.contextmanager
-def watch_workers(expected: int) -> Iterator[None]:
-    """Raise WorkerDied in the main thread if one of `expected` worker processes dies while the block runs.
+def watch_workers() -> Iterator[None]:
+    """Raise WorkerDied in the main thread if a worker process dies while the block runs.
 
     A signal that ends the command (Ctrl-C, SIGTERM) kills the workers first, since Beam would wait for their work, and
     leaves the block as the exception that its handler raises, whatever Beam makes of it on the way.
@@ -96,7 +79,7 @@ def watch_workers(expected: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
-    workers, interrupts, leaving = LocalWorkers(expected), list[BaseException](), False
+    workers, interrupts, leaving = LocalWorkers(), list[BaseException](), False
 
     def check() -> None:
         if workers.has_lost_one():
@@ -123,6 +106,7 @@ def watch_workers(expected: int) -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if callable(handler := signal.getsignal(number)):
                 stack.enter_context(_handler(number, killing_first(handler)))
+        stack.enter_context(workers.listen())
         stack.enter_context(repeat(POLL_SECONDS, check))
         try:
             yield
