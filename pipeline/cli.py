@@ -25,6 +25,7 @@ from index.options import (
     ValFractionOption,
     check_folder,
     make_app,
+    parse_integers,
 )
 from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, PROCESSES, TOTAL, Range
 from index.terminal import print_columns, print_json, print_status, print_table, run
@@ -38,6 +39,11 @@ IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_
 
 SmallDescScaleOption = Annotated[
     bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
+]
+MemoryOption = Annotated[
+    float,
+    Range(0, 2**16, above=True),
+    typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
 ]
 WorkersOption = Annotated[int, PROCESSES, typer.Option(metavar="N", help="Local worker processes.")]
 
@@ -61,6 +67,11 @@ def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     num_samples: Annotated[int, TOTAL, typer.Option(metavar="N", help="Training images to draw.")] = 20_000,
     image_size: ImageSizeOption = 32,
+    num_backgrounds: Annotated[
+        int,
+        Range(1, 33),
+        typer.Option(metavar="N", help="Backgrounds; each has 4,320 captions, named from the second on."),
+    ] = 1,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +85,10 @@ def demo_data(
     print_status(f"pipeline demo-data: drawing {num_samples:,} images into {out}")
     from pipeline.demo.shapes import write_demo_data
 
-    _print_report(str(out), write_demo_data(out, num_samples=num_samples, image_size=image_size, seed=seed), as_json)
+    report = write_demo_data(
+        out, num_samples=num_samples, image_size=image_size, seed=seed, num_backgrounds=num_backgrounds
+    )
+    _print_report(str(out), report, as_json)
 
 
 @app.command(cls=Command)
@@ -277,6 +291,103 @@ def encode(
     return None
 
 
+@app.command(cls=Command)
+def plan(
+    rows: Annotated[int, TOTAL, typer.Argument(metavar="ROWS", help="Rows of the table.")],
+    image_size: ImageSizeOption = 256,
+    latent_shape: Annotated[
+        Any,
+        COUNT,
+        typer.Option(
+            metavar="C,H,W",
+            parser=parse_integers,
+            help="Of the image encoder's latents.",
+            show_default="4 channels at an eighth of the image size",
+        ),
+    ] = None,
+    text_dim: Annotated[int, COUNT, typer.Option(metavar="N", help="Dimensions of the text embedding.")] = 768,
+    image_encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read the latent shape from this autoencoder, which is opened.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read the text dimensions from this text model, which is opened.")
+    ] = None,
+    search_dim: Annotated[
+        int | None,
+        COUNT,
+        typer.Option(metavar="N", help="Dimensions of the search space.", show_default="those of text and latent"),
+    ] = None,
+    val_fraction: ValFractionOption = 0.05,
+    rows_per_shard: Annotated[int, COUNT, typer.Option(metavar="N", help="Samples of a shard.")] = 10_000,
+    caption_length: Annotated[float, NOT_NEGATIVE, typer.Option(help="Mean characters of a caption.")] = 60.0,
+    sidecar_length: Annotated[float, NOT_NEGATIVE, typer.Option(help="Mean characters of a sample's JSON.")] = 500.0,
+    image_bytes: Annotated[
+        float, NOT_NEGATIVE, typer.Option(help="Mean bytes of an original image, if they are kept.")
+    ] = 0.0,
+    index_type: Annotated[
+        Literal["auto", "ivf_rq", "ivf_flat", "none"], typer.Option(help="LanceDB index; none is exact search.")
+    ] = "auto",
+    max_memory_gb: MemoryOption = 4.0,
+    nprobes: Annotated[int, COUNT, typer.Option(metavar="N", help="Partitions that a query visits.")] = 24,
+    images: Annotated[
+        int, TOTAL, typer.Option(metavar="N", help="Training length in images, for draw-targets and `trainer fit`.")
+    ] = 1_000_000_000,
+    num_workers: WorkersOption = 1,
+    images_per_second: Annotated[
+        float,
+        POSITIVE,
+        typer.Option(metavar="N", help="Images that a worker encodes per second, at 256 pixels."),
+    ] = 215.0,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Another rate of a worker: layout_mb, gflops, quantized, scanned. May be repeated.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate the bytes and hours that a table takes.
+
+    Sizes follow from the format; hours are work divided by rates, which docs/clusters.md explains.
+
+    Examples:
+      pipeline plan 1000000
+      pipeline plan 413000000 --num-workers 256 --search-dim 480 --max-memory-gb 256
+      pipeline plan 60000 --image-size 32 --latent-shape 2,4,4 --text-dim 64
+    """
+    print_status(f"pipeline plan: estimating {rows:,} rows")
+    from index.errors import OptionError
+    from pipeline.estimate import Rates, TableShape, estimate, tables_of
+
+    if latent_shape is not None and len(latent_shape) != 3:
+        raise OptionError(f"--latent-shape {','.join(map(str, latent_shape))} is not three numbers: type C,H,W")
+    shape = TableShape(
+        rows=rows,
+        image_size=image_size,
+        latent_shape=latent_shape and tuple(latent_shape),
+        text_dim=text_dim,
+        search_dim=search_dim,
+        val_fraction=val_fraction,
+        rows_per_shard=rows_per_shard,
+        caption_length=caption_length,
+        sidecar_length=sidecar_length,
+        image_bytes=image_bytes,
+        index_type=index_type,
+        max_memory=int(max_memory_gb * 2**30),
+        nprobes=nprobes,
+        targets=images,
+        num_workers=num_workers,
+        rates=replace(Rates.parse(rate or ()), images=images_per_second),
+    )
+    result = estimate(_with_encoders(shape, image_encoder, text_encoder))
+    if as_json:
+        return print_json(result)
+    for title, lines in tables_of(result).items():
+        print_columns(title, lines)
+    return None
+
+
 @app.command("build-index", cls=Command)
 def build_index(
     table: TableArgument,
@@ -317,11 +428,7 @@ def build_index(
     balance_time_limit: Annotated[
         float, POSITIVE, typer.Option(metavar="SECONDS", help="Time limit of --balance; rerun to continue the fit.")
     ] = 300.0,
-    max_memory_gb: Annotated[
-        float,
-        Range(0, 2**16, above=True),
-        typer.Option(metavar="GIB", help="Memory for vectors, which also bounds the size of the index."),
-    ] = 4.0,
+    max_memory_gb: MemoryOption = 4.0,
     index_type: Annotated[
         IndexType, typer.Option(help="LanceDB index; none is exact search, auto reaches --target-recall.")
     ] = "auto",
@@ -439,6 +546,22 @@ def prune(
 
     opened = open_table(table, storage=Storage.of(storage_option or ()))
     _print_report(table, asdict(run_prune(opened, keep=keep_version or (), dry_run=dry_run)), as_json)
+
+
+def _with_encoders(shape: Any, image: str | None, text: str | None) -> Any:
+    """Return a planned table with the dimensions that encoders give, if any are named."""
+    from pipeline.encoders.files import find_encoder
+    from pipeline.encoders.image import DiffusersAutoencoder
+    from pipeline.encoders.text import TransformersTextEncoder
+
+    if image is not None:
+        name, revision = find_encoder(image, "image")
+        latent_shape = DiffusersAutoencoder(name, revision=revision).latent_shape(shape.image_size)
+        shape = replace(shape, latent_shape=latent_shape)
+    if text is not None:
+        name, revision = find_encoder(text, "text")
+        shape = replace(shape, text_dim=TransformersTextEncoder(name, revision=revision).text_dim())
+    return shape
 
 
 def _encoder_dtype(dtype: Dtype, device: str) -> str:

@@ -49,7 +49,8 @@ def parameters(program: str, command: str) -> list:
 
 def required_arguments(program: str, command: str) -> list[str]:
     """Return a value for everything that the command needs; none of the names exist."""
-    argv = [*{"fit-autoencoder": ["image"], "sample": ["nowhere"]}.get(command, []), "nowhere"]
+    argv = [*{"fit-autoencoder": ["image"], "sample": ["nowhere"], "plan": ["1000"]}.get(command, [])]
+    argv += [] if command == "plan" else ["nowhere"]
     for option in parameters(program, command):
         if option.param_type_name == "option" and option.required:
             argv += [option.opts[0], "made/none.png" if command == "sample" else "made/none.lance"]

@@ -22,8 +22,16 @@ def draw_images(scenes: list[Scene], image_size: int) -> np.ndarray:
 
 
 def test_captions_parse_back():
-    for scene in all_scenes():
+    for scene in all_scenes(3):
         assert Scene.parse(scene.caption) == scene
+
+
+def test_each_background_has_all_captions_and_a_color_of_its_own():
+    scenes = list(all_scenes(33))
+    assert len({scene.caption for scene in scenes}) == 33 * len(list(all_scenes()))
+    first = [scenes[number] for number in range(0, len(scenes), len(scenes) // 33)]
+    corners = np.stack([np.asarray(draw_scene(scene, 32, np.random.default_rng(0)))[0, 0] for scene in first])
+    assert len(np.unique(corners, axis=0)) == len({scene.background for scene in first}) == 33
 
 
 @pytest.mark.parametrize("image_size", [32, 64])

@@ -16,14 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import apache_beam as beam
 import lance
 import psutil
 import pytest
 from synthetic_tables import random_table
 
+from index.errors import TableError
 from index.table.storage import Storage
 from index.table.table import Table, open_table
+from pipeline.beam import runner
 from pipeline.beam.layout import Layout
+from pipeline.config import RuntimeConfig
 from pipeline.demo.shapes import write_demo_data
 
 pytestmark = pytest.mark.slow
@@ -34,17 +38,11 @@ ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "
 DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"
 PRISM = Path(os.environ.get("PRISM", Path(__file__).parents[2] / "shared" / "bin" / "prism"))
 SAMPLES, SHARDS = 2000, 40
-"""Of a source that is long enough for a kill in the middle."""
-
-
-@dataclass
-class Engine:
-    """A running engine, and what `pipeline encode` needs to use it."""
-
-    options: list[str]
-    service: subprocess.Popen
-    worker: Callable[[], psutil.Process]
-    """Returns a process that does the work."""
+"""Of a source that is long enough for kills in the middle."""
+FIRST_HALF = "000[01]?.tar"
+SHARDS_BETWEEN_KILLS = 3
+Run = tuple[list[str], list[Callable[[], None]]]
+"""Options of a command, and what is killed while it runs."""
 
 
 @contextlib.contextmanager
@@ -94,15 +92,6 @@ def job_service(tmp_path_factory) -> Iterator[str]:
     argv = ("-m", "apache_beam.runners.portability.local_job_service_main", "--port_file", folder / "port")
     with service(folder / "service.log", *argv) as process:
         yield "localhost:" + wait_for(process, folder / "port", r"^(\d+)$")
-
-
-@pytest.fixture
-def worker_pool(tmp_path) -> Iterator[str]:
-    """The address of a running Beam worker pool, which starts a process for each worker."""
-    log = tmp_path / "pool.log"
-    with service(log, "-m", "apache_beam.runners.worker.worker_pool_main", "--service_port=0") as process:
-        yield wait_for(process, log, r"servicer at port: (\S+)")
-    assert "Starting worker with command" in log.read_text()
 
 
 @dataclass
@@ -161,8 +150,8 @@ def start_encode(image_encoder, text_encoder, tmp_path):
 def encode_on(shapes, start_encode, tmp_path):
     """A function that runs `pipeline encode` with a Beam runner and returns the table."""
 
-    def run(runner: str, *beam_options: str) -> Table:
-        process = start_encode(shapes, "--runner", runner, "--", *beam_options)
+    def run(name: str, *beam_options: str) -> Table:
+        process = start_encode(shapes, "--runner", name, "--", *beam_options)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert not list(tmp_path.glob("*.encode")), "checkpoints were not deleted"
@@ -173,12 +162,6 @@ def encode_on(shapes, start_encode, tmp_path):
 
 def test_a_job_service_with_the_worker_in_the_command_itself(encoded, content, encode_on, job_service):
     table = encode_on("PortableRunner", f"--job_endpoint={job_service}", "--environment_type=LOOPBACK")
-    assert content(table) == content(encoded)
-
-
-def test_a_job_service_with_a_worker_in_a_process_of_its_own(encoded, content, encode_on, job_service, worker_pool):
-    environment = ("--environment_type=EXTERNAL", f"--environment_config={worker_pool}")
-    table = encode_on("PortableRunner", f"--job_endpoint={job_service}", *environment)
     assert content(table) == content(encoded)
 
 
@@ -260,93 +243,170 @@ def build(pipeline, uri, folder):
 # Engines that die.
 
 
+def test_a_dask_scheduler_whose_workers_are_all_dead_is_not_waited_for_forever(dask, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "DASK_POLL_MILLISECONDS", 500)
+    for worker in dask.workers:
+        _stop(worker)
+    runtime = RuntimeConfig(beam_options=(f"--runner={DASK}", f"--dask_client_address={dask.address}"))
+    with pytest.raises(TableError, match=r"t\.lance is not finished: .*the scheduler has no workers.*rerun the same"):
+        runner.run_beam(
+            lambda pipeline: pipeline | beam.Create([1]) | beam.Map(str), runtime, "t.lance", memory_advice="none"
+        )
+
+
+# Engines that die.
+
+
 @pytest.fixture(scope="module")
 def many_shapes(tmp_path_factory) -> Path:
-    """A source that is long enough for a kill in the middle."""
+    """A source that is long enough for kills in the middle."""
     out = tmp_path_factory.mktemp("many_shapes")
     write_demo_data(out, num_samples=SAMPLES, image_size=32, seed=1, samples_per_shard=SAMPLES // SHARDS)
     return out
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, many_shapes, encode_shapes, content) -> list[list[dict]]:
+    """The rows of a new table of the first half of the shards, and those after an append of the others."""
+    uri = tmp_path_factory.mktemp("undisturbed") / "t.lance"
+    new = content(encode_shapes(many_shapes / FIRST_HALF, uri, keep_images=True).table)
+    return [new, content(encode_shapes(many_shapes / "*.tar", uri, keep_images=True, append=True).table)]
+
+
+class JobService:
+    """Beam's job service or Prism, at a port that it keeps, and a worker pool."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, *, prism: bool) -> None:
+        self.folder, self.stack, self.prism = folder, stack, prism
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        argv = ("-m", "apache_beam.runners.worker.worker_pool_main", "--service_port=0")
+        self.pool = stack.enter_context(service(folder / "pool.log", *argv))
+        self.pool_address = wait_for(self.pool, folder / "pool.log", r"servicer at port: (\S+)")
+        self.start()
+
+    def start(self) -> None:
+        if self.prism:
+            call = ["prism", "--job_port", str(self.port), "--serve_http=false"]
+            argv = ("-c", f"import os; os.execv({str(PRISM)!r}, {call!r})")
+        else:
+            argv = ("-m", "apache_beam.runners.portability.local_job_service_main", "--port", self.port)
+        self.service = self.stack.enter_context(service(self.folder / "service.log", *argv))
+        wait_until_answers(self.port, self.service)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the options of each command and what is killed in it: a worker, the service with each environment."""
+        in_command = ["--runner", "PortableRunner", "--", f"--job_endpoint=localhost:{self.port}"]
+        in_pool = [*in_command, "--environment_type=EXTERNAL", f"--environment_config={self.pool_address}"]
+        yield in_pool, [self.kill_workers]
+        yield in_pool, [self.service.kill]
+        self.kill_workers()  # one without its service may finish all shards before the next command starts
+        self.start()
+        yield [*in_command, "--environment_type=LOOPBACK"], [self.service.kill]
+        self.start()
+        yield in_pool, []
+
+    def kill_workers(self) -> None:
+        for process in psutil.Process(self.pool.pid).children(recursive=True):
+            process.kill()
+
+
+class DaskCluster:
+    """A Dask scheduler with two workers and a third one below a nanny."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self.stack = folder, stack
+        self.start()
+
+    def start(self) -> None:
+        file = self.folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        listen = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", file)
+        argv = ("-m", "distributed.cli.dask_scheduler", *listen)
+        self.scheduler = self.stack.enter_context(service(self.folder / "scheduler.log", *argv))
+        self.address = wait_for(self.scheduler, file, r'"address": "(tcp://[^"]+)"')
+        names = {"one": "--no-nanny", "two": "--no-nanny", "three": "--nanny"}
+        self.workers = [self._start_worker(name, nanny) for name, nanny in names.items()]
+        for name in names:
+            log = self.folder / f"{name}.log"
+            wait_for(self.scheduler, log, r"(Registered to)")
+
+    def _start_worker(self, name: str, nanny: str) -> subprocess.Popen:
+        options = ("--nthreads", "1", nanny, "--no-dashboard", "--local-directory", self.folder)
+        argv = ("-m", "distributed.cli.dask_worker", self.address, *options)
+        return self.stack.enter_context(service(self.folder / f"{name}.log", *argv))
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the options of each command and what is killed in it; the workers' shards are done by the others."""
+        dask = ["--runner", DASK, "--"]
+        worker, _, nanny = self.workers
+        yield [*dask, f"--dask_client_address={self.address}"], [worker.kill, nanny.kill, self.scheduler.kill]
+        for process in self.workers:
+            _stop(process)
+        self.start()
+        yield [*dask, f"--dask_client_address={self.address}"], []
+
+
+def wait_until_answers(port: int, process: subprocess.Popen, *, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("localhost", port), 1).close()
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens at port {port}; exit code {process.poll()}")
+
+
 @pytest.fixture
-def engine(request, tmp_path) -> Engine:
+def engine(request, tmp_path) -> Iterator[JobService | DaskCluster]:
     """An engine by its name."""
     with contextlib.ExitStack() as stack:
         if request.param == "dask":
-            dask = request.getfixturevalue("dask")
-            options = ["--runner", DASK, "--", f"--dask_client_address={dask.address}"]
-            yield Engine(options, dask.scheduler, lambda: psutil.Process(dask.workers[0].pid))
+            pytest.importorskip("distributed", reason="Dask is not installed: pip install dask distributed")
+            yield DaskCluster(tmp_path, stack)
             return
-        if request.param == "prism":
-            if not PRISM.exists():
-                pytest.skip(f"{PRISM} is absent: PRISM names another place")
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            argv = (
-                "-c",
-                f"import os; os.execv({str(PRISM)!r}, ['prism', '--job_port', '{port}', '--serve_http=false'])",
-            )
-            service_process = stack.enter_context(service(tmp_path / "engine.log", *argv))
-            wait_for(service_process, tmp_path / "engine.log", r"(Serving|JobManagement|erving JobManagement)")
-        else:
-            argv = ("-m", "apache_beam.runners.portability.local_job_service_main", "--port_file", tmp_path / "port")
-            service_process = stack.enter_context(service(tmp_path / "engine.log", *argv))
-            port = wait_for(service_process, tmp_path / "port", r"^(\d+)$")
-        pool_argv = ("-m", "apache_beam.runners.worker.worker_pool_main", "--service_port=0")
-        pool = stack.enter_context(service(tmp_path / "pool.log", *pool_argv))
-        address = wait_for(pool, tmp_path / "pool.log", r"servicer at port: (\S+)")
-        options = ["--runner", "PortableRunner", "--", f"--job_endpoint=localhost:{port}"]
-        options += ["--environment_type=EXTERNAL", f"--environment_config={address}"]
-        yield Engine(options, service_process, lambda: psutil.Process(pool.pid).children(recursive=True)[-1])
+        if request.param == "prism" and not PRISM.exists():
+            pytest.skip(f"{PRISM} is absent: PRISM names another place")
+        yield JobService(tmp_path, stack, prism=request.param == "prism")
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
-@pytest.mark.parametrize(
-    ("engine", "victim"),
-    [
-        ("dask", "service"),
-        ("job_service", "service"),
-        ("job_service", "worker"),
-        ("prism", "service"),
-        ("prism", "worker"),
-    ],
-    indirect=["engine"],
-)
-def test_an_append_whose_engine_dies_is_not_finished_and_resumes(
-    engine, victim, shapes, many_shapes, start_encode, tmp_path
+@pytest.mark.parametrize("engine", ["dask", "job_service", "prism"], indirect=True)
+def test_an_engine_is_killed_on_a_new_table_and_on_an_append(
+    engine, many_shapes, undisturbed, start_encode, content, tmp_path
 ):
-    finish(start_encode(shapes))
-    version = open_table(tmp_path / "engine.lance").version
-    process = start_encode(many_shapes, "--append", *engine.options)
-    while len(list(tmp_path.glob("engine.encode/*/*.json"))) < 4:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    (engine.service if victim == "service" else engine.worker()).kill()
-    output, errors = process.communicate(timeout=300)
-    *before, line = errors.splitlines()
-    assert (process.returncode, output) == (2, ""), errors
-    assert re.match(r"error: .*engine\.lance is not finished: .* rerun the same command to resume", line)
-    assert "Traceback" not in errors
-    assert len(before) <= 2
-    assert list(tmp_path.glob("engine.encode/*/*.json")), "checkpoints were deleted"
-    assert open_table(tmp_path / "engine.lance").version == version
-    finish(start_encode(many_shapes, "--append"))
-    ids = open_table(tmp_path / "engine.lance").column("id", split=None)
-    assert len(ids) == len(set(ids)) == 360 + SAMPLES
+    """Each kill of a service ends the command in one line; the same command finishes with the undisturbed table."""
+    version = None
+    for source, more, expected in zip((FIRST_HALF, "*.tar"), ([], ["--append"]), undisturbed, strict=True):
+        for options, kills in engine.runs():
+            finished = len(finished_shards(tmp_path))
+            process = start_encode(many_shapes / source, *more, *options)
+            for kill in kills:
+                finished = wait_for_shards(process, tmp_path, finished + SHARDS_BETWEEN_KILLS)
+                kill()
+            output, errors = process.communicate(timeout=300)
+            if not kills:
+                assert process.returncode == 0, errors
+                break
+            *before, line = errors.splitlines()
+            assert (process.returncode, output) == (2, ""), errors
+            assert re.match(r"error: .*engine\.lance is not finished: .* rerun the same command to resume", line)
+            assert "Traceback" not in errors
+            assert len(before) <= 2
+            assert finished <= len(finished_shards(tmp_path)), "checkpoints were deleted"
+            assert version == (open_table(tmp_path / "engine.lance").version if version else None)
+        table = open_table(tmp_path / "engine.lance")
+        assert content(table) == expected
+        assert not list(tmp_path.glob("*.encode")), "checkpoints were not deleted"
+        version = table.version
 
 
-def test_dask_does_the_work_of_a_dead_worker_again(dask, many_shapes, start_encode, tmp_path):
-    process = start_encode(many_shapes, "--runner", DASK, "--", f"--dask_client_address={dask.address}")
-    while len(list(tmp_path.glob("engine.encode/*/*.json"))) < 4:
+def finished_shards(folder: Path) -> list[Path]:
+    return list(folder.glob("engine.encode/*/*.json"))
+
+
+def wait_for_shards(process: subprocess.Popen, folder: Path, count: int) -> int:
+    """Wait until `count` shards have checkpoints, and return how many have."""
+    while len(finished_shards(folder)) < count:
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    dask.workers[0].kill()
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    ids = open_table(tmp_path / "engine.lance").column("id", split=None)
-    assert len(ids) == len(set(ids)) == SAMPLES
+        time.sleep(0.02)
+    return len(finished_shards(folder))

@@ -64,7 +64,8 @@ def outside(allowed: Range) -> list[str]:
 
 
 def needed(program: str, command: str) -> list[str]:
-    argv = [*{"fit-autoencoder": ["image"], "sample": ["nowhere"]}.get(command, []), "nowhere"]
+    argv = [*{"fit-autoencoder": ["image"], "sample": ["nowhere"], "plan": ["1000"]}.get(command, [])]
+    argv += [] if command == "plan" else ["nowhere"]
     for option in PROGRAMS[program].commands[command].params:
         if option.param_type_name == "option" and option.required:
             argv += [option.opts[0], "made/none.png" if command == "sample" else "made/none.lance"]

@@ -19,7 +19,7 @@ ORDER = {
     ],
     "pipeline": [
         *("rejects", "filters", "images", "sources", "config", "encoders"),
-        *("beam", "encode", "demo", "cli"),
+        *("beam", "encode", "estimate", "demo", "cli"),
     ],
     "trainer": [
         *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "resume"),

@@ -89,7 +89,7 @@ def select_index(
         if best.tuning_recall_at_1 >= target_recall:
             return _select(table, best, fresh, f"kept, with {added:,} rows added; {summarize(best)}", candidates)
     candidates, reasons = [], []
-    for candidate, num_bits in _types_to_try(index_type, n, table.meta.geometry.vector_dim, memory):
+    for candidate, num_bits in types_to_try(index_type, n, table.meta.geometry.vector_dim, memory):
         began = time.monotonic()
         num_partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
         table = build(table, IndexPlan.train(table, candidate, num_partitions, num_bits=num_bits, seed=seed), log)
@@ -161,7 +161,7 @@ def _has_shape(table: Table, ref: IndexRef) -> bool:
     )
 
 
-def _types_to_try(index_type: str, rows: int, dim: int, memory: int) -> list[tuple[str, int | None]]:
+def types_to_try(index_type: str, rows: int, dim: int, memory: int) -> list[tuple[str, int | None]]:
     """Return index types in the order to try, with their bits: the requested one, then IVF_FLAT if it fits."""
     first = "ivf_rq" if index_type == "auto" else index_type
     bits = None if first != "ivf_rq" else 8 if rows * dim <= memory else 5

@@ -3,8 +3,11 @@
 "a small red circle left of a large blue square": two shapes of different colors on a near-white background, at
 jittered positions. One caption in ten, chosen by hash, is never drawn for training; its images go to OUT/heldout
 instead, for testing a model on unseen captions. Image i depends on (seed, i) alone.
+
+There are 4,320 such captions. `num_backgrounds` multiplies them: "... on pale orange" has a tinted background.
 """
 
+import colorsys
 import hashlib
 import io
 import itertools
@@ -36,6 +39,11 @@ RADII = {"small": (0.113, 0.137), "large": (0.194, 0.225)}
 """Range of half a shape's extent, as a fraction of the image size."""
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
+SHADES = {"pale": 0.10, "light": 0.18, "soft": 0.26, "bright": 0.34}
+"""Saturations of backgrounds."""
+HUES = ("orange", "lemon", "lime", "mint", "aqua", "sky", "lilac", "pink")
+TINTS = [f"{shade} {hue}" for shade in SHADES for hue in HUES]
+"""Backgrounds by name, next to the near-white one that no caption names."""
 MIN_IMAGE_SIZE = 16
 SUPERSAMPLING = 4
 
@@ -59,25 +67,30 @@ class Scene:
     first: SceneObject
     relation: str
     second: SceneObject
+    background: str = ""
+    """One of `TINTS`; empty for near-white."""
 
     @property
     def caption(self) -> str:
         """The caption that describes the scene."""
-        return f"{self.first} {self.relation} {self.second}"
+        objects = f"{self.first} {self.relation} {self.second}"
+        return f"{objects} on {self.background}" if self.background else objects
 
     @classmethod
     def parse(cls, caption: str) -> "Scene":
         """Return the scene that a caption describes."""
-        _, *first, _, size, color, shape = caption.split()
-        return cls(SceneObject(*first[:3]), " ".join(first[3:]), SceneObject(size, color, shape))
+        objects, _, background = caption.partition(" on ")
+        _, *first, _, size, color, shape = objects.split()
+        return cls(SceneObject(*first[:3]), " ".join(first[3:]), SceneObject(size, color, shape), background)
 
 
-def all_scenes() -> Iterator[Scene]:
-    """Yield every scene that can be drawn."""
+def all_scenes(num_backgrounds: int = 1) -> Iterator[Scene]:
+    """Yield every scene that can be drawn on the first backgrounds: near-white, then the tints."""
     objects = [SceneObject(*words) for words in itertools.product(RADII, PALETTE, SHAPES)]
-    for first, relation, second in itertools.product(objects, RELATIONS, objects):
+    backgrounds = ["", *TINTS][:num_backgrounds]
+    for background, first, relation, second in itertools.product(backgrounds, objects, RELATIONS, objects):
         if first.color != second.color:
-            yield Scene(first, relation, second)
+            yield Scene(first, relation, second, background)
 
 
 def is_heldout(scene: Scene) -> bool:
@@ -88,8 +101,7 @@ def is_heldout(scene: Scene) -> bool:
 def draw_scene(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
     """Draw an image of a scene, its objects at random positions that agree with the relation and do not touch."""
     canvas_size = image_size * SUPERSAMPLING
-    background = int(rng.integers(243, 251))
-    image = Image.new("RGB", (canvas_size, canvas_size), (background,) * 3)
+    image = Image.new("RGB", (canvas_size, canvas_size), _background(scene, int(rng.integers(243, 251))))
     canvas = ImageDraw.Draw(image)
     radii = [rng.uniform(*RADII[each.size]) * image_size for each in (scene.first, scene.second)]
     # Along the axis of the relation: margin, object, gap, object, margin; free space is divided at random.
@@ -108,6 +120,15 @@ def draw_scene(scene: Scene, image_size: int, rng: np.random.Generator) -> Image
     return image.resize((image_size, image_size), Image.Resampling.BOX)
 
 
+def _background(scene: Scene, value: int) -> tuple[int, ...]:
+    """Return the color of a scene's background, its largest channel being `value`."""
+    if not scene.background:
+        return (value,) * 3
+    shade, hue = scene.background.split()
+    rgb = colorsys.hsv_to_rgb((HUES.index(hue) + 0.7) / len(HUES), SHADES[shade], value)
+    return tuple(round(channel) for channel in rgb)
+
+
 def _draw_object(canvas: ImageDraw.ImageDraw, each: SceneObject, x: float, y: float, r: float) -> None:
     fill = PALETTE[each.color]
     if each.shape == "circle":
@@ -120,7 +141,13 @@ def _draw_object(canvas: ImageDraw.ImageDraw, each: SceneObject, x: float, y: fl
 
 
 def write_demo_data(
-    out: Path, *, num_samples: int, image_size: int, seed: int, samples_per_shard: int = 1000
+    out: Path,
+    *,
+    num_samples: int,
+    image_size: int,
+    seed: int,
+    num_backgrounds: int = 1,
+    samples_per_shard: int = 1000,
 ) -> dict[str, int]:
     """Draw training images to OUT/NNNNN.tar and one image of each held-out caption to OUT/heldout/00000.tar.
 
@@ -132,7 +159,7 @@ def write_demo_data(
         raise OptionError(f"--image-size {image_size} is too small: use at least {MIN_IMAGE_SIZE} pixels")
     if any(out.glob("*.tar")):
         raise OptionError(f"{out} already holds shards: name another folder, or delete it first")
-    scenes = list(all_scenes())
+    scenes = list(all_scenes(num_backgrounds))
     heldout = [scene for scene in scenes if is_heldout(scene)]
     train = [scene for scene in scenes if not is_heldout(scene)]
     (out / "heldout").mkdir(parents=True, exist_ok=True)
@@ -149,6 +176,7 @@ def write_demo_data(
         "num_train_captions": len(train),
         "num_heldout_captions": len(heldout),
         "image_size": image_size,
+        "num_backgrounds": num_backgrounds,
         "seed": seed,
     }
     write_json(out / "demo-data.json", report)
