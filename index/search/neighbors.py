@@ -5,7 +5,7 @@ a trainer needs the pairs themselves. Distances are squared L2 between the query
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int
@@ -22,10 +22,21 @@ class RetrievedPairs:
     latent: Float16[np.ndarray, "B K L"]
 
 
+class NearestRows(NamedTuple):
+    """The K nearest rows of each of B queries, nearest first, without what they hold."""
+
+    row_id: Int[np.ndarray, "B K"]
+    distance: Float32[np.ndarray, "B K"]
+
+
 @runtime_checkable
 class NeighborSearch(Protocol):
     """Nearest-neighbor search over the training rows of one table."""
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query."""
+        ...
+
+    def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
+        """Return the rows of the same pairs, without reading text embeddings and latents."""
         ...
