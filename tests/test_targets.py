@@ -277,7 +277,7 @@ def test_the_command_line_draws_and_trains(table, moved, tmp_path, capsys, monke
     options = ("--images", 640, "--batch-size", 16)
     code, out = run(pipeline.cli.main, "draw-targets", table.uri, *options, "--name", "cli", "--device", "cpu")
     assert code == 0, out.err
-    assert "targets per second" in out.out
+    assert "targets_per_second" in out.out
     fitted = ("--size", "tiny", "--device", "cpu", *options)
     path = targets_uri(table.uri, "cli")
     code, out = run(trainer.cli.main, "fit", moved.uri, "--out", tmp_path / "run", *fitted, "--targets", path)

@@ -219,7 +219,7 @@ class NeighborStream:
         step, count = first, min(self._steps_per_search, most)
         while step < self._source.steps:
             yield step, min(count, self._source.steps - step)
-            step, count = step + count, min(2 * count, most)
+            step, count = step + count, min(4 * count, most)
 
     @property
     def _steps_per_search(self) -> int:
