@@ -436,15 +436,14 @@ def draw_targets(
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Draw the targets of a training run ahead.
+    """Draw the targets of a training run ahead.
 
-    Retrieves the pair of each slot of each step into DB/NAME.targets, for `trainer fit --targets`. Rerun the same
+    Retrieves the pair of each slot of each step into DB/NAME.targets, for `trainer fit --targets NAME`. Rerun the same
     command to resume, or with more --images to add steps.
 
     Examples:
       pipeline draw-targets db/shapes.lance --images 1000000
       pipeline draw-targets db/shapes.lance --images 1000000 --seed 1 --num-workers 8
-      trainer fit db/shapes.lance --out runs/shapes --targets seed0
     """
     print_status(f"pipeline draw-targets: opening {table}")
     from index.table.storage import Storage

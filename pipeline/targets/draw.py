@@ -91,6 +91,8 @@ def draw_targets(
         raise OptionError(f"--name {name} is a path: use a name; targets are kept next to their table")
     uri, storage, began = targets_uri(table_uri(table), name), runtime.storage, time.monotonic()
     check_engine(runtime)
+    # Refused before the lock is written; targets that are there may be of a version without an index by now.
+    open_table(table, indexed=config.search == "ann" and not storage.names(uri.rpartition("/")[0]), storage=storage)
     with hold_lock(uri, storage, "draw-targets") as lock:
         opened, settings, first = _begin(table, uri, config, storage)
         if first < config.steps:
