@@ -35,6 +35,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Captions = Literal["first", "all"]
 Dedup = Literal["image", "pair"]
 TextPooling = Literal["pooled", "projected", "mean", "cls", "last", "sentence-transformers"]
+Search = Literal["ann", "exact"]
 IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_sq", "none"]
 
 SmallDescScaleOption = Annotated[
@@ -503,6 +504,80 @@ def build_index(
     _print_report(table, asdict(built.report), as_json, page=page)
 
 
+@app.command("draw-targets", cls=Command)
+def draw_targets(
+    table: TableArgument,
+    beam_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- BEAM_OPTION...", help="Options of Apache Beam as --name=value."),
+    ] = None,
+    images: Annotated[int, TOTAL, typer.Option(metavar="N", help="Targets in all, over all steps.")] = 1_000_000,
+    batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Targets per step.")] = 256,
+    seed: SeedOption = 0,
+    search: Annotated[Search, typer.Option(help="LanceDB index, or exact search.")] = "ann",
+    num_neighbors: Annotated[
+        int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")
+    ] = 1,
+    temperature: Annotated[
+        float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
+    ] = 1.0,
+    jitter: Annotated[
+        float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")
+    ] = 0.0,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the targets, next to the table.", show_default="seed and its number"
+        ),
+    ] = None,
+    max_memory_gb: Annotated[
+        float,
+        Range(0, 2**16, above=True),
+        typer.Option(metavar="GIB", help="Memory for the vectors of exact search."),
+    ] = 4.0,
+    device: DeviceOption = "auto",
+    num_workers: WorkersOption = 1,
+    runner: Annotated[
+        str, typer.Option(metavar="NAME", help="Beam runner; its options follow `--` as --name=value.")
+    ] = "FnApiRunner",
+    storage_option: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the targets of a training run ahead.
+
+    Retrieves the pair of each slot of each step into DB/NAME.targets, for `trainer fit --targets NAME`. Rerun the same
+    command to resume, or with more --images to add steps.
+
+    Examples:
+      pipeline draw-targets db/shapes.lance --images 1000000
+      pipeline draw-targets db/shapes.lance --images 1000000 --seed 1 --num-workers 8
+    """
+    print_status(f"pipeline draw-targets: opening {table}")
+    from index.table.storage import Storage
+    from pipeline.config import RuntimeConfig
+    from pipeline.targets.draw import DrawConfig
+    from pipeline.targets.draw import draw_targets as run_draw
+
+    config = DrawConfig(
+        images=images,
+        batch_size=batch_size,
+        seed=seed,
+        search=search,
+        num_neighbors=num_neighbors,
+        temperature=temperature,
+        jitter=jitter,
+        name=name,
+        max_memory=int(max_memory_gb * 2**30),
+    )
+    runtime = RuntimeConfig(
+        num_workers=num_workers,
+        device=device,
+        storage=Storage.of(storage_option or ()),
+        beam_options=(f"--runner={runner}", *(beam_options or ())),
+    )
+    _print_report(table, run_draw(table, config, runtime), as_json)
+
+
 @app.command(cls=Command)
 def inspect(table: TableArgument, storage_option: StorageOption = None, as_json: JsonOption = False) -> None:
     """Show what a table holds and its last index report.
@@ -533,7 +608,8 @@ def prune(
 ) -> None:
     """Remove old versions of a table and their files.
 
-    Kept are the newest version, the last with a complete index, and versions that unfinished training runs began with.
+    Kept are the newest version, the last with a complete index, and versions that unfinished training runs or targets
+    drawn ahead need.
 
     Examples:
       pipeline prune db/shapes.lance --dry-run

@@ -12,10 +12,11 @@ from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError
 from index.search.ann import open_search
 from index.search.exact import ExactSearch
+from index.search.pairs import sample_neighbor
 from index.table.schema import TRAIN
 from index.table.table import open_table
 from pipeline.encoders.text import TransformersTextEncoder
-from trainer.stream import NeighborStream, StreamConfig, measure_reuse, plan_reuse, sample_neighbor
+from trainer.stream import NeighborStream, StreamConfig, measure_reuse, plan_reuse
 
 
 def stream(table, search=None, *, start=0, process=0, processes=1, encode_tokens=None, **options) -> NeighborStream:
@@ -109,7 +110,7 @@ def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed,
 
 def test_the_condition_may_be_the_query(indexed):
     streams = {each: stream(indexed, condition=each, jitter=0.5) for each in ("retrieved", "query")}
-    text = torch.from_numpy(streams["query"].queries(4, 1).text)
+    text = torch.from_numpy(streams["query"].queries.captions([4]).text)
     (retrieved,), (query,) = (each.batches(4, 1) for each in streams.values())
     assert torch.equal(query.text[:, 0], text)
     assert not torch.equal(retrieved.text[:, 0], text)
@@ -119,15 +120,17 @@ def test_the_condition_may_be_the_query(indexed):
 def test_jitter_moves_the_queries_and_the_search_follows(encoded):
     exact = ExactSearch(encoded)
     still, moved = (stream(encoded, exact, batch_size=64, jitter=jitter) for jitter in (0.0, 0.5))
-    before, after = (each.queries(3, 1) for each in (still, moved))
+    before, after = (each.queries.captions([3]) for each in (still, moved))
     length = np.linalg.norm(after.text - before.text, axis=1) / np.linalg.norm(before.text, axis=1)
     assert length.mean() == pytest.approx(0.5, rel=0.1)
     geometry = encoded.meta.geometry
-    nearest = exact.nearest(geometry.queries(after.text, after.r))
+    nearest = exact.nearest(geometry.queries(after.text, moved.queries.noise([3])))
     (batch,) = moved.batches(3, 1)
     assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(nearest.latent[:, 0]))
     assert not torch.equal(batch.y, still.batches(3, 1)[0].y)
-    halves = [stream(encoded, exact, batch_size=64, jitter=0.5, process=i, processes=2).queries(3, 1) for i in (0, 1)]
+    halves = [
+        stream(encoded, exact, batch_size=64, jitter=0.5, process=i, processes=2).queries.captions([3]) for i in (0, 1)
+    ]
     assert np.array_equal(after.text, np.concatenate([half.text for half in halves]))
 
 
@@ -156,8 +159,8 @@ def test_a_pair_is_sampled_from_the_nearest_by_their_distance(encoded):
         )
     )
     assert same(nearest.batches(0, 1)[0], cold.batches(0, 1)[0])
-    queries, geometry = warm.queries(0, 1), encoded.meta.geometry
-    four = geometry.to_coordinates(exact.nearest(geometry.queries(queries.text, queries.r), 4).latent)
+    queries, geometry = warm.queries.captions([0]), encoded.meta.geometry
+    four = geometry.to_coordinates(exact.nearest(geometry.queries(queries.text, warm.queries.noise([0])), 4).latent)
     chosen = (four == warm.batches(0, 1)[0].y.numpy()[:, None]).all(-1)
     assert (chosen.sum(1) >= 1).all()
     assert np.allclose(chosen.mean(0), 0.25, atol=0.1)
@@ -179,12 +182,12 @@ def test_seeds_and_steps_differ(indexed):
 
 def test_targets_are_the_nearest_training_pairs(encoded):
     one = stream(encoded, ExactSearch(encoded), batch_size=64)
-    queries, (batch,) = one.queries(0, 1), one.batches(0, 1)
+    queries, (batch,) = one.queries.captions([0]), one.batches(0, 1)
     geometry = encoded.meta.geometry
     vectors = encoded.column("vector").astype(np.float64)
-    query_vectors = geometry.queries(queries.text, queries.r).astype(np.float64)
+    query_vectors = geometry.queries(queries.text, one.queries.noise([0])).astype(np.float64)
     best = np.square(query_vectors[:, None] - vectors[None]).sum(-1).argmin(1)
-    assert np.array_equal(batch.r.numpy(), queries.r)
+    assert np.array_equal(batch.r.numpy(), one.queries.noise([0]))
     assert np.array_equal(batch.y.numpy(), geometry.to_coordinates(encoded.column("latent")[best]))
     assert np.array_equal(batch.text[:, 0].numpy(), encoded.column("text")[best].astype(np.float32))
     training = {row.tobytes() for row in encoded.column("text", TRAIN).astype(np.float32)}
@@ -193,7 +196,7 @@ def test_targets_are_the_nearest_training_pairs(encoded):
 
 def test_independent_coupling_pairs_a_caption_with_its_own_latent(encoded):
     one = stream(encoded, ExactSearch(encoded), batch_size=64, coupling="independent")
-    queries, (batch,) = one.queries(0, 1), one.batches(0, 1)
+    queries, (batch,) = one.queries.captions([0]), one.batches(0, 1)
     assert np.array_equal(batch.text[:, 0].numpy(), encoded.take(queries.position, "text").astype(np.float32))
     latents = encoded.meta.geometry.to_coordinates(encoded.take(queries.position, "latent"))
     assert np.array_equal(batch.y.numpy(), latents)

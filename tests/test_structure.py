@@ -19,10 +19,10 @@ ORDER = {
     ],
     "pipeline": [
         *("rejects", "filters", "images", "sources", "config", "encoders"),
-        *("beam", "encode", "estimate", "demo", "cli"),
+        *("beam", "encode", "estimate", "targets", "demo", "cli"),
     ],
     "trainer": [
-        *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "resume"),
+        *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "targets", "resume"),
         *("grid", "sampler", "tracking", "process", "training_loop", "autoencoders", "fit"),
         *("evaluation", "demo", "cli"),
     ],

@@ -180,6 +180,14 @@ def fit(
     temperature: Annotated[
         float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
     ] = 1.0,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Targets that `pipeline draw-targets` has drawn, by name or path; none to search again.",
+            show_default="search while training",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
     ] = "float32",
@@ -205,18 +213,19 @@ def fit(
     Examples:
       trainer fit db/shapes.lance --out runs/shapes
       trainer fit db/shapes.lance --out runs/paper --preset paper --images 2000000
+      trainer fit db/shapes.lance --out runs/drawn --targets seed0
       trainer fit --resume --out runs/shapes
     """
     print_status(f"trainer fit: opening {out if resume and table is None else table}")
     from index.errors import OptionError
     from index.table.storage import Storage
-    from index.table.table import open_table
     from pipeline.encoders.devices import resolve_device
     from trainer.config import FitConfig, RuntimeConfig
     from trainer.fit import fit as run_fit
     from trainer.objectives.hyperparameters import parse_hyperparameters
     from trainer.resume import open_run_table, resumed_config, resumed_runtime
     from trainer.run_folder import EncoderPlaces, check_is_new
+    from trainer.targets import SEARCHING, kept_name, open_run_targets, open_targets_table
 
     if table is None and not resume:
         raise OptionError("TABLE is missing: name a table, or add --resume to go on with the run in --out")
@@ -226,6 +235,8 @@ def fit(
         settings["hyperparameters"] = parse_hyperparameters(set_)
     if init is not None:
         settings["init"] = str(Path(init).absolute())
+    if targets is not None:
+        options["targets"] = kept_name(targets)
     runtime_settings = {name: options[name] for name in RuntimeConfig.__slots__ if name in options}
     encoders = EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder)
     storage = Storage.of(storage_option or ())
@@ -233,12 +244,13 @@ def fit(
     if resume:
         config, runtime = resumed_config(out, settings), resumed_runtime(out, runtime_settings, encoders)
         resolve_device(runtime.device)
-        opened = open_run_table(out, table, storage)
+        opened = open_run_table(out, table, storage, indexed=runtime.targets in (None, SEARCHING))
     else:
         config, runtime = FitConfig(**settings), RuntimeConfig(**runtime_settings, encoders=encoders)
         resolve_device(device)
         check_is_new(out)
-        opened = open_table(str(table), indexed=True, storage=storage)
+        drawn = open_run_targets(str(table), targets, storage)
+        opened = open_targets_table(str(table), drawn, storage)
     result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)

@@ -104,6 +104,8 @@ class RuntimeConfig:
     """Seconds between two checkpoints."""
     keep_checkpoints: Annotated[int, COUNT] = 2
     """Number of latest checkpoints to keep."""
+    targets: str | None = None
+    """Name or path of targets that `pipeline draw-targets` has drawn ahead; None: search while training."""
     encoders: EncoderPlaces = field(default_factory=EncoderPlaces)
     """Where the table's encoders are, if they were moved."""
 

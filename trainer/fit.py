@@ -32,6 +32,7 @@ from trainer.run_folder import (
     write_config,
     write_whole,
 )
+from trainer.targets import SEARCHING
 from trainer.tracking import Preview, RunLog
 from trainer.training_loop import Trainer
 
@@ -51,7 +52,9 @@ def fit(
     if config.init is not None:
         config = replace(config, init=str(Path(config.init).absolute()))
     if resume:
-        table, config = open_run_table(out, table.uri, table.storage), check_resumed(out, config)
+        indexed = runtime.targets in (None, SEARCHING)
+        table = open_run_table(out, table.uri, table.storage, indexed=indexed)
+        config = check_resumed(out, config)
     else:
         check_is_new(out)
     with open_accelerator(runtime.device, config.dtype, out) as accelerator:

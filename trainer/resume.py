@@ -28,15 +28,19 @@ def settings_of(table: Table, config: FitConfig, runtime: RuntimeConfig) -> dict
     }
 
 
-def open_run_table(folder: Path, uri: str | None = None, storage: Storage | None = None) -> Table:
+def open_run_table(
+    folder: Path, uri: str | None = None, storage: Storage | None = None, *, indexed: bool = True
+) -> Table:
     """Open the version of the table that a run began with, where it was or where `uri` says that it is now.
+
+    Training on targets drawn ahead needs no index.
 
     Raises:
         RunError: the table at `uri` is another one.
         TableError: there is no such table, or the version is gone.
     """
     saved = read_config(folder)["table"]
-    table = open_table(uri or saved["uri"], version=saved["version"], indexed=True, storage=storage)
+    table = open_table(uri or saved["uri"], version=saved["version"], indexed=indexed, storage=storage)
     if _identity(table.meta) != _identity(TableMeta.from_json(saved["meta"])):
         raise RunError(
             f"{table.uri} is not the table that {folder} is trained on: version {table.version} of it has other "

@@ -2,7 +2,8 @@
 
 The batch of step s depends on (seed, s) alone: its queries are drawn from counters. So resuming needs two integers, and
 any number of processes can divide the slots of the same batches. A bounded number of searches runs ahead in background
-threads, and the time that training waits for them is measured.
+threads, and the time that training waits for them is measured. Targets that `pipeline draw-targets` has drawn ahead
+take the place of the searches: then rows are read, those of many steps at once, and the table needs no index.
 
 Where a search costs more than a training step, each retrieved pair can serve several steps (reuse), each time with
 other uniforms. On a CPU the reuse is planned from counts alone, so the same seed gives the same result on every
@@ -15,26 +16,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from itertools import islice
+from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from index.errors import OptionError
-from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
+from index.ranges import COUNT
 from index.search.neighbors import NeighborSearch
-from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
+from index.search.pairs import QUERIES_PER_SEARCH, Captions, PairConfig, Pairs, StepQueries
+from index.table.rows import RowReader, take_columns
 from index.table.schema import TRAIN
 from index.table.table import Table
+from index.table.targets import Targets
 
 COUPLINGS = ("nearest", "independent")
 CONDITIONS = ("retrieved", "query")
-NUM_UNIFORMS = 8
-QUERIES_PER_SEARCH = 1024
-"""One search serves several steps: 1,024 queries at once cost about half as much as four times 256."""
 SEARCHES_AHEAD = 2
+WINDOW_BYTES, BYTES_PER_ENTRY = 2**27, 12
+"""Memory of the batches that one read of targets makes, of which four exist at a time; of an entry of a text embedding
+or latent they hold it as float16 and float32, and R."""
 REUSE_GROUP = 16
 """Pairs are reused in groups of this many steps: 0 to 15, then 0 to 15 again."""
 MAX_REUSE = 16
@@ -76,16 +80,11 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
+class StreamConfig(PairConfig):
     """What the batches of a stream depend on, next to the table; see FitConfig for the fields."""
 
-    batch_size: Annotated[int, COUNT]
-    seed: Annotated[int, SEED] = 0
     coupling: str = "nearest"
-    num_neighbors: Annotated[int, COUNT] = 1
-    temperature: Annotated[float, POSITIVE] = 1.0
     condition: str = "retrieved"
-    jitter: Annotated[float, NOT_NEGATIVE] = 0.0
     reuse: Annotated[int, COUNT] = 1
 
     def __post_init__(self) -> None:
@@ -93,37 +92,16 @@ class StreamConfig:
         for name, choices in {"coupling": COUPLINGS, "condition": CONDITIONS}.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        check_ranges(self)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Queries:
-    """A sample of the query distribution, one query per slot."""
-
-    position: Int[np.ndarray, "B"]
-    """Positions in the table of the rows whose captions are queried."""
-    text: Float32[np.ndarray, "B T"]
-    """Text embeddings DE, with jitter if there is any."""
-    r: Float32[np.ndarray, "B L"]
-    """Noise R."""
-    uniforms: Float32[np.ndarray, "B 8"]
-
-
-class Pairs(NamedTuple):
-    """The pair of each query: text embedding, latent, and row id (None: the query's own row)."""
-
-    text: Float32[np.ndarray, "B T"]
-    latent: Float16[np.ndarray, "B L"]
-    row_id: Int[np.ndarray, "B"] | None
+        PairConfig.__post_init__(self)
 
 
 class NeighborStream:
-    """Iterate over (step, batch) from a given step on, without end."""
+    """Iterate over (step, batch) from a given step on: without end, or as far as targets were drawn ahead."""
 
     def __init__(
         self,
         table: Table,
-        search: NeighborSearch,
+        source: NeighborSearch | Targets,
         config: StreamConfig,
         *,
         start: int = 0,
@@ -131,7 +109,7 @@ class NeighborStream:
         num_processes: int = 1,
         encode_tokens: EncodeTokens | None = None,
     ) -> None:
-        """Draw queries from the training rows of `table`, and retrieve their pairs by `search`.
+        """Draw queries from the training rows of `table`; their pairs are searched, or read from targets drawn ahead.
 
         Each of several processes gets an equal range of the slots of a batch. `encode_tokens` adds token embeddings to
         the conditioning. Raises OptionError if the batch size is not a multiple of the number of processes.
@@ -141,68 +119,60 @@ class NeighborStream:
                 f"--batch-size {config.batch_size} cannot be divided among {num_processes} processes: use a multiple "
                 f"of {num_processes}"
             )
-        self._table, self._search, self._config, self._start = table, search, config, start
-        self._positions = table.positions(TRAIN)
+        self._table, self._source, self._config, self._start = table, source, config, start
         self._count = config.batch_size // num_processes
         self._slots = slice(process_index * self._count, (process_index + 1) * self._count)
+        self.queries = StepQueries(table, config, self._slots)
+        """Those of this process's slots."""
+        self._asks_captions = not isinstance(source, Targets) or config.condition == "query"
+        if self._asks_captions:
+            self.queries.positions  # noqa: B018  read here, not by several threads
+        self._rows = RowReader(table)
         self._encode_tokens = encode_tokens
         self.waiting_seconds = 0.0
         """Seconds that the consumer has waited for batches so far."""
 
-    def queries(self, first: int, count: int) -> Queries:
-        """Return the queries of this process's slots in the steps `first` to `first + count - 1`."""
-        steps = range(first, first + count)
-        rows, r = (np.concatenate(parts) for parts in zip(*map(self._draw, steps), strict=True))
-        position = self._positions[rows]
-        text = self._table.take(position, "text").astype(np.float32)
-        text = text + np.concatenate([*map(self._jitter, steps)]) * np.linalg.norm(text, axis=1, keepdims=True)
-        return Queries(position, text, r, np.concatenate([*map(self._uniforms, steps)]))
-
     def batches(self, first: int, count: int) -> list[Batch]:
-        """Return the batches of `count` steps from one search; each equals the batch of a search of its own."""
-        queries = self.queries(first, count)
-        pairs = self._pairs(queries)
+        """Return the batches of `count` steps from one search or read; each equals the batch of one of its own."""
+        steps = range(first, first + count)
+        r, uniforms = self.queries.noise(steps), self.queries.uniforms(steps)
+        captions = self.queries.captions(steps) if self._asks_captions else None
+        pairs = self._pairs(steps, captions, r, uniforms)
         y = self._table.meta.geometry.to_coordinates(pairs.latent)
-        arrays = (queries.r, self._conditioning(queries, pairs, count), y, queries.uniforms)
+        arrays = (r, self._conditioning(captions, pairs, count), y, uniforms)
         parts = [torch.split(torch.from_numpy(array), self._count) for array in arrays]
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
 
-    def _draw(self, step: int) -> tuple[Int[np.ndarray, "B"], Float32[np.ndarray, "B L"]]:
-        size, seed = self._config.batch_size, self._config.seed
-        rows = draw_rows(len(self._positions), size, seed=seed, step=step)
-        r = draw_points(self._table.meta.geometry, size, seed=seed, step=step)
-        return rows[self._slots], r[self._slots]
-
-    def _jitter(self, step: int) -> Float32[np.ndarray, "B _"]:
-        config = self._config
-        if not config.jitter:
-            return np.zeros((self._count, 1), np.float32)
-        noise = draw_jitter(config.batch_size, self._table.meta.geometry.text_dim, seed=config.seed, step=step)
-        return np.float32(config.jitter) * noise[self._slots]
-
-    def _uniforms(self, step: int) -> Float32[np.ndarray, "B 8"]:
-        return draw_uniforms(self._config.batch_size, NUM_UNIFORMS, seed=self._config.seed, step=step)[self._slots]
-
-    def _pairs(self, queries: Queries) -> Pairs:
+    def _pairs(
+        self,
+        steps: range,
+        captions: Captions | None,
+        r: Float32[np.ndarray, "B L"],
+        uniforms: Float32[np.ndarray, "B 8"],
+    ) -> Pairs:
+        if isinstance(self._source, Targets):
+            row_id = self._source.read(steps.start, len(steps))[:, self._slots].ravel()
+            text, latent = self._rows.take(row_id, ["text", "latent"])
+            return Pairs(text.astype(np.float32), latent, row_id)
+        assert captions is not None
         if self._config.coupling == "independent":
-            return Pairs(queries.text, self._table.take(queries.position, "latent"), None)
-        vectors = self._table.meta.geometry.queries(queries.text, queries.r)
-        nearest = self._search.nearest(vectors, self._config.num_neighbors)
-        neighbor = sample_neighbor(nearest.distance / self._config.temperature, queries.uniforms[:, -1])
-        chosen = np.arange(len(neighbor)), neighbor
-        return Pairs(nearest.text[chosen].astype(np.float32), nearest.latent[chosen], nearest.row_id[chosen])
+            (latent,) = take_columns(self._table, captions.position, ["latent"])
+            return Pairs(captions.text, latent, None)
+        return self.queries.retrieve(self._source, captions, r, uniforms)
 
-    def _conditioning(self, queries: Queries, pairs: Pairs, count: int) -> Float32[np.ndarray, "B K T"]:
+    def _conditioning(self, captions: Captions | None, pairs: Pairs, count: int) -> Float32[np.ndarray, "B K T"]:
         if self._config.condition == "query":
-            pairs = pairs._replace(text=queries.text, row_id=None)
+            assert captions is not None
+            pairs = pairs._replace(text=captions.text, row_id=None)
         if self._encode_tokens is None:
             return pairs.text[:, None]
         if pairs.row_id is None:
-            captions = self._table.take(queries.position, "caption")
+            assert captions is not None
+            (texts,) = take_columns(self._table, captions.position, ["caption"])
         else:
-            captions = self._table.take_row_ids(pairs.row_id, "caption")
+            (texts,) = self._rows.take(pairs.row_id, ["caption"])
         # One step at a time, because the last bits of an embedding depend on what else is in its batch.
-        return np.concatenate([self._encode_tokens(part.tolist()) for part in np.split(captions, count)])
+        return np.concatenate([self._encode_tokens(part.tolist()) for part in np.split(texts, count)])
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """Yield steps in order; with reuse, the pairs of a group once, then all of them again."""
@@ -213,23 +183,23 @@ class NeighborStream:
         group = self._start // steps_per_group
         retrieved = self._retrieved(group * REUSE_GROUP)
         for first in itertools.count(group * steps_per_group, steps_per_group):
-            held = list(itertools.islice(retrieved, REUSE_GROUP))
+            held = list(islice(retrieved, REUSE_GROUP))
             for step in range(max(first, self._start), first + steps_per_group):
-                uniforms = torch.from_numpy(self._uniforms(step))
+                if (step - first) % REUSE_GROUP >= len(held):
+                    return  # targets drawn ahead end here
+                uniforms = torch.from_numpy(self.queries.uniforms([step]))
                 yield step, replace(held[(step - first) % REUSE_GROUP], uniforms=uniforms)
 
     def _retrieved(self, first: int) -> Iterator[Batch]:
-        """Yield the batches from `first` on, each retrieved once, by searches ahead in the background."""
-        steps_per_search = max(1, QUERIES_PER_SEARCH // self._count)
+        """Yield the batches from `first` on, each retrieved once, by searches or reads ahead in the background."""
+        ahead, pending = self._windows(first), deque[Future[list[Batch]]]()
         # While a group is reused the whole next one is searched.
-        depth = SEARCHES_AHEAD if self._config.reuse == 1 else max(SEARCHES_AHEAD, -(-REUSE_GROUP // steps_per_search))
-        pending: deque[Future[list[Batch]]] = deque()
+        group = 1 if self._config.reuse == 1 else -(-REUSE_GROUP // self._steps_per_search)
         with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
             try:
-                for step in itertools.count(first, steps_per_search):
-                    pending.append(pool.submit(self.batches, step, steps_per_search))
-                    if len(pending) <= depth:
-                        continue
+                pending.extend(pool.submit(self.batches, *each) for each in islice(ahead, max(SEARCHES_AHEAD, group)))
+                while pending:
+                    pending.extend(pool.submit(self.batches, *each) for each in islice(ahead, 1))
                     began = time.perf_counter()
                     batches = pending.popleft().result()
                     self.waiting_seconds += time.perf_counter() - began
@@ -238,12 +208,28 @@ class NeighborStream:
                 for future in pending:
                     future.cancel()
 
+    def _windows(self, first: int) -> Iterator[tuple[int, int]]:
+        """Iterate over the first step and the number of steps of each search or read."""
+        if not isinstance(self._source, Targets):
+            yield from ((step, self._steps_per_search) for step in itertools.count(first, self._steps_per_search))
+            return
+        geometry = self._table.meta.geometry
+        most = max(1, WINDOW_BYTES // (BYTES_PER_ENTRY * (geometry.latent_dim + geometry.text_dim) * self._count))
+        # The first read is small, so that training begins soon.
+        step, count = first, min(self._steps_per_search, most)
+        while step < self._source.steps:
+            yield step, min(count, self._source.steps - step)
+            step, count = step + count, min(4 * count, most)
 
-def sample_neighbor(energy: Float[np.ndarray, "B K"], uniform: Float32[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-    """Sample one of K neighbors per row, with probability proportional to exp(-energy), from uniform numbers."""
-    weight = np.exp(energy.min(1, keepdims=True) - energy.astype(np.float64))
-    reached = weight.cumsum(1) > uniform[:, None] * weight.sum(1, keepdims=True)
-    return np.asarray(reached.argmax(1))
+    @property
+    def _steps_per_search(self) -> int:
+        return max(1, QUERIES_PER_SEARCH // self._count)
+
+
+def searched_steps(steps: int, reuse: int) -> int:
+    """Return how many steps are searched for to train a number of steps, of which each serves `reuse`."""
+    groups, rest = divmod(steps, REUSE_GROUP * reuse)
+    return groups * REUSE_GROUP + min(rest, REUSE_GROUP)
 
 
 def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:

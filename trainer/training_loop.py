@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from index.errors import RunError
 from index.search.ann import open_search
+from index.search.neighbors import NeighborSearch
 from index.table.table import Table
+from index.table.targets import Targets
 from trainer.checkpoints import TrainingRecord, checked, checkpoints, load_checkpoint, open_network, save_checkpoint
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.models.base import count_flops
@@ -23,6 +25,7 @@ from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.run_folder import open_run_text_encoder
 from trainer.stream import Batch, EncodeTokens, NeighborStream, measure_reuse, plan_reuse
+from trainer.targets import check_targets, open_run_targets
 from trainer.tracking import Conveniences, Preview, RunLog
 
 if TYPE_CHECKING:
@@ -74,11 +77,21 @@ class Trainer:
         return self.start >= self.config.steps
 
     def open_stream(self) -> None:
-        """Open the search, choose how often pairs are reused, and open the stream at the step to train next."""
-        self.search = open_search(self.table, exact=self.config.search == "exact", device=self.device)
+        """Open the search or the targets drawn ahead, choose how often pairs are reused, and open the stream.
+
+        Raises OptionError if the targets do not fit the run.
+        """
+        self.source = self._open_source()
         self.encode_tokens = self._open_token_encoder()
         self.config = replace(self.config, reuse=self._choose_reuse())
         self.stream = self._make_stream(self.start)
+
+    def _open_source(self) -> NeighborSearch | Targets:
+        targets = open_run_targets(self.table.uri, self.runtime.targets, self.table.storage)
+        if targets is None:
+            return open_search(self.table, exact=self.config.search == "exact", device=self.device)
+        check_targets(targets, self.table, self.config)
+        return targets
 
     def save_checkpoint(self, step: int, record: TrainingRecord) -> None:
         """Write a checkpoint, in the main process."""
@@ -166,7 +179,7 @@ class Trainer:
     def _make_stream(self, start: int = 0) -> NeighborStream:
         return NeighborStream(
             self.table,
-            self.search,
+            self.source,
             self.config.stream(),
             start=start,
             process_index=self.accelerator.process_index,
@@ -179,7 +192,7 @@ class Trainer:
         config = self.config
         if config.reuse is not None:
             return config.reuse
-        if config.coupling == "independent":
+        if config.coupling == "independent" or isinstance(self.source, Targets):
             return 1
         if self.accelerator.device.type == "cpu":
             return plan_reuse(self.table, count_flops(self.network), exact=config.search == "exact")

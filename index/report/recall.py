@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from index.search.exact import ExactSearch
-from index.search.neighbors import RowSearch
+from index.search.neighbors import NeighborSearch
 from index.space.queries import Purpose, draw_points, draw_rows
 from index.table.schema import HELDOUT, TRAIN
 from index.table.table import Table
@@ -68,17 +68,17 @@ def find_ground_truth(exact: ExactSearch, queries: Float32[np.ndarray, "M S"]) -
     return GroundTruth(exact, queries, positions, exact.distances(queries, positions[:, :1])[:, 0])
 
 
-def measure_recall(neighbors: RowSearch, truth: GroundTruth) -> Recall:
+def measure_recall(neighbors: NeighborSearch, truth: GroundTruth) -> Recall:
     """Search the same queries with `neighbors`, in batches of 256 after one to warm up."""
     exact, distances, recalls_at_10, seconds = truth.exact, [], [], []
-    neighbors.nearest_ids(truth.queries[:BATCH])
+    neighbors.nearest_rows(truth.queries[:BATCH])
     for start in range(0, len(truth.queries), BATCH):
         queries, expected = truth.queries[start : start + BATCH], truth.positions[start : start + BATCH]
         began = time.perf_counter()
         nearest = neighbors.nearest(queries).row_id
         seconds.append(time.perf_counter() - began)
         distances.append(exact.distances(queries, exact.positions_of(nearest))[:, 0])
-        ten = exact.positions_of(neighbors.nearest_ids(queries, 10))
+        ten = exact.positions_of(neighbors.nearest_rows(queries, 10).row_id)
         recalls_at_10 += [np.isin(a, b).mean() for a, b in zip(expected, ten, strict=True)]
     distance = np.concatenate(distances)
     # Equal vectors are equally near: a retrieved row is correct if none is nearer.

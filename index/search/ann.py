@@ -1,14 +1,13 @@
 """Approximate search through the table's LanceDB index, and the choice between approximate and exact search."""
 
 import asyncio
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float32, Int
 
 from index.search.exact import ExactSearch
-from index.search.neighbors import NeighborSearch, RetrievedPairs
+from index.search.neighbors import NearestRows, NeighborSearch, RetrievedPairs
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
 
@@ -31,23 +30,18 @@ class ApproximateSearch:
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query; if a query reaches fewer, its last one is repeated."""
         rows, chosen, distance = self._search(queries, k, ("text", "latent"))
-        text, latent = (column_array(rows[name]) for name in ("text", "latent"))
-        return RetrievedPairs(
-            row_id=rows["_rowid"].to_numpy().astype(np.int64)[chosen],
-            distance=distance[chosen],
-            text=text[chosen],
-            latent=latent[chosen],
-        )
+        text, latent = (column_array(rows[name])[chosen] for name in ("text", "latent"))
+        return RetrievedPairs(row_id=_row_ids(rows)[chosen], distance=distance, text=text, latent=latent)
 
-    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
-        """Return the row ids of what `nearest` returns, without reading the pairs."""
-        rows, chosen, _ = self._search(queries, k, ())
-        return np.asarray(rows["_rowid"].to_numpy().astype(np.int64)[chosen])
+    def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
+        """Return the rows of the same pairs, without reading text embeddings and latents."""
+        rows, chosen, distance = self._search(queries, k, ())
+        return NearestRows(_row_ids(rows)[chosen], distance)
 
     def _search(
-        self, queries: Float32[np.ndarray, "B S"], k: int, columns: Sequence[str]
-    ) -> tuple[pa.Table, Int[np.ndarray, "B K"], Float[np.ndarray, "M"]]:
-        """Return the rows that were found, which of them are the `k` nearest of each query, and their distances."""
+        self, queries: Float32[np.ndarray, "B S"], k: int, columns: tuple[str, ...]
+    ) -> tuple[pa.Table, Int[np.ndarray, "B K"], Float32[np.ndarray, "B K"]]:
+        """Return the rows of all queries, which of them are the `k` nearest of each, and their distances."""
         # LanceDB plans a single query differently from a batch: it prunes otherwise and may return another row.
         batch = queries if len(queries) > 1 else queries.repeat(2, axis=0)
 
@@ -64,7 +58,8 @@ class ApproximateSearch:
         first = np.searchsorted(query, np.arange(len(queries)))
         count = np.searchsorted(query, np.arange(len(queries)), side="right") - first
         assert count.min() >= 1, "a query returned no rows"
-        return rows, order[first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)], distance
+        chosen = order[first[:, None] + np.minimum(np.arange(k), count[:, None] - 1)]
+        return rows, chosen, distance[chosen]
 
     def explain_plan(self, queries: Float32[np.ndarray, "B S"]) -> str:
         """Return LanceDB's plan for a batch of queries; `ANNIvfBatch` in it is the shared scan."""
@@ -74,14 +69,16 @@ class ApproximateSearch:
 
         return asyncio.run(explain())
 
-    def _query(  # type: ignore[no-untyped-def]
-        self, queries: Float32[np.ndarray, "B S"], k: int, columns: Sequence[str]
-    ):
+    def _query(self, queries: Float32[np.ndarray, "B S"], k: int, columns: tuple[str, ...]):  # type: ignore[no-untyped-def]
         query = self._table.query().where(f"split = '{TRAIN}'").nearest_to(list(queries))
         query = query.limit(k * self._refine_factor).with_row_id()
         if self._nprobes is not None:
             query = query.nprobes(self._nprobes)
         return query.select([*columns, "_distance", *(["vector"] if self._refine_factor > 1 else [])])
+
+
+def _row_ids(rows: pa.Table) -> Int[np.ndarray, "N"]:
+    return np.asarray(rows["_rowid"].to_numpy().astype(np.int64))
 
 
 def open_search(table: Table, *, exact: bool = False, device: str = "cpu", memory: int | None = None) -> NeighborSearch:

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int
 
 from index.search.blocks import VectorBlocks
-from index.search.neighbors import RetrievedPairs
+from index.search.neighbors import NearestRows, RetrievedPairs
 from index.table.schema import TRAIN
 from index.table.table import Table
 
@@ -59,9 +59,10 @@ class ExactSearch:
             latent=self.take(positions, "latent"),
         )
 
-    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
-        """Return the row ids of what `nearest` returns, without reading the pairs."""
-        return np.asarray(self.row_ids[self.nearest_positions(queries, k)])
+    def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
+        """Return the rows of the same pairs, without reading text embeddings and latents."""
+        positions = self.nearest_positions(queries, k)
+        return NearestRows(self.row_ids[positions], self.distances(queries, positions))
 
     def take(self, positions: Int[np.ndarray, "*B"], column: str) -> Float16[np.ndarray, "*B D"]:
         """Return the `text` or `latent` column of training rows; order and repeats are kept."""

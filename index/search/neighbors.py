@@ -5,7 +5,7 @@ a trainer needs the pairs themselves. Distances are squared L2 between the query
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int
@@ -22,6 +22,13 @@ class RetrievedPairs:
     latent: Float16[np.ndarray, "B K L"]
 
 
+class NearestRows(NamedTuple):
+    """The K nearest rows of each of B queries, nearest first, without what they hold."""
+
+    row_id: Int[np.ndarray, "B K"]
+    distance: Float32[np.ndarray, "B K"]
+
+
 @runtime_checkable
 class NeighborSearch(Protocol):
     """Nearest-neighbor search over the training rows of one table."""
@@ -30,11 +37,6 @@ class NeighborSearch(Protocol):
         """Return the `k` nearest pairs of each query."""
         ...
 
-
-@runtime_checkable
-class RowSearch(NeighborSearch, Protocol):
-    """A search that can leave out the pairs."""
-
-    def nearest_ids(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
-        """Return the row ids of what `nearest` returns, without reading the pairs."""
+    def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
+        """Return the rows of the same pairs, without reading text embeddings and latents."""
         ...

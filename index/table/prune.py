@@ -1,7 +1,7 @@
 """Remove what nothing needs any more: old versions of a table, files that only they refer to, and their tags.
 
-Kept are the newest version, the last one with a complete index, versions that unfinished training runs began with,
-versions that the user tagged or named, and the files of an unfinished encode run.
+Kept are the newest version, the last one with a complete index, versions that unfinished training runs began with and
+those that targets were drawn from, versions that the user tagged or named, and the files of an unfinished encode run.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from index.table.lock import hold_lock
 from index.table.readers import needed_versions
 from index.table.storage import Storage
 from index.table.table import INDEXED, Table, open_newest, rejects_uri, runs_folder
+from index.table.targets import versions_with_targets
 
 if TYPE_CHECKING:
     import lance
@@ -96,6 +97,10 @@ def _reasons(table: Table, dataset: "lance.LanceDataset", keep: Iterable[int]) -
     indexed = [tag["version"] for name, tag in tags.items() if name.startswith(INDEXED)]
     runs = needed_versions(table.uri, table.storage)
     reasons = {version: f"needed by the training run {run}" for version, run in runs.items()}
+    drawn = versions_with_targets(table.uri, table.storage)
+    reasons |= {
+        version: f"needed by the targets {place}: delete them to release it" for version, place in drawn.items()
+    }
     reasons |= {tag["version"]: f"tag {name}" for name, tag in tags.items() if not name.startswith(INDEXED)}
     reasons |= dict.fromkeys(keep, "--keep-version")
     if indexed:

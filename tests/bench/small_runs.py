@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from index.search.pairs import NUM_UNIFORMS
 from index.space.queries import draw_uniforms
 from trainer.models.base import Network
 from trainer.models.mlp import LatentMLP
 from trainer.objectives.base import Objective, StepInput, Training
 from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
-from trainer.stream import NUM_UNIFORMS, Batch
+from trainer.stream import Batch
 
 BATCH = 256
 NUM_LAYERS = 3

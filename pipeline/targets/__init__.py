@@ -1,0 +1,1 @@
+"""Targets drawn ahead: the pairs of all training steps, retrieved once."""
