@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LANCE_STORES = ("s3://", "gs://", "az://")
 VECTOR_INDEX = "vector_idx"
 """Lance's name of the vector index."""
+IO_BUFFER_BYTES = 32 * 2**20
+"""What a scan reads ahead of the batches that it decodes; Lance's own default is 2 GiB."""
 TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 """LanceDB's rule."""
 INDEXED = "index-v"
@@ -98,11 +100,15 @@ class Table:
         split: str | None = None,
         *,
         batch_size: int = 65_536,
-        batch_readahead: int | None = None,
+        batch_readahead: int = 2,
     ) -> Iterator[pa.RecordBatch]:
         """Iterate over some columns in table order, of the rows of one split or of all."""
         batches: Iterator[pa.RecordBatch] = self.dataset().to_batches(
-            columns=list(columns), filter=_of_split(split), batch_size=batch_size, batch_readahead=batch_readahead
+            columns=list(columns),
+            filter=_of_split(split),
+            batch_size=batch_size,
+            batch_readahead=batch_readahead,
+            io_buffer_size=IO_BUFFER_BYTES,
         )
         return batches
 
@@ -117,7 +123,7 @@ class Table:
 
     def take(self, positions: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows at some positions, in their order, with repeats; vectors are a B x dim array."""
-        return column_array(self.dataset().take(positions.tolist(), columns=[column])[column])
+        return column_array(self.dataset().take(pa.array(positions), columns=[column])[column])
 
     def take_row_ids(self, row_ids: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows with some Lance row ids, in their order, with repeats."""
