@@ -93,6 +93,7 @@ class DistinctRows:
     @property
     def rows(self) -> int:
         """The number of rows whose hashes are kept."""
+        self._merge()
         return int(self._rows_by_zeros[self._bits :].sum())
 
     @property
@@ -104,7 +105,6 @@ class DistinctRows:
     @property
     def duplicates(self) -> int:
         """The number of rows that are equal to an earlier one, estimated if `rows` is less than all."""
-        self._merge()
         return (self.rows - len(self._hashes)) * 2**self._bits
 
 
@@ -156,5 +156,5 @@ def row_hashes(rows: Float16[np.ndarray, "N D"]) -> UInt64[np.ndarray, "N"]:
         mixed *= np.uint64(factor)
     mixed ^= mixed >> np.uint64(31)
     # Sums of splitmix64 of one word in two places differ, because the keys do.
-    total: UInt64[np.ndarray, "N"] = mixed.sum(1, dtype=np.uint64)
+    total: UInt64[np.ndarray, N] = mixed.sum(1, dtype=np.uint64)
     return total
