@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from index.errors import OptionError
 from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
-from index.search.neighbors import NeighborSearch
+from index.search.neighbors import LockstepSearch, NeighborSearch
 from index.space.queries import draw_jitter, draw_points, draw_rows, draw_uniforms
 from index.table.schema import TRAIN
 from index.table.table import Table
@@ -224,7 +225,12 @@ class NeighborStream:
         # While a group is reused the whole next one is searched.
         depth = SEARCHES_AHEAD if self._config.reuse == 1 else max(SEARCHES_AHEAD, -(-REUSE_GROUP // steps_per_search))
         pending: deque[Future[list[Batch]]] = deque()
-        with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
+        lockstep = self._search if isinstance(self._search, LockstepSearch) else None
+        threads = SEARCHES_AHEAD if lockstep is None else 1
+        with (
+            nullcontext() if lockstep is None else closing(lockstep),
+            ThreadPoolExecutor(threads, thread_name_prefix="search") as pool,
+        ):
             try:
                 for step in itertools.count(first, steps_per_search):
                     pending.append(pool.submit(self.batches, step, steps_per_search))

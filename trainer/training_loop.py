@@ -75,7 +75,13 @@ class Trainer:
 
     def open_stream(self) -> None:
         """Open the search, choose how often pairs are reused, and open the stream at the step to train next."""
-        self.search = open_search(self.table, exact=self.config.search == "exact", device=self.device)
+        self.search = open_search(
+            self.table,
+            exact=self.config.search == "exact",
+            device=self.device,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
         self.encode_tokens = self._open_token_encoder()
         self.config = replace(self.config, reuse=self._choose_reuse())
         self.stream = self._make_stream(self.start)

@@ -138,8 +138,10 @@ class VectorBlocks:
 
         self._table, self._stride, self._first, self._balance = table, stride, first, balance
         self.device = torch.device(device)
-        self.table_positions = table.positions(TRAIN)[first::stride]
-        """Positions of the rows in the table."""
+        self.train_positions = table.positions(TRAIN)
+        """Positions of all training rows in the table."""
+        self.table_positions = self.train_positions[first::stride]
+        """Positions in the table of the rows used."""
         self.count = len(self.table_positions)
         geometry = table.meta.geometry
         memory = 2**62 if memory is None else memory

@@ -29,3 +29,15 @@ class NeighborSearch(Protocol):
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query."""
         ...
+
+
+@runtime_checkable
+class LockstepSearch(NeighborSearch, Protocol):
+    """A search in which all processes of a training run take part: each search of one is a search of all.
+
+    So every process searches as often, one search at a time.
+    """
+
+    def close(self) -> None:
+        """Tell the other processes that this one searches no more; afterwards all can begin anew."""
+        ...

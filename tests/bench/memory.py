@@ -5,7 +5,8 @@ Each case runs in a process of its own, whose peak resident size (ru_maxrss) mus
     1.25 * limit + constant + rows * BYTES_PER_ROW + LANCE_BYTES
 
 The constant is the peak of the same case on a table of 2,000 rows as wide: imports, and queries whose number does not
-depend on rows. The others are in index/search/memory.py. Prints JSON, with the rows and queries that a case compared, its seconds, and whether it kept the bound.
+depend on rows. The others are in index/search/memory.py. Prints JSON, with the rows and queries that a case compared,
+its seconds, and whether it kept the bound.
 
     python tests/bench/memory.py --work WORK [--tables 200000x256,1000000x256,120000x2056] [--limits 0.25,0.5,1]
 """
