@@ -100,12 +100,12 @@ class DistinctRows:
     def count(self) -> int:
         """The number of distinct rows, estimated if `rows` is less than all."""
         self._merge()
-        return len(self._hashes) * 2**self._bits
+        return len(self._hashes) << self._bits
 
     @property
     def duplicates(self) -> int:
         """The number of rows that are equal to an earlier one, estimated if `rows` is less than all."""
-        return (self.rows - len(self._hashes)) * 2**self._bits
+        return (self.rows - len(self._hashes)) << self._bits
 
 
 def explain_nonfinite(table: Table) -> str:

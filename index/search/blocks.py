@@ -68,12 +68,12 @@ class SortedBlocks:
         import torch
 
         order, sizes = torch.cat(list(groups)), [len(group) for group in groups]
-        for columns in vectors.split(-(-vectors.shape[1] // SORTED_AT_ONCE), dim=1):
+        for columns in torch.split(vectors, -(-vectors.shape[1] // SORTED_AT_ONCE), dim=1):
             columns.copy_(columns[order])
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device)
         squares, centers, radii = [], [], []
-        for part in vectors.split(sizes):
+        for part in torch.split(vectors, sizes):
             rows = part.float()
             text = rows[:, :text_dim]
             center = text.mean(0)
@@ -189,7 +189,7 @@ class VectorBlocks:
             return best.cost, best.positions
         bounds = self.sorted.lower_bounds(q, g)
         closest = bounds.argmin(1)
-        for number in closest.unique().tolist():
+        for number in sorted(set(closest.tolist())):
             best.update(self.sorted[number], (closest == number).nonzero()[:, 0])
         for number in range(len(self.sorted)):
             promising = ((closest != number) & (bounds[:, number] < best.cost[:, -1])).nonzero()[:, 0]
@@ -253,7 +253,7 @@ class VectorBlocks:
 def vector_bytes(table: Table, rows: int, block_rows: int = CACHE_BLOCK_ROWS["cpu"]) -> int:
     """Return what `VectorBlocks` takes to hold a number of rows of a table in blocks of `block_rows`, and sort them."""
     geometry = table.meta.geometry
-    entry = table.dataset().schema.field("vector").type.value_type.bit_width // 8
+    entry: int = table.dataset().schema.field("vector").type.value_type.bit_width // 8
     sampled = -(-rows // block_rows) * ROWS_PER_PARTITION
     per_row = entry * geometry.vector_dim * (SORTED_AT_ONCE + 1) // SORTED_AT_ONCE + POSITION_BYTES
     return per_row * rows + entry * geometry.text_dim * min(rows, sampled)
