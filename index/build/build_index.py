@@ -142,7 +142,7 @@ def _measure(
 ) -> IndexReport:
     """Measure hubness and the sweep of desc_scale, and complete the report."""
     table, geometry = selection.table, selection.table.meta.geometry
-    neighbors = exact if table.meta.uses_exact_search else ApproximateSearch(table)
+    neighbors = exact if table.meta.uses_exact_search else ApproximateSearch(table, memory=config.max_memory // 2)
     total = num_hubness_queries(len(exact.row_ids))
     with Progress("measure hubness", total=total, unit="queries", log=table.log("index")) as bar:
         hubness = measure_hubness(geometry, neighbors, exact, seed=config.seed, progress=bar.advance)

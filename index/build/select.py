@@ -87,9 +87,11 @@ def select_index(
     kept = _kept_index(table, index_type, n, memory)
     if kept is not None:
         table, added = _index_new_rows(table)
-        candidates, best = _tune(table, kept, tuning, target_recall, refine_factors, log)
+        candidates, best = _tune(table, kept, tuning, target_recall, refine_factors, log, memory)
         if best.tuning_recall_at_1 >= target_recall:
-            return _select(table, best, fresh, f"kept, with {added:,} rows added; {summarize(best)}", candidates)
+            return _select(
+                table, best, fresh, memory, f"kept, with {added:,} rows added; {summarize(best)}", candidates
+            )
     candidates, reasons = [], []
     for candidate, num_bits in _types_to_try(index_type, n, dim, memory):
         began = time.monotonic()
@@ -100,20 +102,20 @@ def select_index(
             index_type=candidate, num_partitions=num_partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
         )
         seconds = round(time.monotonic() - began, 2)
-        measured, best = _tune(table, index, tuning, target_recall, refine_factors, log, build_seconds=seconds)
+        measured, best = _tune(table, index, tuning, target_recall, refine_factors, log, memory, build_seconds=seconds)
         candidates += measured
         if best.tuning_recall_at_1 >= target_recall:
             reasons.append(summarize(best))
             break
         reasons.append(f"{summarize(best)}, below the target")
-    return _select(table, best, fresh, "; ".join(reasons), candidates)
+    return _select(table, best, fresh, memory, "; ".join(reasons), candidates)
 
 
 def _select(
-    table: Table, best: IndexCandidate, fresh: GroundTruth, reason: str, candidates: list[IndexCandidate]
+    table: Table, best: IndexCandidate, fresh: GroundTruth, memory: int, reason: str, candidates: list[IndexCandidate]
 ) -> Selection:
     """Measure the best candidate on fresh queries, and let it serve the table."""
-    search = ApproximateSearch(table, nprobes=best.nprobes, refine_factor=best.refine_factor)
+    search = ApproximateSearch(table, nprobes=best.nprobes, refine_factor=best.refine_factor, memory=memory)
     recall = measure_recall(search, fresh)
     ref = best.ref(recall.recall_at_1, index_uuid(table.dataset()))
     return Selection(_served_by(table, ref), recall, reason, candidates)
@@ -200,6 +202,7 @@ def _tune(
     target_recall: float,
     refine_factors: Sequence[int],
     log: Path | None,
+    memory: int,
     build_seconds: float | None = None,
 ) -> tuple[list[IndexCandidate], IndexCandidate]:
     """Find the fewest nprobes that reach the target, to within an eighth; return everything measured, and the best.
@@ -211,7 +214,8 @@ def _tune(
     candidates = list[IndexCandidate]()
 
     def reaches(nprobes: int, refine_factor: int) -> bool:
-        recall = measure_recall(ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor), tuning)
+        search = ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor, memory=memory)
+        recall = measure_recall(search, tuning)
         candidates.append(
             IndexCandidate(
                 tuning_queries=recall.recall_queries,

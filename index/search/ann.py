@@ -28,10 +28,15 @@ class ApproximateSearch:
     them into lists of Python floats, which costs as much as the search.
     """
 
-    def __init__(self, table: Table, *, nprobes: int | None = None, refine_factor: int | None = None) -> None:
-        """Open the index of `table`; `nprobes` and `refine_factor` default to those stored in its metadata."""
+    def __init__(
+        self, table: Table, *, nprobes: int | None = None, refine_factor: int | None = None, memory: int | None = None
+    ) -> None:
+        """Open the index of `table`; `nprobes` and `refine_factor` default to those stored in its metadata.
+
+        At most `memory` bytes of the index are kept (None: 6 GiB); what does not fit is read again.
+        """
         index = table.meta.index
-        self._table = asyncio.run(table.lancedb_async())
+        self._table = asyncio.run(table.lancedb_async(memory))
         self._nprobes = nprobes or (index.nprobes if index else None)
         self._refine_factor = refine_factor or (index.refine_factor if index else 1)
 
@@ -94,7 +99,7 @@ def open_search(
     Raises OptionError if they do not fit on the device.
     """
     if not (exact or table.meta.uses_exact_search):
-        return ApproximateSearch(table)
+        return ApproximateSearch(table, memory=memory)
     if memory is None:
         rows = table.dataset().count_rows(filter=f"split = '{TRAIN}'")
         divided = num_processes > 1 and vector_bytes(table, rows) > DIVIDED_BYTES

@@ -79,12 +79,16 @@ class Table:
         table.checkout(self.version)
         return table
 
-    async def lancedb_async(self) -> "AsyncTable":
-        """Open this version in LanceDB's asynchronous interface."""
+    async def lancedb_async(self, cache_bytes: int | None = None) -> "AsyncTable":
+        """Open this version in LanceDB's asynchronous interface, which keeps at most `cache_bytes` of an index.
+
+        None is LanceDB's default, 6 GiB.
+        """
         import lancedb
 
         folder, name = self._lancedb_name()
-        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance)
+        session = None if cache_bytes is None else lancedb.Session(index_cache_size_bytes=cache_bytes)
+        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
         table = await connection.open_table(name)
         await table.checkout(self.version)
         return table
