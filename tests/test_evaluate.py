@@ -17,6 +17,7 @@ from index.table.table import open_table, reports_of
 from pipeline.images import decode_image
 from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
+from trainer.evaluation import references
 from trainer.evaluation.calibration import measure_calibration
 from trainer.evaluation.features import Clip, Inception
 from trainer.evaluation.metrics import frechet
@@ -344,6 +345,23 @@ def test_retrieved_pairs_agree_with_brute_force(run, indexed):
     clear = second - first > 1e-2  # closer ones depend on rounding
     assert clear.mean() > 0.95
     assert np.allclose(retrieve_pairs(indexed, prompts)[clear], expected[clear])
+
+
+def test_pairs_are_retrieved_once_per_table_version_and_prompts(run, indexed, monkeypatch):
+    pipeline, searches = CoalescerPipeline.from_pretrained(run), []
+
+    class Counted(references.ExactSearch):
+        def __init__(self, *args):
+            searches.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(references, "ExactSearch", Counted)
+    first, other = (draw_prompts(pipeline, indexed, 12, seed=seed) for seed in (11, 12))
+    pairs = [retrieve_pairs(indexed, prompts) for prompts in (first, first, other, other, first)]
+    assert len(searches) == 3
+    assert np.array_equal(pairs[0], pairs[1])
+    assert np.array_equal(pairs[0], pairs[4])
+    assert not np.array_equal(pairs[0], pairs[2])
 
 
 def test_network_evaluations_are_counted_per_sample(run, indexed):

@@ -153,9 +153,7 @@ def test_bounds_of_blocks_are_safe_and_exclude_most_of_them(encoded, potentials)
     blocks = VectorBlocks(encoded, block_rows=8).sorted
     q = torch.from_numpy(queries)
     bounds = blocks.lower_bounds(q, g if potentials else None)
-    costs = [
-        torch.cdist(q, block.vectors).square() - (g[block.positions] if potentials else 0) for block in blocks.blocks
-    ]
+    costs = [torch.cdist(q, block.vectors).square() - (g[block.positions] if potentials else 0) for block in blocks]
     least = torch.stack([cost.min(1).values for cost in costs], 1)
     assert (bounds <= least + 1e-3).all()
     assert (bounds > least.min(1, keepdim=True).values).float().mean() > 0.5

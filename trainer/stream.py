@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from index.errors import OptionError
 from index.ranges import COUNT
-from index.search.neighbors import NeighborSearch
+from index.search.neighbors import LockstepSearch, NeighborSearch
 from index.search.pairs import QUERIES_PER_SEARCH, Captions, PairConfig, Pairs, StepQueries
 from index.table.rows import RowReader, take_columns
 from index.table.schema import TRAIN
@@ -195,7 +196,12 @@ class NeighborStream:
         ahead, pending = self._windows(first), deque[Future[list[Batch]]]()
         # While a group is reused the whole next one is searched.
         group = 1 if self._config.reuse == 1 else -(-REUSE_GROUP // self._steps_per_search)
-        with ThreadPoolExecutor(SEARCHES_AHEAD, thread_name_prefix="search") as pool:
+        lockstep = self._source if isinstance(self._source, LockstepSearch) else None
+        threads = SEARCHES_AHEAD if lockstep is None else 1
+        with (
+            nullcontext() if lockstep is None else closing(lockstep),
+            ThreadPoolExecutor(threads, thread_name_prefix="search") as pool,
+        ):
             try:
                 pending.extend(pool.submit(self.batches, *each) for each in islice(ahead, max(SEARCHES_AHEAD, group)))
                 while pending:

@@ -89,7 +89,13 @@ class Trainer:
     def _open_source(self) -> NeighborSearch | Targets:
         targets = open_run_targets(self.table.uri, self.runtime.targets, self.table.storage)
         if targets is None:
-            return open_search(self.table, exact=self.config.search == "exact", device=self.device)
+            return open_search(
+                self.table,
+                exact=self.config.search == "exact",
+                device=self.device,
+                process=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
         check_targets(targets, self.table, self.config)
         return targets
 

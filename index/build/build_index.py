@@ -17,6 +17,7 @@ from index.report.report import BalanceReport, IndexReport, SearchSettings, find
 from index.report.sweep import DESC_SCALES, SweepPoint, SweepSize, measure_sweep
 from index.search.ann import ApproximateSearch
 from index.search.exact import ExactSearch
+from index.search.kmeans import fastest_device
 from index.search.lance_index import build_whole
 from index.space.queries import Purpose
 from index.table.lock import hold_lock
@@ -42,8 +43,8 @@ class BuildConfig:
     balance_time_limit: Annotated[float, POSITIVE] = 300.0
     """Seconds that the fit may take."""
     max_memory: Annotated[int, POSITIVE] = 4 * 2**30
-    """Bytes of vectors held in memory at a time. A larger table is read again for each pass and gets an index of lower
-    precision."""
+    """Bytes that vectors, samples and indexes take at a time. A larger table is read again for each pass and gets an
+    index of lower precision."""
     index_type: str = "auto"
     """auto: exact search for small tables, otherwise IVF_RQ, or IVF_FLAT if that misses the target recall."""
     target_recall: Annotated[float, Range(0, 1, above=True)] = 0.95
@@ -86,7 +87,7 @@ def build_index(
 def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWriter) -> Built:
     """Do all of it but writing the report."""
     began, log = time.monotonic(), table.log("index")
-    if len(table.positions(TRAIN)) == 0:
+    if table.dataset().count_rows(filter=f"split = '{TRAIN}'") == 0:
         raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")
     geometry = choose_geometry(
         table,
@@ -108,12 +109,13 @@ def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWrite
         log=log,
         write=write,
     )
-    integrity = check_vectors(table)
+    integrity = check_vectors(table, config.max_memory)
     if integrity.nonfinite_vectors:
         raise TableError(
             f"{integrity.nonfinite_vectors} vectors of {table.uri} are not finite: {explain_nonfinite(table)}"
         )
-    exact = ExactSearch(table, memory=config.max_memory)
+    # The other half is for the index and its sample, while it is built and searched.
+    exact = ExactSearch(table, fastest_device(), config.max_memory // 2)
     queries = [
         evaluation_queries(table, NUM_RECALL_QUERIES, seed=config.seed, purpose=purpose)
         for purpose in (Purpose.NPROBES, Purpose.RECALL)
@@ -125,7 +127,7 @@ def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWrite
         fresh,
         index_type=config.index_type,
         target_recall=config.target_recall,
-        memory=config.max_memory,
+        memory=config.max_memory // 2,
         seed=config.seed,
         build=build,
         log=log,
@@ -143,7 +145,7 @@ def _measure(
 ) -> IndexReport:
     """Measure hubness and the sweep of desc_scale, and complete the report."""
     table, geometry = selection.table, selection.table.meta.geometry
-    neighbors = exact if table.meta.uses_exact_search else ApproximateSearch(table)
+    neighbors = exact if table.meta.uses_exact_search else ApproximateSearch(table, memory=config.max_memory // 2)
     total = num_hubness_queries(len(exact.row_ids))
     with Progress("measure hubness", total=total, unit="queries", log=table.log("index")) as bar:
         hubness = measure_hubness(geometry, neighbors, exact, seed=config.seed, progress=bar.advance)

@@ -220,7 +220,7 @@ def _fit_balance(
     g = potentials.g
     if stride > 1:
         blocks = VectorBlocks(table, memory=memory // 2, device=device, balance=False)
-        g = extend_potentials(sample, g, blocks, queries)
+        g = extend_potentials(sample, g, blocks, queries, memory=memory)
     return g, BalanceReport(
         fit_chi_square=potentials.chi_square,
         steps=potentials.step,

@@ -22,6 +22,7 @@ from jaxtyping import Float32
 
 from index.report.hubness import chi_square
 from index.search.blocks import VectorBlocks
+from index.search.memory import working_bytes
 
 TARGET = 0.05
 """Chi-square of hit counts below which a table counts as balanced."""
@@ -123,26 +124,33 @@ def extend_potentials(
     queries: Queries,
     *,
     num_queries: int = 65_536,
+    memory: int | None = None,
 ) -> Float32[np.ndarray, "N"]:
     """Derive the potentials of all rows from those of a sample, by the c-transform of the semi-dual over queries.
 
     g(v) = min_q |q - v|^2 - f(q) with f(q) = min_j |q - v_j|^2 - g_j over the sample: the largest potential with which
-    a row takes no query from the sample.
+    a row takes no query from the sample. One pass over the rows serves as many batches of queries as a quarter of
+    `memory` bytes holds (None: all).
     """
     import torch
 
     potential = torch.from_numpy(g).to(sample.device)
-    # |q - v|^2 - f(q) = |v|^2 - 2 q.v + |q|^2 - f(q)
-    lines = list[tuple[torch.Tensor, torch.Tensor]]()
-    for step in range(-(-num_queries // len(queries(0)))):
-        batch = queries(step)
-        cost, _ = sample.nearest(batch, g=potential)
-        q = torch.from_numpy(batch).to(sample.device)
-        lines.append((q, q.square().sum(1) - cost[:, 0]))
-    extended = np.empty(blocks.count, np.float32)
-    for block in blocks:
-        least = torch.full((len(block.vectors),), torch.inf, device=blocks.device)
-        for q, offset in lines:
-            least = torch.minimum(least, torch.addmm(offset, block.vectors, q.T, alpha=-2).min(1).values)
-        extended[block.positions.cpu().numpy()] = (least + block.squares).cpu().numpy()
+    size, dim = queries(0).shape
+    steps = -(-num_queries // size)
+    at_once = steps if memory is None else max(1, working_bytes(memory) // (4 * size * dim))
+    extended = np.full(blocks.count, np.inf, np.float32)
+    for first in range(0, steps, at_once):
+        # |q - v|^2 - f(q) = |v|^2 - 2 q.v + |q|^2 - f(q)
+        lines = list[tuple[torch.Tensor, torch.Tensor]]()
+        for step in range(first, min(first + at_once, steps)):
+            batch = queries(step)
+            cost, _ = sample.nearest(batch, g=potential)
+            q = torch.from_numpy(batch).to(sample.device)
+            lines.append((q, q.square().sum(1) - cost[:, 0]))
+        for block in blocks:
+            least = torch.full((len(block.vectors),), torch.inf, device=blocks.device)
+            for q, offset in lines:
+                least = torch.minimum(least, torch.addmm(offset, block.vectors, q.T, alpha=-2).min(1).values)
+            positions = block.positions.cpu().numpy()
+            extended[positions] = np.minimum(extended[positions], (least + block.squares).cpu().numpy())
     return extended

@@ -21,7 +21,9 @@ from index.errors import OptionError
 from index.report.recall import GroundTruth, Recall, measure_recall
 from index.report.report import IndexCandidate
 from index.search.ann import ApproximateSearch
+from index.search.kmeans import CENTROID_COPIES
 from index.search.lance_index import IndexPlan, build_whole
+from index.search.memory import held_bytes
 from index.table.commit import tag_indexed, update_meta
 from index.table.schema import IndexRef
 from index.table.table import VECTOR_INDEX, Table, index_uuid
@@ -72,7 +74,7 @@ def select_index(
     The queries of `tuning` choose the index and its nprobes; its recall is measured on those of `fresh`. `memory` is
     what the vectors of an index may take, in bytes. Raises OptionError if IVF_PQ has too few rows to train.
     """
-    n = len(tuning.exact.row_ids)
+    n, dim = len(tuning.exact.row_ids), table.meta.geometry.vector_dim
     if index_type == "ivf_pq" and n < PQ_CENTROIDS:
         raise OptionError(
             f"--index-type ivf_pq trains {PQ_CENTROIDS} centroids, but the table has {n} training rows: "
@@ -82,35 +84,38 @@ def select_index(
         recall = measure_recall(fresh.exact, fresh)
         ref = IndexRef(index_type="none", num_partitions=None, nprobes=None, recall_at_1=recall.recall_at_1)
         return Selection(_served_by(table, ref), recall, f"exact search over {n:,} rows", [])
-    kept = _kept_index(table, index_type, n)
+    kept = _kept_index(table, index_type, n, memory)
     if kept is not None:
         table, added = _index_new_rows(table)
-        candidates, best = _tune(table, kept, tuning, target_recall, refine_factors, log)
+        candidates, best = _tune(table, kept, tuning, target_recall, refine_factors, log, memory)
         if best.tuning_recall_at_1 >= target_recall:
-            return _select(table, best, fresh, f"kept, with {added:,} rows added; {summarize(best)}", candidates)
+            return _select(
+                table, best, fresh, memory, f"kept, with {added:,} rows added; {summarize(best)}", candidates
+            )
     candidates, reasons = [], []
-    for candidate, num_bits in types_to_try(index_type, n, table.meta.geometry.vector_dim, memory):
+    for candidate, num_bits in types_to_try(index_type, n, dim, memory):
         began = time.monotonic()
-        num_partitions = 1 if candidate == "ivf_hnsw_sq" else max(int(np.sqrt(n)), 1)
-        table = build(table, IndexPlan.train(table, candidate, num_partitions, num_bits=num_bits, seed=seed), log)
+        num_partitions = 1 if candidate == "ivf_hnsw_sq" else most_partitions(n, dim, memory)
+        plan = IndexPlan.train(table, candidate, num_partitions, num_bits=num_bits, seed=seed, memory=memory)
+        table = build(table, plan, log)
         index = IndexRef(
             index_type=candidate, num_partitions=num_partitions, nprobes=None, recall_at_1=0.0, num_bits=num_bits
         )
         seconds = round(time.monotonic() - began, 2)
-        measured, best = _tune(table, index, tuning, target_recall, refine_factors, log, build_seconds=seconds)
+        measured, best = _tune(table, index, tuning, target_recall, refine_factors, log, memory, build_seconds=seconds)
         candidates += measured
         if best.tuning_recall_at_1 >= target_recall:
             reasons.append(summarize(best))
             break
         reasons.append(f"{summarize(best)}, below the target")
-    return _select(table, best, fresh, "; ".join(reasons), candidates)
+    return _select(table, best, fresh, memory, "; ".join(reasons), candidates)
 
 
 def _select(
-    table: Table, best: IndexCandidate, fresh: GroundTruth, reason: str, candidates: list[IndexCandidate]
+    table: Table, best: IndexCandidate, fresh: GroundTruth, memory: int, reason: str, candidates: list[IndexCandidate]
 ) -> Selection:
     """Measure the best candidate on fresh queries, and let it serve the table."""
-    search = ApproximateSearch(table, nprobes=best.nprobes, refine_factor=best.refine_factor)
+    search = ApproximateSearch(table, nprobes=best.nprobes, refine_factor=best.refine_factor, memory=memory)
     recall = measure_recall(search, fresh)
     ref = best.ref(recall.recall_at_1, index_uuid(table.dataset()))
     return Selection(_served_by(table, ref), recall, reason, candidates)
@@ -132,14 +137,20 @@ def index_bytes(table: Table) -> int:
     return int(index.size_bytes or 0)
 
 
-def _kept_index(table: Table, index_type: str, rows: int) -> IndexRef | None:
+def most_partitions(rows: int, dim: int, memory: int) -> int:
+    """Return how many partitions an index gets: the square root of the rows, if so many can be trained in memory."""
+    affordable = held_bytes(memory) // (2 * dim * (CENTROID_COPIES + 1))
+    return max(min(int(np.sqrt(rows)), affordable), 1)
+
+
+def _kept_index(table: Table, index_type: str, rows: int, memory: int) -> IndexRef | None:
     """Return the table's index if it has the requested type and the table has not outgrown its partitions."""
     ref = table.meta.index
     if ref is None or ref.num_partitions is None or index_type not in ("auto", ref.index_type):
         return None
     if not _has_shape(table, ref):
         return None
-    return ref if rows <= 4 * ref.num_partitions**2 else None
+    return ref if most_partitions(rows, table.meta.geometry.vector_dim, memory) <= 2 * ref.num_partitions else None
 
 
 def _has_shape(table: Table, ref: IndexRef) -> bool:
@@ -191,6 +202,7 @@ def _tune(
     target_recall: float,
     refine_factors: Sequence[int],
     log: Path | None,
+    memory: int,
     build_seconds: float | None = None,
 ) -> tuple[list[IndexCandidate], IndexCandidate]:
     """Find the fewest nprobes that reach the target, to within an eighth; return everything measured, and the best.
@@ -202,7 +214,8 @@ def _tune(
     candidates = list[IndexCandidate]()
 
     def reaches(nprobes: int, refine_factor: int) -> bool:
-        recall = measure_recall(ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor), tuning)
+        search = ApproximateSearch(table, nprobes=nprobes, refine_factor=refine_factor, memory=memory)
+        recall = measure_recall(search, tuning)
         candidates.append(
             IndexCandidate(
                 tuning_queries=recall.recall_queries,

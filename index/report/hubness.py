@@ -65,40 +65,43 @@ def measure_hubness(
     `progress` is called with the number of queries after each batch.
     """
     n = len(exact.row_ids)
-    hits = np.zeros(n, np.int64)
-    inputs, targets = [], []
+    retrieved, inputs, targets = [], [], []
     for step in range(num_hubness_queries(n) // BATCH):
         stream: dict[str, Any] = {"seed": seed, "step": step, "purpose": Purpose.HUBNESS}
         text = exact.take(draw_rows(n, BATCH, **stream), "text")
         r = draw_points(geometry, BATCH, **stream)
         pairs = neighbors.nearest(geometry.queries(text, r))
-        np.add.at(hits, exact.positions_of(pairs.row_id[:, 0]), 1)
+        retrieved.append(pairs.row_id[:, 0])
         progress(BATCH)
         if step < PROBE_BATCHES:
             inputs.append(np.concatenate([r, unit(text.astype(np.float32)) * geometry.kappa], 1))
             targets.append(geometry.to_coordinates(pairs.latent[:, 0]))
-    total = int(hits.sum())
+    _, hits = np.unique(np.concatenate(retrieved), return_counts=True)
+    total, never = int(hits.sum()), n - len(hits)
+    hit_counts = np.bincount(np.minimum(hits, MAX_HITS), minlength=MAX_HITS + 1)
+    hit_counts[0] = never
     return Hubness(
         hubness_queries=total,
-        hit_counts=np.bincount(np.minimum(hits, MAX_HITS), minlength=MAX_HITS + 1).tolist(),
-        anti_hub_rate=float((hits == 0).mean()),
+        hit_counts=hit_counts.tolist(),
+        anti_hub_rate=never / n,
         expected_anti_hub_rate=float((1 - 1 / n) ** total),
         max_hit_rate=float(hits.max() / total),
         effective_row_fraction=float(total**2 / (n * np.square(hits.astype(np.float64)).sum())),
-        chi_square=chi_square(hits),
+        chi_square=chi_square(hits, n),
         linear_probe_queries=sum(map(len, inputs)),
         linear_probe_r2=ridge_r2(np.concatenate(inputs), np.concatenate(targets)),
     )
 
 
-def chi_square(hits: Int[np.ndarray, "N"]) -> float:
-    """Return the unbiased chi-square of hit counts c against uniform ones.
+def chi_square(hits: Int[np.ndarray, "M"], rows: int | None = None) -> float:
+    """Return the unbiased chi-square of the hit counts c of N rows against uniform ones.
 
-    N sum(c^2 - c) / (Q (Q - 1)) - 1 for Q queries (ott-jax, semidiscrete solver).
+    N sum(c^2 - c) / (Q (Q - 1)) - 1 for Q queries (ott-jax, semidiscrete solver). Rows that were never retrieved may be
+    left out of `hits` if `rows` says how many there are.
     """
     total = int(hits.sum())
     c = hits.astype(np.float64)
-    return float(len(c) * (c * c - c).sum() / (total * (total - 1)) - 1.0)
+    return float((len(c) if rows is None else rows) * (c * c - c).sum() / (total * (total - 1)) - 1.0)
 
 
 def ridge_r2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M L"], penalty: float = 1e-2) -> float | None:
@@ -111,9 +114,16 @@ def ridge_r2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M L"], penalty: 
     variation = float(np.square(y[cut:] - y_mean).sum())
     if variation <= 1e-9 * float(np.square(y[cut:]).sum()):
         return None
-    a = (x[:cut] - x_mean).astype(np.float64)
-    gram = a.T @ a
+    gram, moment = np.zeros((x.shape[1], x.shape[1])), np.zeros((x.shape[1], y.shape[1]))
+    for start in range(0, cut, BATCH):
+        rows = slice(start, min(start + BATCH, cut))
+        a = (x[rows] - x_mean).astype(np.float64)
+        gram += a.T @ a
+        moment += a.T @ (y[rows] - y_mean)
     gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
-    weights = np.linalg.solve(gram, a.T @ (y[:cut] - y_mean))
-    residual = y[cut:] - y_mean - (x[cut:] - x_mean) @ weights
-    return float(1 - np.square(residual).sum() / variation)
+    weights = np.linalg.solve(gram, moment)
+    squares = 0.0
+    for start in range(cut, len(x), BATCH):
+        rows = slice(start, start + BATCH)
+        squares += float(np.square(y[rows] - y_mean - (x[rows] - x_mean) @ weights).sum())
+    return 1 - squares / variation

@@ -1,14 +1,25 @@
-"""Search vectors that no index can serve well: not finite, zero, or equal to another one; and equal captions."""
+"""Search vectors that no index can serve well: not finite, zero, or equal to another one; and equal captions.
+
+Equal rows are counted by their hashes. If more distinct ones come than memory has room for, only those whose hash
+begins with a zero bit are kept, then with two, and what is counted among them is scaled up (P. Gibbons, Distinct
+sampling for highly-accurate answers to distinct values queries, VLDB 2001). Equal rows have equal hashes, so no pair of
+duplicates is torn apart.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float16
+from jaxtyping import Float16, UInt64
 
+from index.search.memory import held_bytes, rows_at_once
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
 
 BATCH_ROWS = 4096
+MIN_HASHES = 2**16
+"""Distinct rows that are always counted exactly."""
+HASH_BYTES = 32
+"""What a distinct hash takes: itself, and copies while sorting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,27 +31,81 @@ class VectorIntegrity:
     zero_vectors: int
     duplicate_vectors: int
     """Vectors equal to an earlier one."""
+    hashed_rows: int
+    """Training rows among which duplicates were counted: all, or, if memory has no room for as many hashes, an even
+    sample of the distinct vectors, whose count is scaled up."""
     distinct_texts: int
     """Distinct text embeddings: as many as training rows if every caption is unique."""
 
 
-def check_vectors(table: Table) -> VectorIntegrity:
-    """Count the unusable training vectors of a table in one pass over them."""
-    text_dim, nonfinite, zero = table.meta.geometry.text_dim, 0, 0
-    hashes, text_hashes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for batch in table.scan(["vector"], TRAIN, batch_size=BATCH_ROWS):
+def check_vectors(table: Table, memory: int | None = None) -> VectorIntegrity:
+    """Count the unusable training vectors of a table in one pass over them, within `memory` bytes (None: no limit)."""
+    geometry, nonfinite, zero = table.meta.geometry, 0, 0
+    room, at_once = 2**62, BATCH_ROWS
+    if memory is not None:
+        room = max(MIN_HASHES, held_bytes(memory) // (2 * HASH_BYTES))
+        at_once = min(BATCH_ROWS, rows_at_once(memory, 16 * geometry.vector_dim))
+    distinct, distinct_texts = DistinctRows(room), DistinctRows(room)
+    for batch in table.scan(["vector"], TRAIN, batch_size=at_once, batch_readahead=1):
         vectors = column_array(batch["vector"])
         nonfinite += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())
-        hashes.append(_hashes(vectors))
-        text_hashes.append(_hashes(vectors[:, :text_dim]))
-    hashed = np.concatenate(hashes)
+        distinct.add(row_hashes(vectors))
+        distinct_texts.add(row_hashes(vectors[:, : geometry.text_dim]))
     return VectorIntegrity(
         nonfinite_vectors=nonfinite,
         zero_vectors=zero,
-        duplicate_vectors=len(hashed) - len(np.unique(hashed)),
-        distinct_texts=len(np.unique(np.concatenate(text_hashes))),
+        duplicate_vectors=distinct.duplicates,
+        hashed_rows=distinct.rows,
+        distinct_texts=distinct_texts.count,
     )
+
+
+class DistinctRows:
+    """Count the distinct hashes of rows, and the rows that have a hash of others, in bounded memory."""
+
+    def __init__(self, room: int) -> None:
+        """Keep at most `room` distinct hashes."""
+        self._room, self._bits = room, 0
+        self._hashes, self._added = np.empty(0, np.uint64), list[UInt64[np.ndarray, "n"]]()
+        self._waiting = 0
+        self._rows_by_zeros = np.zeros(65, np.int64)
+
+    def add(self, hashes: UInt64[np.ndarray, "N"]) -> None:
+        """Count the hashes of some rows."""
+        # frexp gives the number of bits that a hash takes; float64 rounds up only hashes that begin with 53 ones.
+        zeros = 64 - np.frexp(hashes.astype(np.float64))[1].clip(0, 64)
+        self._rows_by_zeros += np.bincount(zeros, minlength=65)
+        self._added.append(hashes[zeros >= self._bits])
+        self._waiting += len(self._added[-1])
+        if self._waiting > max(len(self._hashes), MIN_HASHES // 2):
+            self._merge()
+
+    def _merge(self) -> None:
+        """Add what is waiting to the distinct hashes, and keep a smaller part of them if they are too many."""
+        self._hashes = np.unique(np.concatenate([self._hashes, *self._added]))
+        self._added, self._waiting = [], 0
+        while len(self._hashes) > self._room:
+            self._bits += 1
+            # They are sorted, and those that begin with zeros come first.
+            self._hashes = self._hashes[: np.searchsorted(self._hashes, np.uint64(2 ** (64 - self._bits)))].copy()
+
+    @property
+    def rows(self) -> int:
+        """The number of rows whose hashes are kept."""
+        self._merge()
+        return int(self._rows_by_zeros[self._bits :].sum())
+
+    @property
+    def count(self) -> int:
+        """The number of distinct rows, estimated if `rows` is less than all."""
+        self._merge()
+        return len(self._hashes) << self._bits
+
+    @property
+    def duplicates(self) -> int:
+        """The number of rows that are equal to an earlier one, estimated if `rows` is less than all."""
+        return (self.rows - len(self._hashes)) << self._bits
 
 
 def explain_nonfinite(table: Table) -> str:
@@ -79,9 +144,17 @@ def explain_nonfinite(table: Table) -> str:
     return "the balance coordinate overflows float16: use --no-balance, then --balance again"
 
 
-def _hashes(rows: Float16[np.ndarray, "N D"]) -> np.ndarray:
-    """Return a 64-bit hash of each row."""
-    # Adding zero turns -0 into +0, so that equal rows have equal bytes.
-    data = np.ascontiguousarray(rows + np.float16(0))
-    keys = data.view(np.dtype((np.void, data.itemsize * data.shape[1])))[:, 0].tolist()
-    return np.fromiter(map(hash, keys), np.int64, len(keys))
+def row_hashes(rows: Float16[np.ndarray, "N D"]) -> UInt64[np.ndarray, "N"]:
+    """Return a 64-bit hash of each row: the sum over its words of splitmix64, keyed by where each word stands."""
+    # Adding zero turns -0 into +0, so that equal rows have equal bytes; four numbers make a word.
+    words = np.zeros((len(rows), -(-rows.shape[1] // 4) * 4), rows.dtype)
+    np.add(rows, rows.dtype.type(0), out=words[:, : rows.shape[1]])
+    mixed = words.view(np.uint64)
+    mixed += np.random.default_rng(0).integers(2**64, size=mixed.shape[1], dtype=np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    # Sums of splitmix64 of one word in two places differ, because the keys do.
+    total: UInt64[np.ndarray, N] = mixed.sum(1, dtype=np.uint64)
+    return total

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float16, Float32, Int
 
+from index.report.integrity import row_hashes
 from index.search.blocks import VectorBlocks
 from index.search.exact import ExactSearch
+from index.search.memory import rows_at_once
 from index.space.geometry import Geometry
 from index.space.moments import unit
 from index.space.queries import Purpose, draw_points
@@ -29,8 +31,10 @@ NUM_CAPTIONS, NUM_POINTS = 64, 1024
 POINTS_AT_ONCE = 1024
 FIRST_ROWS = 64
 """Rows of nearest texts that are compared first, so that most others need not be."""
-BYTES_PER_ROW = 16 * POINTS_AT_ONCE
+COST_BYTES = 16 * POINTS_AT_ONCE
 """Costs of a row for the points at once, and copies of them."""
+TEXTS_AT_ONCE = 4096
+"""Retrieved texts that are read and compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +88,9 @@ def rows_in(table: Table, geometry: Geometry, memory: int) -> Iterator[RowBlock]
     """Read the rows and compute what their vectors would be in another geometry, without balance."""
     import torch
 
-    per_row = 32 * (geometry.text_dim + geometry.latent_dim) + BYTES_PER_ROW
+    at_once = rows_at_once(memory, 32 * (geometry.text_dim + geometry.latent_dim) + COST_BYTES)
     start = 0
-    for batch in table.scan(["text", "latent"], TRAIN, batch_size=int(np.clip(memory // per_row, 256, 16_384))):
+    for batch in table.scan(["text", "latent"], TRAIN, batch_size=min(at_once, 16_384), batch_readahead=1):
         text, latent = (column_array(batch[name]) for name in ("text", "latent"))
         unit_text = torch.from_numpy(unit(text.astype(np.float32)))
         image = torch.from_numpy(geometry.image_part(text, latent))
@@ -105,11 +109,11 @@ def measure_sweep(
 ) -> tuple[SweepSize, list[SweepPoint]]:
     """Measure the retrieval of some captions, each with the same noise points, at each desc_scale."""
 
-    def take_text(positions: Int[np.ndarray, "B"]) -> Float32[np.ndarray, "B T"]:
-        return exact.take(positions, "text").astype(np.float32)
+    def take_text(positions: Int[np.ndarray, "B"]) -> Float16[np.ndarray, "B T"]:
+        return exact.take(positions, "text")
 
     own = draw_captions(len(exact.row_ids), num_captions, seed=seed, purpose=Purpose.SWEEP)
-    text = unit(take_text(own))
+    text = unit(take_text(own).astype(np.float32))
     r = draw_points(geometry, num_points, seed=seed, step=0, purpose=Purpose.SWEEP)
     targets = find_targets(stored_rows(geometry, exact.blocks), geometry, text, r, scales)
     points = [
@@ -195,17 +199,20 @@ def _sweep_point(
     own: Int[np.ndarray, "A"],
     text: Float32[np.ndarray, "A T"],
     r: Float32[np.ndarray, "P L"],
-    take_text: Callable[[Int[np.ndarray, "B"]], Float32[np.ndarray, "B T"]],
+    take_text: Callable[[Int[np.ndarray, "B"]], Float16[np.ndarray, "B T"]],
 ) -> SweepPoint:
     distinct, index = np.unique(target, return_inverse=True)
-    index, texts = index.reshape(target.shape), take_text(distinct)
-    text_id = np.unique(texts, axis=0, return_inverse=True)[1].reshape(-1)
-    square = np.maximum(2 - 2 * text @ unit(texts).T, 0)  # A n
+    index, hashes, square = index.reshape(target.shape), [], []
+    for start in range(0, len(distinct), TEXTS_AT_ONCE):
+        texts = take_text(distinct[start : start + TEXTS_AT_ONCE])
+        hashes.append(row_hashes(texts))
+        square.append(np.maximum(2 - 2 * text @ unit(texts.astype(np.float32)).T, 0))  # A n
+    text_id = np.unique(np.concatenate(hashes), return_inverse=True)[1].reshape(-1)
     return SweepPoint(
         desc_scale=scale,
         self_retrieval_rate=float((target == own[:, None]).mean()),
         perplexity=mean_perplexity(target),
-        text_distance=float(np.sqrt(np.take_along_axis(square, index, 1)).mean()),
+        text_distance=float(np.sqrt(np.take_along_axis(np.concatenate(square, 1), index, 1)).mean()),
         prior_skew=prior_skew(text_id[index], r),
     )
 

@@ -1,15 +1,23 @@
 """Approximate search through the table's LanceDB index, and the choice between approximate and exact search."""
 
 import asyncio
+import os
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int
 
+from index.errors import OptionError
+from index.search.blocks import CACHE_BLOCK_ROWS, vector_bytes
 from index.search.exact import ExactSearch
+from index.search.memory import MAX_ROWS, available_bytes, held_bytes
 from index.search.neighbors import NearestRows, NeighborSearch, RetrievedPairs
+from index.search.sharded import ShardedSearch
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
+
+DIVIDED_BYTES = 2**28
+"""Vectors that each process of a training run holds whole; more are divided among them."""
 
 
 class ApproximateSearch:
@@ -20,10 +28,15 @@ class ApproximateSearch:
     them into lists of Python floats, which costs as much as the search.
     """
 
-    def __init__(self, table: Table, *, nprobes: int | None = None, refine_factor: int | None = None) -> None:
-        """Open the index of `table`; `nprobes` and `refine_factor` default to those stored in its metadata."""
+    def __init__(
+        self, table: Table, *, nprobes: int | None = None, refine_factor: int | None = None, memory: int | None = None
+    ) -> None:
+        """Open the index of `table`; `nprobes` and `refine_factor` default to those stored in its metadata.
+
+        At most `memory` bytes of the index are kept (None: 6 GiB); what does not fit is read again.
+        """
         index = table.meta.index
-        self._table = asyncio.run(table.lancedb_async())
+        self._table = asyncio.run(table.lancedb_async(memory))
         self._nprobes = nprobes or (index.nprobes if index else None)
         self._refine_factor = refine_factor or (index.refine_factor if index else 1)
 
@@ -81,12 +94,43 @@ def _row_ids(rows: pa.Table) -> Int[np.ndarray, "N"]:
     return np.asarray(rows["_rowid"].to_numpy().astype(np.int64))
 
 
-def open_search(table: Table, *, exact: bool = False, device: str = "cpu", memory: int | None = None) -> NeighborSearch:
+def open_search(
+    table: Table,
+    *,
+    exact: bool = False,
+    device: str = "cpu",
+    memory: int | None = None,
+    process: int = 0,
+    num_processes: int = 1,
+) -> NeighborSearch:
     """Open the search that a table was indexed for, or exact search on `device` if `exact` is set.
 
-    Exact search holds the rows in memory if they fit into `memory` bytes (None: no limit), else it reads them again for
-    each batch of queries.
+    Exact search holds the rows in memory if they fit into `memory` bytes, else it reads them again for each batch of
+    queries. Without a limit, as in training, it must hold them: several processes divide the rows of a large table.
+    Raises OptionError if they do not fit on the device.
     """
-    if exact or table.meta.uses_exact_search:
-        return ExactSearch(table, device, memory)
-    return ApproximateSearch(table)
+    if not (exact or table.meta.uses_exact_search):
+        return ApproximateSearch(table, memory=memory)
+    if memory is None:
+        rows = table.dataset().count_rows(filter=f"split = '{TRAIN}'")
+        divided = num_processes > 1 and vector_bytes(table, rows) > DIVIDED_BYTES
+        _check_fits(table, -(-rows // num_processes) if divided else rows, device)
+        if divided:
+            return ShardedSearch(table, device, process, num_processes)
+    return ExactSearch(table, device, memory)
+
+
+def _check_fits(table: Table, rows: int, device: str) -> None:
+    """Raise OptionError if the vectors of a number of rows do not fit on a device, with all of its processes."""
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.device(device).type == "cpu" else 1
+    block_rows = CACHE_BLOCK_ROWS.get(torch.device(device).type, MAX_ROWS)
+    needed, free = processes * vector_bytes(table, rows, block_rows), available_bytes(device)
+    if needed > held_bytes(free):
+        dim = table.meta.geometry.vector_dim
+        raise OptionError(
+            f"exact search holds {processes * rows:,} vectors of {dim:,} numbers on {device}, {needed / 2**30:.3g} "
+            f"GiB, and may use {held_bytes(free) / 2**30:.3g} of {free / 2**30:.3g} GiB that are free: use --search "
+            f"ann after `pipeline build-index {table.uri}`, or more GPUs, among which the rows are divided"
+        )

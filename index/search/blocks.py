@@ -1,8 +1,9 @@
 """Exact k-nearest-neighbor search over the training vectors, a block of rows at a time and within a memory budget.
 
-Vectors that fit into the budget stay in memory, sorted so that rows with similar text embeddings share a block. A
-block whose text parts all lie farther from a query than its k-th neighbor so far is skipped: with ten classes that
-saves nine tenths of the work. Vectors that do not fit are read from disk in table order on every pass.
+Vectors that fit into the budget stay in memory as they are stored, in float16, sorted so that rows with similar text
+embeddings share a block. A block whose text parts all lie farther from a query than its k-th neighbor so far is
+skipped: with ten classes that saves nine tenths of the work. Vectors that do not fit are read from disk in table order
+on every pass. Either way a block is compared in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,22 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from index.search.kmeans import ROWS_PER_PARTITION, k_means, nearest_centroid
+from index.search.memory import available_bytes, held_bytes, rows_at_once
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
 
 if TYPE_CHECKING:
     import torch
 
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 1024, 65_536
 MAX_QUERIES = 4096
 """Largest batch of queries that the memory budget accounts for."""
 CACHE_BLOCK_ROWS = {"cpu": 2048}
 """Rows of a block in memory, by device type: the scores of 1,024 queries against so many rows stay in a CPU's cache,
 which doubles the speed. Other devices use the block size of reading."""
+POSITION_BYTES = 36
+"""Per row: sorted positions, ranks, squared norms; clusters while sorting."""
+SORTED_AT_ONCE = 8
+"""Parts of the dimensions that are sorted one after the other, so that a copy takes an eighth of the vectors."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,14 +38,9 @@ class Block:
 
     positions: 'Int[torch.Tensor, "n"]'
     """Positions among the training rows, in table order."""
-    vectors: 'Float[torch.Tensor, "n S"]'
-    squares: 'Float[torch.Tensor, "n"]'
+    vectors: 'Float32[torch.Tensor, "n S"]'
+    squares: 'Float32[torch.Tensor, "n"]'
     """Squared norms of the vectors."""
-
-    @classmethod
-    def of(cls, positions: "torch.Tensor", vectors: "torch.Tensor") -> "Block":
-        """Make a block of some rows."""
-        return cls(positions, vectors, vectors.square().sum(1))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,26 +48,55 @@ class SortedBlocks:
     """Vectors in memory in P blocks of rows with similar text parts, and a ball around the text parts of each block."""
 
     vectors: 'Float[torch.Tensor, "N S"]'
-    """In the order of the blocks."""
+    """In the order of the blocks, as they are stored."""
+    squares: 'Float32[torch.Tensor, "N"]'
+    order: 'Int[torch.Tensor, "N"]'
+    """The position of each vector."""
     rank: 'Int[torch.Tensor, "N"]'
-    """For each position in table order, its index in `vectors`."""
-    blocks: list[Block]
-    centers: 'Float[torch.Tensor, "P T"]'
-    radii: 'Float[torch.Tensor, "P"]'
+    """The inverse of `order`: for each position in table order, its index in `vectors`."""
+    ends: list[int]
+    """Where in `vectors` each block ends."""
+    centers: 'Float32[torch.Tensor, "P T"]'
+    radii: 'Float32[torch.Tensor, "P"]'
 
     @classmethod
     def of(cls, vectors: "torch.Tensor", groups: "Sequence[torch.Tensor]", text_dim: int) -> "SortedBlocks":
-        """Sort vectors (N S) into one block per group of positions; text parts are the first `text_dim` entries."""
+        """Sort vectors (N S) in place into one block per group of positions.
+
+        Text parts are the first `text_dim` entries.
+        """
         import torch
 
-        order = torch.cat(list(groups))
-        vectors = vectors[order]
-        parts = torch.split(vectors, [len(group) for group in groups])
-        texts = [part[:, :text_dim] for part in parts]
-        centers = torch.stack([text.mean(0) for text in texts])
-        radii = torch.stack([(text - center).norm(dim=1).max() for text, center in zip(texts, centers, strict=True)])
-        blocks = [Block.of(group, part) for group, part in zip(groups, parts, strict=True)]
-        return cls(vectors, order.argsort(), blocks, centers, radii)
+        order, sizes = torch.cat(list(groups)), [len(group) for group in groups]
+        for columns in torch.split(vectors, -(-vectors.shape[1] // SORTED_AT_ONCE), dim=1):
+            columns.copy_(columns[order])
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        squares, centers, radii = [], [], []
+        for part in torch.split(vectors, sizes):
+            rows = part.float()
+            text = rows[:, :text_dim]
+            center = text.mean(0)
+            squares.append(rows.square().sum(1))
+            centers.append(center)
+            radii.append((text - center).norm(dim=1).max())
+        ends = np.cumsum(sizes).tolist()
+        return cls(vectors, torch.cat(squares), order, rank, ends, torch.stack(centers), torch.stack(radii))
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> Block:
+        """Return a block, in float32."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        rows = slice(self.ends[number - 1] if number else 0, self.ends[number])
+        return Block(self.order[rows], self.vectors[rows].float(), self.squares[rows])
+
+    def take(self, positions: 'Int[torch.Tensor, "B"]') -> 'Float32[torch.Tensor, "B S"]':
+        """Return the vectors at some positions."""
+        return self.vectors[self.rank[positions]].float()
 
     def lower_bounds(self, q: "torch.Tensor", g: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Return, for queries (B S), a lower bound of |q - v_i|^2 - g_i over the rows of each block (B P).
@@ -80,7 +109,9 @@ class SortedBlocks:
         gap = torch.cdist(q[:, : self.centers.shape[1]], self.centers) - self.radii
         # A thousandth less, so that rounding never hides a row.
         bound = 0.999 * gap.clamp(min=0).square()
-        return bound if g is None else bound - torch.stack([g[block.positions].max() for block in self.blocks])
+        if g is None:
+            return bound
+        return bound - torch.stack([part.max() for part in g[self.order].tensor_split(self.ends[:-1])])
 
 
 class VectorBlocks:
@@ -93,31 +124,35 @@ class VectorBlocks:
         memory: int | None = None,
         device: str = "cpu",
         stride: int = 1,
+        first: int = 0,
         balance: bool = True,
         block_rows: int | None = None,
     ) -> None:
-        """Count the rows and read them to `device` if they fit into about `memory` bytes (None: no limit).
+        """Count the rows and read them to `device` if they fit into `memory` bytes (None: no limit) and on the device.
 
-        With `stride` k only every k-th row is used. Without `balance` the balance coordinate is set to zero, so that
-        potentials are fitted to plain distances even if the table stores some. `block_rows` overrides the number of
-        rows per block.
+        With `stride` k only every k-th row from `first` on is used. Without `balance` the balance coordinate is set to
+        zero, so that potentials are fitted to plain distances even if the table stores some. `block_rows` overrides the
+        number of rows per block.
         """
         import torch
 
-        self._table, self._stride, self._balance = table, stride, balance
+        self._table, self._stride, self._first, self._balance = table, stride, first, balance
         self.device = torch.device(device)
-        self._table_positions = table.positions(TRAIN)[::stride]
-        self.count = len(self._table_positions)
-        dim = table.meta.geometry.vector_dim
+        self.train_positions = table.positions(TRAIN)
+        """Positions of all training rows in the table."""
+        self.table_positions = self.train_positions[first::stride]
+        """Positions in the table of the rows used."""
+        self.count = len(self.table_positions)
+        geometry = table.meta.geometry
         memory = 2**62 if memory is None else memory
-        # Per row float32 of the block in use, float16 and float32 of the one being read; then the scores of a batch.
-        affordable = memory // (16 * dim + 8 * MAX_QUERIES)
-        self._read_rows = block_rows or max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, affordable))
-        # Twice the vectors, because sorting copies them.
-        self.num_bytes = 8 * (dim + 2) * self.count + 16 * dim * self._read_rows
-        """What holding the vectors in memory takes."""
-        fits = self.num_bytes <= memory
+        # float16 and float32 of the rows being read and in use; the scores of a batch, and a copy of the best.
+        self._read_rows = block_rows or rows_at_once(memory, 16 * geometry.vector_dim + 8 * MAX_QUERIES)
         block_rows = block_rows or CACHE_BLOCK_ROWS.get(self.device.type, self._read_rows)
+        self.num_bytes = vector_bytes(table, self.count, block_rows)
+        """What holding the vectors in memory takes."""
+        fits = self.num_bytes <= held_bytes(memory)
+        if fits and self.device.type != "cpu":
+            fits = self.num_bytes <= held_bytes(available_bytes(device))
         self.sorted: SortedBlocks | None = self._sort(block_rows) if fits else None
 
     @property
@@ -127,16 +162,15 @@ class VectorBlocks:
 
     def __iter__(self) -> Iterator[Block]:
         """Yield all blocks."""
-        return self._read() if self.sorted is None else iter(self.sorted.blocks)
+        return self._read() if self.sorted is None else iter(self.sorted)
 
     def take(self, positions: Int[np.ndarray, "B"]) -> Float32[np.ndarray, "B S"]:
         """Return the vectors at some positions; order and repeats are kept."""
         if self.sorted is None:
-            return self._prepare(self._table.take(self._table_positions[positions], "vector"))
+            return self._prepare(self._table.take(self.table_positions[positions], "vector")).astype(np.float32)
         import torch
 
-        rank = self.sorted.rank[torch.from_numpy(positions).to(self.device)]
-        return np.asarray(self.sorted.vectors[rank].cpu())
+        return np.asarray(self.sorted.take(torch.from_numpy(positions).to(self.device)).cpu())
 
     def nearest(
         self, queries: Float32[np.ndarray, "B S"], k: int = 1, g: 'Float[torch.Tensor, "N"] | None' = None
@@ -155,18 +189,19 @@ class VectorBlocks:
             return best.cost, best.positions
         bounds = self.sorted.lower_bounds(q, g)
         closest = bounds.argmin(1)
-        for number, block in enumerate(self.sorted.blocks):
-            best.update(block, (closest == number).nonzero()[:, 0])
-        for number, block in enumerate(self.sorted.blocks):
-            promising = (closest != number) & (bounds[:, number] < best.cost[:, -1])
-            best.update(block, promising.nonzero()[:, 0])
+        for number in sorted(set(closest.tolist())):
+            best.update(self.sorted[number], (closest == number).nonzero()[:, 0])
+        for number in range(len(self.sorted)):
+            promising = ((closest != number) & (bounds[:, number] < best.cost[:, -1])).nonzero()[:, 0]
+            if len(promising):
+                best.update(self.sorted[number], promising)
         return best.cost, best.positions
 
     def _sort(self, block_rows: int) -> SortedBlocks:
         """Read all rows and group them by k-means on their text parts, in blocks of at most `block_rows`."""
         import torch
 
-        vectors, text_dim = torch.cat([block.vectors for block in self._read()]), self._table.meta.geometry.text_dim
+        vectors, text_dim = self._read_all(), self._table.meta.geometry.text_dim
         texts = vectors[:, :text_dim]
         clusters, rng = -(-self.count // block_rows), np.random.default_rng(0)
         sample = torch.from_numpy(rng.permutation(self.count)[: clusters * ROWS_PER_PARTITION]).to(self.device)
@@ -175,26 +210,53 @@ class VectorBlocks:
         groups = [group for rows in members for group in torch.split(rows, block_rows) if len(group)]
         return SortedBlocks.of(vectors, groups, text_dim)
 
-    def _prepare(self, stored: Float[np.ndarray, "n S"]) -> Float32[np.ndarray, "n S"]:
-        vectors = stored.astype(np.float32)
-        if not self._balance:
-            self._table.meta.geometry.balance_of(vectors)[:] = 0
+    def _read_all(self) -> 'Float[torch.Tensor, "N S"]':
+        """Read all rows, each once, into one tensor."""
+        import torch
+
+        vectors = torch.empty(0)
+        for start, rows in self._stored():
+            if not start:
+                vectors = torch.empty((self.count, rows.shape[1]), dtype=rows.dtype, device=self.device)
+            vectors[start : start + len(rows)] = rows
         return vectors
+
+    def _prepare(self, stored: Float[np.ndarray, "n S"]) -> Float[np.ndarray, "n S"]:
+        """Remove the balance from stored vectors, if they are to be compared without it."""
+        if not self._balance:
+            self._table.meta.geometry.balance_of(stored)[:] = 0
+        return stored
+
+    def _stored(self) -> 'Iterator[tuple[int, Float[torch.Tensor, "n S"]]]':
+        """Read all rows from disk, in table order; yield the position of the first of each batch, and the batch."""
+        import torch
+
+        seen, start = 0, 0
+        for batch in self._table.scan(["vector"], TRAIN, batch_size=self._read_rows, batch_readahead=1):
+            rows = self._prepare(column_array(batch["vector"])[(self._first - seen) % self._stride :: self._stride])
+            seen += len(batch)
+            if len(rows):
+                yield start, torch.from_numpy(rows)
+            start += len(rows)
+        assert start == self.count, (start, self.count)
 
     def _read(self) -> Iterator[Block]:
         """Read all rows from disk, in table order."""
         import torch
 
-        seen, start = 0, 0
-        batches = self._table.scan(["vector"], TRAIN, batch_size=self._read_rows, batch_readahead=1)
-        for batch in batches:
-            vectors = self._prepare(column_array(batch["vector"])[(-seen) % self._stride :: self._stride])
-            seen += len(batch)
-            positions = torch.arange(start, start + len(vectors), device=self.device)
-            start += len(vectors)
-            if len(vectors):
-                yield Block.of(positions, torch.from_numpy(vectors).to(self.device))
-        assert start == self.count, (start, self.count)
+        for start, rows in self._stored():
+            vectors = rows.to(self.device).float()
+            positions = torch.arange(start, start + len(rows), device=self.device)
+            yield Block(positions, vectors, vectors.square().sum(1))
+
+
+def vector_bytes(table: Table, rows: int, block_rows: int = CACHE_BLOCK_ROWS["cpu"]) -> int:
+    """Return what `VectorBlocks` takes to hold a number of rows of a table in blocks of `block_rows`, and sort them."""
+    geometry = table.meta.geometry
+    entry: int = table.dataset().schema.field("vector").type.value_type.bit_width // 8
+    sampled = -(-rows // block_rows) * ROWS_PER_PARTITION
+    per_row = entry * geometry.vector_dim * (SORTED_AT_ONCE + 1) // SORTED_AT_ONCE + POSITION_BYTES
+    return per_row * rows + entry * geometry.text_dim * min(rows, sampled)
 
 
 class _Best:

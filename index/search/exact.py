@@ -4,9 +4,13 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int
 
 from index.search.blocks import VectorBlocks
+from index.search.memory import available_bytes, held_bytes
 from index.search.neighbors import NearestRows, RetrievedPairs
 from index.table.schema import TRAIN
-from index.table.table import Table
+from index.table.table import Table, column_array
+
+AT_ONCE = 256
+"""Queries whose distances are computed at a time."""
 
 
 class ExactSearch:
@@ -18,32 +22,34 @@ class ExactSearch:
     def __init__(
         self, table: Table, device: str = "cpu", memory: int | None = None, *, blocks: VectorBlocks | None = None
     ) -> None:
-        """Hold the vectors, and text embeddings and latents, if they fit into `memory` bytes (None: no limit).
+        """Hold the vectors, and text embeddings and latents, if they fit into `memory` bytes (None: what is free).
 
         Vectors that do not fit are read again for each batch of queries. `blocks` replaces the ones made from
         `device` and `memory`.
         """
-        rows = table.dataset().to_table(columns=[], filter=f"split = '{TRAIN}'", with_row_id=True)
-        self.row_ids: Int[np.ndarray, N] = rows["_rowid"].to_numpy().astype(np.int64)
-        """Row ids of the training rows, in table order."""
-        self._by_id = np.argsort(self.row_ids)
-        self._table, self._table_positions = table, table.positions(TRAIN)
         self.blocks = VectorBlocks(table, memory=memory, device=device) if blocks is None else blocks
+        self.row_ids = read_row_ids(table, self.blocks.count)
+        """Row ids of the training rows, in table order."""
+        ascending = bool((self.row_ids[1:] > self.row_ids[:-1]).all())
+        self._by_id = None if ascending else np.argsort(self.row_ids)
+        self._table = table
         geometry = table.meta.geometry
         columns = 2 * (geometry.text_dim + geometry.latent_dim) * len(self.row_ids)
-        held = self.blocks.in_memory and (memory is None or self.blocks.num_bytes + columns <= memory)
-        self._columns = {name: table.column(name) for name in ("text", "latent")} if held else {}
+        room = available_bytes() if memory is None else held_bytes(memory) - self.blocks.num_bytes
+        held = self.blocks.in_memory and columns <= room
+        self._columns = {name: _column(table, name, len(self.row_ids)) for name in ("text", "latent")} if held else {}
 
     def positions_of(self, row_ids: Int[np.ndarray, "*B"]) -> Int[np.ndarray, "*B"]:
         """Return the positions of rows among the training rows."""
+        if self._by_id is None:
+            return np.searchsorted(self.row_ids, row_ids)
         return self._by_id[np.searchsorted(self.row_ids, row_ids, sorter=self._by_id)]
 
     def distances(
         self, queries: Float32[np.ndarray, "B S"], positions: Int[np.ndarray, "B K"]
     ) -> Float32[np.ndarray, "B K"]:
         """Return the exact squared distances of each query to K training rows."""
-        vectors = self.blocks.take(positions.ravel()).reshape(*positions.shape, -1)
-        return np.asarray(np.square(vectors - queries[:, None, :]).sum(-1))
+        return distances_of(self.blocks, queries, positions)
 
     def nearest_positions(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> Int[np.ndarray, "B K"]:
         """Return the positions of the `k` nearest training rows of each query, nearest first."""
@@ -68,5 +74,40 @@ class ExactSearch:
         """Return the `text` or `latent` column of training rows; order and repeats are kept."""
         if column in self._columns:
             return np.asarray(self._columns[column][positions])
-        rows = self._table.take(self._table_positions[positions.ravel()], column)
+        rows = self._table.take(self.blocks.table_positions[positions.ravel()], column)
         return np.asarray(rows.reshape(*positions.shape, -1))
+
+
+def distances_of(
+    blocks: VectorBlocks, queries: Float32[np.ndarray, "B S"], positions: Int[np.ndarray, "B K"]
+) -> Float32[np.ndarray, "B K"]:
+    """Return the exact squared distances of each query to the rows of `blocks` at K positions."""
+    parts = [np.empty((0, positions.shape[1]), np.float32)]
+    at_once = max(1, AT_ONCE // max(positions.shape[1], 1))
+    for start in range(0, len(queries), at_once):
+        rows = positions[start : start + at_once]
+        vectors = blocks.take(rows.ravel()).reshape(*rows.shape, -1)
+        vectors -= queries[start : start + at_once, None, :]
+        parts.append(np.square(vectors, out=vectors).sum(-1))
+    return np.concatenate(parts)
+
+
+def read_row_ids(table: Table, count: int) -> Int[np.ndarray, "N"]:
+    """Read Lance's row ids of the training rows, in table order."""
+    ids, start = np.empty(count, np.int64), 0
+    for batch in table.dataset().to_batches(columns=[], filter=f"split = '{TRAIN}'", with_row_id=True):
+        ids[start : start + len(batch)] = batch["_rowid"].to_numpy()
+        start += len(batch)
+    assert start == count, (start, count)
+    return ids
+
+
+def _column(table: Table, name: str, count: int) -> Float16[np.ndarray, "N D"]:
+    """Read a column of vectors of the training rows, each once."""
+    dim, start = table.dataset().schema.field(name).type.list_size, 0
+    column = np.empty((count, dim), np.float16)
+    for batch in table.scan([name], TRAIN, batch_size=4096, batch_readahead=1):
+        column[start : start + len(batch)] = column_array(batch[name])
+        start += len(batch)
+    assert start == count, (start, count)
+    return column

@@ -38,15 +38,27 @@ class IndexPlan:
     """Bits per dimension of IVF_RQ."""
     rotation: str | None = None
     """The random rotation of IVF_RQ, in Lance's JSON."""
+    memory: int | None = None
+    """Bytes that assigning rows to partitions may take; changes no result."""
 
     @classmethod
     def train(
-        cls, table: Table, index_type: str, num_partitions: int, *, num_bits: int | None = None, seed: int
+        cls,
+        table: Table,
+        index_type: str,
+        num_partitions: int,
+        *,
+        num_bits: int | None = None,
+        seed: int,
+        memory: int | None = None,
     ) -> "IndexPlan":
-        """Train the partitions of an index of `table` and, for IVF_RQ, draw its rotation."""
-        centroids = train_centroids(table, num_partitions, seed=seed)
+        """Train the partitions of an index of `table` and, for IVF_RQ, draw its rotation.
+
+        Training, and whoever builds the index, hold at most `memory` bytes (None: no limit).
+        """
+        centroids = train_centroids(table, num_partitions, seed=seed, memory=memory)
         rotation = None if num_bits is None else _draw_rotation(centroids.shape[1], num_bits, seed)
-        return cls(index_type=index_type, centroids=centroids, num_bits=num_bits, rotation=rotation)
+        return cls(index_type=index_type, centroids=centroids, num_bits=num_bits, rotation=rotation, memory=memory)
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of Lance's `create_index`."""
@@ -84,7 +96,7 @@ def build_whole(table: Table, plan: IndexPlan, log: Path | None) -> Table:
         def tick(progress: Any) -> None:
             bar.advance(1, stage=f"{progress.stage} {progress.completed}/{progress.total or '?'}")
 
-        with partition_file(table, plan.centroids) as partitions, _written_whole(table):
+        with partition_file(table, plan.centroids, memory=plan.memory) as partitions, _written_whole(table):
             dataset.create_index(
                 replace=True, progress_callback=tick, precomputed_partition_dataset=partitions, **plan.options()
             )
@@ -118,7 +130,7 @@ def without_index(table: Table) -> Table:
 
 def build_segment(table: Table, plan: IndexPlan, fragments: Sequence[int]) -> "Index":
     """Build the part of an index that covers some fragments; readers do not see it yet, and it can be pickled."""
-    with partition_file(table, plan.centroids, fragments) as partitions:
+    with partition_file(table, plan.centroids, fragments, plan.memory) as partitions:
         return table.dataset().create_index_uncommitted(
             fragment_ids=list(fragments), precomputed_partition_dataset=partitions, **plan.options()
         )

@@ -40,3 +40,15 @@ class NeighborSearch(Protocol):
     def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
         """Return the rows of the same pairs, without reading text embeddings and latents."""
         ...
+
+
+@runtime_checkable
+class LockstepSearch(NeighborSearch, Protocol):
+    """A search in which all processes of a training run take part: each search of one is a search of all.
+
+    So every process searches as often, one search at a time.
+    """
+
+    def close(self) -> None:
+        """Tell the other processes that this one searches no more; afterwards all can begin anew."""
+        ...

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LANCE_STORES = ("s3://", "gs://", "az://")
 VECTOR_INDEX = "vector_idx"
 """Lance's name of the vector index."""
+IO_BUFFER_BYTES = 32 * 2**20
+"""What a scan reads ahead of the batches that it decodes; Lance's own default is 2 GiB."""
 TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 """LanceDB's rule."""
 INDEXED = "index-v"
@@ -98,19 +100,23 @@ class Table:
         opened: lancedb.table.Table = self.__dict__["_lancedb"]
         return opened
 
-    async def lancedb_async(self) -> "AsyncTable":
-        """Return this version in LanceDB's asynchronous interface, opened once."""
+    async def lancedb_async(self, cache_bytes: int | None = None) -> "AsyncTable":
+        """Return this version in LanceDB's asynchronous interface, which keeps at most `cache_bytes` of an index.
+
+        None is LanceDB's default, 6 GiB; in that case the table is opened once.
+        """
         import lancedb
 
-        if "_lancedb_async" not in self.__dict__:
-            folder, name = self._lancedb_name()
-            session = self._shared()[1]
-            connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
-            table = await connection.open_table(name)
-            await table.checkout(self.version)
+        if cache_bytes is None and (opened := self.__dict__.get("_lancedb_async")) is not None:
+            return cast("AsyncTable", opened)
+        folder, name = self._lancedb_name()
+        session = self._shared()[1] if cache_bytes is None else lancedb.Session(index_cache_size_bytes=cache_bytes)
+        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
+        table = await connection.open_table(name)
+        await table.checkout(self.version)
+        if cache_bytes is None:
             self.__dict__["_lancedb_async"] = table
-        opened: AsyncTable = self.__dict__["_lancedb_async"]
-        return opened
+        return table
 
     def _lancedb_name(self) -> tuple[str, str]:
         """Return the database folder and the table name by which LanceDB knows the table."""
@@ -123,11 +129,15 @@ class Table:
         split: str | None = None,
         *,
         batch_size: int = 65_536,
-        batch_readahead: int | None = None,
+        batch_readahead: int = 2,
     ) -> Iterator[pa.RecordBatch]:
         """Iterate over some columns in table order, of the rows of one split or of all."""
         batches: Iterator[pa.RecordBatch] = self.dataset().to_batches(
-            columns=list(columns), filter=_of_split(split), batch_size=batch_size, batch_readahead=batch_readahead
+            columns=list(columns),
+            filter=_of_split(split),
+            batch_size=batch_size,
+            batch_readahead=batch_readahead,
+            io_buffer_size=IO_BUFFER_BYTES,
         )
         return batches
 
@@ -147,7 +157,7 @@ class Table:
 
     def take(self, positions: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows at some positions, in their order, with repeats; vectors are a B x dim array."""
-        return column_array(self.dataset().take(positions.tolist(), columns=[column])[column])
+        return column_array(self.dataset().take(pa.array(positions), columns=[column])[column])
 
     def take_row_ids(self, row_ids: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows with some Lance row ids, in their order, with repeats."""

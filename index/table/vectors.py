@@ -185,7 +185,7 @@ class _InGeometry(Table):
         split: str | None = None,
         *,
         batch_size: int = 65_536,
-        batch_readahead: int | None = None,
+        batch_readahead: int = 2,
     ) -> Iterator[pa.RecordBatch]:
         if "vector" not in columns:
             yield from super().scan(columns, split, batch_size=batch_size, batch_readahead=batch_readahead)

@@ -183,16 +183,23 @@ def growth(work: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
     }
 
 
-def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
-    """Write rows of 256 dimensions on curved surfaces of few; text embeddings and latents share half of those."""
+def synthetic(
+    uri: Path,
+    rows: int,
+    *,
+    intrinsic: int = 16,
+    text_dim: int = TEXT_DIM,
+    latent: tuple[int, int, int] = LATENT,
+) -> Table:
+    """Write rows on curved surfaces of few dimensions; text embeddings and latents share half of those."""
     shutil.rmtree(uri, ignore_errors=True)
-    size = int(np.prod(LATENT))
+    size = int(np.prod(latent))
     rng = np.random.default_rng(11)
     surfaces = {
         dim: (rng.standard_normal((intrinsic, 512)) / np.sqrt(intrinsic), rng.standard_normal((512, dim)) / 16)
-        for dim in (TEXT_DIM, size)
+        for dim in (text_dim, size)
     }
-    encoded = encoded_schema(TEXT_DIM, size, keep_images=False)
+    encoded = encoded_schema(text_dim, size, keep_images=False)
     blank = dict.fromkeys(encoded.names)
     moments: Moments | None = None
 
@@ -201,7 +208,7 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
         for start in range(0, rows, 10_000):
             rng, count = np.random.default_rng([13, start]), min(10_000, rows - start)
             code = 2 * rng.standard_normal((count, intrinsic * 3 // 2))
-            text, latent = (
+            text, latents = (
                 np.tanh(part @ inner) @ outer + 0.05 * rng.standard_normal((count, outer.shape[1]))
                 for part, (inner, outer) in zip(
                     (code[:, :intrinsic], code[:, -intrinsic:]), surfaces.values(), strict=True
@@ -211,11 +218,11 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
             hashes = [rng.bytes(16) for _ in range(count)]
             split = [split_of(each, 0.01) for each in hashes]
             train = np.array(split) == TRAIN
-            part = Moments.of(text[train], latent[train])
+            part = Moments.of(text[train], latents[train])
             moments = part if moments is None else moments + part
             columns = blank | {"id": ids, "caption": ids, "key": ids, "shard": ["synthetic"] * count, "split": split}
             columns |= {"width": [64] * count, "height": [64] * count, "meta": ["{}"] * count}
-            columns |= {"text": list_array(text), "latent": list_array(latent), "image_hash": hashes}
+            columns |= {"text": list_array(text), "latent": list_array(latents), "image_hash": hashes}
             yield pa.RecordBatch.from_pydict(columns, schema=encoded)
 
     fragments = [fragment_from_dict(each) for each in write_fragments(str(uri), encoded, batches(), Storage())]
@@ -227,8 +234,8 @@ def synthetic(uri: Path, rows: int, *, intrinsic: int = 16) -> Table:
         text_encoder=encoder,
         image_size=64,
         crop="center",
-        latent_shape=LATENT,
-        text_dim=TEXT_DIM,
+        latent_shape=latent,
+        text_dim=text_dim,
         val_fraction=0.01,
         moments=moments,
         geometry=geometry,

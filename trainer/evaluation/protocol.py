@@ -196,7 +196,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     prompts, decode = draw_prompts(pipeline, table, num_samples, config.seed), _decoder(pipeline)
     candidates, encode_text = min(CANDIDATES, len(set(prompts.captions))), pipeline.text_encoder.encode
     referee, settings = open_referee(table, decode, encode_text, candidates=candidates, out=out, device=pipeline.device)
-    pairs = retrieve_pairs(table, prompts)
+    pairs = retrieve_pairs(table, prompts, pipeline.device)
     # In the order of the prompts: the two-sample test relies on samples and rows that correspond.
     heldout = np.array(list(dict.fromkeys(prompts.positions.tolist())))
     images = row_images(table, heldout, decode)
