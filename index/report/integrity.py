@@ -26,7 +26,7 @@ class VectorIntegrity:
 
 def check_vectors(table: Table) -> VectorIntegrity:
     """Count the unusable training vectors of a table in one pass over them."""
-    text_dim, nonfinite, zero = table.meta.geometry.text_dim, 0, 0
+    text_dim, nonfinite, zero = table.meta.geometry.text_width, 0, 0
     hashes, text_hashes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for batch in table.scan(["vector"], TRAIN, batch_size=BATCH_ROWS):
         vectors = column_array(batch["vector"])
@@ -50,10 +50,10 @@ def explain_nonfinite(table: Table) -> str:
     vector.
     """
     geometry, counts = table.meta.geometry, dict.fromkeys(("latent", "text", "text part", "image part"), 0)
-    end = geometry.text_dim + geometry.latent_dim
+    end = geometry.text_width + geometry.image_width
     for batch in table.scan(["text", "latent", "vector"], TRAIN, batch_size=BATCH_ROWS):
         text, latent, vectors = (column_array(batch[name]) for name in ("text", "latent", "vector"))
-        parts = (latent, text, vectors[:, : geometry.text_dim], vectors[:, geometry.text_dim : end])
+        parts = (latent, text, vectors[:, : geometry.text_width], vectors[:, geometry.text_width : end])
         for name, part in zip(counts, parts, strict=True):
             counts[name] += int((~np.isfinite(part).all(1)).sum())
     if counts["latent"] or counts["text"]:

@@ -166,7 +166,7 @@ class VectorBlocks:
         """Read all rows and group them by k-means on their text parts, in blocks of at most `block_rows`."""
         import torch
 
-        vectors, text_dim = torch.cat([block.vectors for block in self._read()]), self._table.meta.geometry.text_dim
+        vectors, text_dim = torch.cat([block.vectors for block in self._read()]), self._table.meta.geometry.text_width
         texts = vectors[:, :text_dim]
         clusters, rng = -(-self.count // block_rows), np.random.default_rng(0)
         sample = torch.from_numpy(rng.permutation(self.count)[: clusters * ROWS_PER_PARTITION]).to(self.device)

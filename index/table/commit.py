@@ -237,6 +237,7 @@ def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
     from lance.schema import LanceSchema
 
     schema = table.dataset().schema
+    schema = schema.set(schema.get_field_index("vector"), vector_field(meta.geometry.vector_dim))
     return LanceSchema.from_pyarrow(schema.with_metadata((schema.metadata or {}) | {METADATA_KEY: meta.to_json()}))
 
 
@@ -271,7 +272,6 @@ def rewrite_vectors(
         done += rows
         yield done
     meta = table.meta.with_geometry(geometry)
-    assert geometry.vector_dim == table.meta.geometry.vector_dim
     operation = lance.LanceOperation.Merge(fragments, _lance_schema(table, meta))
     yield table.at(_commit(table.uri, operation, table.version, table.storage), meta)
 

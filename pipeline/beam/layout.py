@@ -16,6 +16,7 @@ import pyarrow as pa
 from index.table.commit import add_vectors
 from index.table.schema import TableMeta
 from index.table.storage import Storage, unwritable
+from index.table.weights import load_weights
 from pipeline.beam.gather import Spread
 from pipeline.beam.write_lance import fragment_from_dict
 
@@ -36,10 +37,10 @@ class Layout:
         storage.write_json(uri, {"meta": self.meta.to_json(), "balance": self.balance})
 
     @classmethod
-    def read(cls, uri: str, storage: Storage) -> "Layout":
-        """Read a layout that `write` wrote."""
+    def read(cls, uri: str, storage: Storage, table: str) -> "Layout":
+        """Read a layout that `write` wrote, and the weights that its geometry has in the folder of `table`."""
         content = storage.read_json(uri)
-        return cls(TableMeta.from_json(content["meta"]), content["balance"])
+        return cls(load_weights(TableMeta.from_json(content["meta"]), table, storage), content["balance"])
 
 
 class LayOutVectors(beam.PTransform):  # type: ignore[misc]
@@ -70,7 +71,7 @@ class _AddVectors(beam.DoFn):  # type: ignore[misc]
 
     def process(self, element: PlacedFragment) -> Iterator[PlacedFragment]:
         position, text = element
-        layout = self.layout = self.layout or Layout.read(self.layout_uri, self.storage)
+        layout = self.layout = self.layout or Layout.read(self.layout_uri, self.storage, self.uri)
         fragment = fragment_from_dict(json.loads(text))
         try:
             fragment = add_vectors(self.uri, fragment, self.schema, layout.meta.geometry, layout.balance, self.storage)

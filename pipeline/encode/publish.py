@@ -66,7 +66,7 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
     try:
         lock.check()
         _commit_rejects(job, rejects)
-        meta = Layout.read(job.checkpoints.uri(LAYOUT), storage).meta
+        meta = Layout.read(job.checkpoints.uri(LAYOUT), storage, job.uri).meta
         lock.check()
         if not append:
             publish(job.uri, job.schema, meta, fragments, run_id, storage)
