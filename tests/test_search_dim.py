@@ -146,7 +146,7 @@ def test_what_is_not_asked_for_stays_and_full_returns(tmp_path):
     assert open_table(before.uri, version=before.version).meta.geometry.reduction is None
     again = built(reduced).table
     assert again.meta.geometry.reduction.digest == reduced.meta.geometry.reduction.digest
-    scaled = built(again, desc_scale=2.0).table
+    scaled = built(again, desc_scale=0.5, allow_small_desc_scale=True).table
     # Another desc_scale splits the components in another way.
     assert scaled.meta.geometry.reduction.dim == 9
     assert scaled.meta.geometry.reduction.digest != reduced.meta.geometry.reduction.digest

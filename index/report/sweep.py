@@ -138,7 +138,7 @@ def find_targets(
     import torch
 
     captions, same = np.unique(text, axis=0, return_inverse=True)
-    captions, r = geometry.query_text(captions), geometry.query_image(r)
+    captions, r = geometry.text_part(captions), geometry.query_image(r)
     search: _Targets | None = None
     for block in rows:
         if search is None:

@@ -94,7 +94,7 @@ class Geometry:
     @property
     def text_width(self) -> int:
         """Entries of the text part of a vector."""
-        return self.text_dim if self.reduction is None else self.reduction.text_dim + 1
+        return self.text_dim if self.reduction is None else self.reduction.text_dim
 
     @property
     def image_width(self) -> int:
@@ -123,19 +123,14 @@ class Geometry:
         return image if self.reduction is None else self.reduction.image(image, query=False)
 
     def text_part(self, text: Float[np.ndarray, "B T"]) -> Float32[np.ndarray, "B V"]:
-        """Compute the part of each row's vector that is compared with the caption, at text length 1."""
+        """Compute the part of vectors that text embeddings become, of rows and of queries, at text length 1."""
         text = unit(text.astype(np.float32))
-        return text if self.reduction is None else self.reduction.text(text, query=False)
+        return text if self.reduction is None else self.reduction.text(text)
 
     def query_image(self, r: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B W"]:
         """Compute the part of query vectors that noise R becomes; `project` was applied to it."""
         r = r.astype(np.float32)
         return r if self.reduction is None else self.reduction.image(r, query=True)
-
-    def query_text(self, text: Float[np.ndarray, "B T"]) -> Float32[np.ndarray, "B V"]:
-        """Compute the part of query vectors that text embeddings become, at text length 1."""
-        text = unit(text.astype(np.float32))
-        return text if self.reduction is None else self.reduction.text(text, query=True)
 
     def vectors(
         self,
@@ -148,7 +143,7 @@ class Geometry:
 
     def queries(self, text: Float[np.ndarray, "B T"], r: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B S"]:
         """Compute the query vectors of text embeddings DE and noise R that `project` was applied to."""
-        return self._concat(self.query_text(text), self.query_image(r), None)
+        return self._concat(self.text_part(text), self.query_image(r), None)
 
     def _concat(
         self,

@@ -1,12 +1,13 @@
 """The reduced search space: text and image parts, each projected to leading principal components.
 
-    part of a row     (P' v, |v - P P' v|)        P: orthonormal columns; the last entry is the length that P leaves out
-    part of a query   (P' q, 0)
+    text part     P't                          P, Q: orthonormal columns
+    image part    (Q'x, |x - Q Q'x|)           the last entry is the length that Q leaves out
+    query         P'DE and (Q'R, 0)
 
-The squared distance of the two is |q - v|^2, less |q - P P' q|^2, which all rows share, plus 2 <q, v - P P' v>. That
-product has mean 0 over noise R, which is isotropic, and over captions measured from their mean. So the distance in the
-reduced space is the expected distance in the full one given what is kept of the query. Without the last entry rows that
-the projection shortens would be nearer than they are, and would become hubs.
+The squared distance of image parts is |R - x|^2, less |R - Q Q'R|^2, which all rows share, plus 2 <R, x - Q Q'x>, which
+has mean 0 because R is isotropic. So it is the expected distance in the full space given what is kept of R. Without the
+last entry rows that the projection shortens would be nearer than they are and become hubs. Text parts have none: it
+would put a row away from its own caption, for what is left out of a caption is not independent of the rows.
 
 D components are split between the parts by one rule: all directions of both parts are ordered by the variance of the
 rows along them, text at its desc_scale and kappa, and the first D are kept. Of all such projections this leaves out the
@@ -44,8 +45,6 @@ class Reduction:
     """Training rows whose covariances were computed."""
     digest: str = ""
     """SHA-256 of the file that holds the arrays; empty before it is written."""
-    text_mean: Float32[np.ndarray, "T"] | None = field(default=None, metadata=STORED)
-    """Mean unit text embedding, from which text parts are measured."""
     text_components: Float32[np.ndarray, "T A"] | None = field(default=None, metadata=STORED)
     image_components: Float32[np.ndarray, "L B"] | None = field(default=None, metadata=STORED)
 
@@ -54,24 +53,19 @@ class Reduction:
         """D: components of both parts."""
         return self.text_dim + self.image_dim
 
-    def text(self, text: Float32[np.ndarray, "B T"], *, query: bool) -> Float32[np.ndarray, "B A1"]:
-        """Project unit text embeddings of rows or queries."""
-        return _project(text - at_hand(self.text_mean, self), at_hand(self.text_components, self), query=query)
+    def text(self, text: Float32[np.ndarray, "B T"]) -> Float32[np.ndarray, "B A"]:
+        """Project unit text embeddings, of rows or queries."""
+        return np.asarray(text @ at_hand(self.text_components, self))
 
-    def image(self, image: Float32[np.ndarray, "B L"], *, query: bool) -> Float32[np.ndarray, "B B1"]:
+    def image(self, image: Float32[np.ndarray, "B L"], *, query: bool) -> Float32[np.ndarray, "B W"]:
         """Project image parts of rows, or noise R of queries."""
-        return _project(image, at_hand(self.image_components, self), query=query)
-
-
-def _project(
-    v: Float32[np.ndarray, "B D"], components: Float32[np.ndarray, "D A"], *, query: bool
-) -> Float32[np.ndarray, "B A1"]:
-    out = np.zeros((len(v), components.shape[1] + 1), np.float32)
-    out[:, :-1] = v @ components
-    if not query:
-        # Not from the difference of squares, which would leave a rounding error where nothing is left out.
-        out[:, -1] = np.linalg.norm(v - out[:, :-1] @ components.T, axis=1)
-    return out
+        components = at_hand(self.image_components, self)
+        out = np.zeros((len(image), components.shape[1] + 1), np.float32)
+        out[:, :-1] = image @ components
+        if not query:
+            # Not from the difference of squares, which would leave a rounding error where nothing is left out.
+            out[:, -1] = np.linalg.norm(image - out[:, :-1] @ components.T, axis=1)
+        return out
 
 
 def at_hand(array: Any, part: Any) -> Any:
@@ -130,7 +124,6 @@ def fit_reduction(
         text_variance=_fraction(text_variance, text_dim),
         image_variance=_fraction(image_variance, image_dim),
         fitted_rows=count,
-        text_mean=(np.asarray(text_sums.total) / count).astype(np.float32),
         text_components=np.ascontiguousarray(text_directions[:, :text_dim], np.float32),
         image_components=np.ascontiguousarray(image_directions[:, :image_dim], np.float32),
     )
