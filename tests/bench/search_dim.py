@@ -4,7 +4,8 @@
 
 A line for each table and --search-dim: Frechet distance and coverage of the pairs that held-out captions with random R
 retrieve (the quality of a perfect network), agreement with the full space, queries per second of exact search, and
-bytes of the vectors. The tables `*-pixels` have the pixels of the same images as latents, to be wide. FOLDER/NAME.lance is used if it exists, and made by our commands if not.
+bytes of the vectors. The tables `*-pixels` have the pixels of the same images as latents, to be wide.
+FOLDER/NAME.lance is used if it exists, and made by our commands if not.
 """
 
 import argparse
