@@ -63,6 +63,13 @@ def _parse_desc_scale(text: str) -> float | str:
         raise typer.BadParameter(f"{text!r} is not a number: type one above 1, for instance 4, or auto") from None
 
 
+def _parse_search_dim(text: str) -> int | str:
+    try:
+        return text if text == "full" else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number: type one of at least 2, or full") from None
+
+
 @app.command("demo-data", cls=Command)
 def demo_data(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
@@ -418,6 +425,15 @@ def build_index(
             show_default="as the table",
         ),
     ] = None,
+    search_dim: Annotated[
+        Any,
+        typer.Option(
+            metavar="INT|full",
+            parser=_parse_search_dim,
+            help="Principal components of text and latents to search, for latents too wide to index.",
+            show_default="as the table",
+        ),
+    ] = None,
     balance: Annotated[
         bool | None,
         typer.Option(
@@ -479,6 +495,7 @@ def build_index(
         desc_scale=desc_scale,
         geometry=geometry,
         center=center,
+        search_dim=search_dim,
         balance=balance,
         balance_time_limit=balance_time_limit,
         max_memory=int(max_memory_gb * 2**30),

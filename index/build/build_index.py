@@ -13,6 +13,7 @@ from index.ranges import POSITIVE, SEED, Range, check_ranges
 from index.report.hubness import Hubness, measure_hubness, num_hubness_queries
 from index.report.integrity import VectorIntegrity, check_vectors, explain_nonfinite
 from index.report.recall import Recall, evaluation_queries, find_ground_truth
+from index.report.reduction import measure_agreement
 from index.report.report import BalanceReport, IndexReport, SearchSettings, find_warnings
 from index.report.sweep import DESC_SCALES, SweepPoint, SweepSize, measure_sweep
 from index.search.ann import ApproximateSearch
@@ -20,6 +21,7 @@ from index.search.exact import ExactSearch
 from index.search.kmeans import fastest_device
 from index.search.lance_index import build_whole
 from index.space.queries import Purpose
+from index.space.reduction import MIN_SEARCH_DIM
 from index.table.lock import hold_lock
 from index.table.schema import TRAIN
 from index.table.table import VECTOR_INDEX, Table
@@ -38,6 +40,8 @@ class BuildConfig:
     """sphere, standard or raw."""
     center: bool | None = None
     """Regress latents on text embeddings and search the residuals."""
+    search_dim: int | str | None = None
+    """Principal components of text and image parts that are searched; `full` searches the parts themselves."""
     balance: bool | None = None
     """Fit dual potentials, so that every row is retrieved equally often; resumes from those that the table has."""
     balance_time_limit: Annotated[float, POSITIVE] = 300.0
@@ -58,6 +62,13 @@ class BuildConfig:
         """Raise OptionError for values out of range, before anything is read."""
         if self.index_type not in INDEX_TYPES:
             raise OptionError(f"--index-type {self.index_type!r} is unknown: choose one of {', '.join(INDEX_TYPES)}")
+        if self.search_dim not in (None, "full") and not (
+            isinstance(self.search_dim, int) and self.search_dim >= MIN_SEARCH_DIM
+        ):
+            raise OptionError(
+                f"--search-dim {self.search_dim} is out of range: use a whole number of at least {MIN_SEARCH_DIM}, one "
+                "component each of text and image, or full"
+            )
         check_ranges(self)
 
 
@@ -94,6 +105,7 @@ def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWrite
         name=config.geometry,
         desc_scale=config.desc_scale,
         center=config.center,
+        search_dim=config.search_dim,
         allow_small=config.allow_small_desc_scale,
         target_perplexity=config.target_perplexity,
         memory=config.max_memory,
@@ -159,6 +171,7 @@ def _measure(
         **_values(SweepSize, sweep_size),
         **_values(SweepPoint, at_scale),
         **_values(VectorIntegrity, integrity),
+        full_space=measure_agreement(table, seed=config.seed),
         balance=balance,
         sweep=sweep,
         candidates=selection.candidates,
@@ -175,7 +188,7 @@ def _settings(selection: Selection, train_rows: int, config: BuildConfig, second
     """Collect what the metrics of a report were measured at."""
     table, geometry, index = selection.table, selection.table.meta.geometry, selection.table.meta.index
     assert index is not None
-    size, num_unindexed = 0, 0
+    size, num_unindexed, reduction = 0, 0, geometry.reduction
     if not table.meta.uses_exact_search:
         size = index_bytes(table)
         num_unindexed = int(table.lancedb().index_stats(VECTOR_INDEX).num_unindexed_rows)
@@ -187,6 +200,11 @@ def _settings(selection: Selection, train_rows: int, config: BuildConfig, second
         geometry=geometry.name,
         center=geometry.centering is not None,
         explained_variance=None if geometry.centering is None else geometry.centering.explained_variance,
+        search_dim=None if reduction is None else reduction.dim,
+        search_text_dim=None if reduction is None else reduction.text_dim,
+        search_image_dim=None if reduction is None else reduction.image_dim,
+        text_variance=None if reduction is None else reduction.text_variance,
+        image_variance=None if reduction is None else reduction.image_variance,
         kappa=geometry.kappa,
         vector_dim=geometry.vector_dim,
         index_type=index.index_type,

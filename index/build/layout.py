@@ -4,8 +4,9 @@ Only the vector column is rewritten, once, in one commit, and only if something 
 what the table has.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,16 @@ from index.space.centering import Centering, fit_centering
 from index.space.geometry import Geometry
 from index.space.moments import unit
 from index.space.queries import Purpose, draw_points, draw_rows
+from index.space.reduction import MIN_SEARCH_DIM, Reduction, fit_reduction
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array
+from index.table.table import Table, column_array, sampled_rows
 from index.table.vectors import balance_coordinate, in_geometry, is_balanced, rewrite_vectors
+from index.table.weights import store_weights
 from index.terminal import Progress
 
 MAX_CENTERING_SIZE = 2**24
+MAX_REDUCTION_ROWS = 2**17
+"""Rows whose covariances `--search-dim` computes; of larger tables an even sample."""
 MIN_QUERIES = 1024
 """Queries per step of balancing, or a quarter of the rows if that is more."""
 AUTO_CAPTIONS = 64
@@ -49,6 +54,7 @@ def choose_geometry(
     name: str | None,
     desc_scale: float | int | str | None,
     center: bool | None,
+    search_dim: int | str | None = None,
     allow_small: bool,
     target_perplexity: float,
     memory: int,
@@ -56,13 +62,17 @@ def choose_geometry(
 ) -> Geometry:
     """Return the geometry that the user asks for; None keeps what the table has, as does a value that it has already.
 
-    desc_scale `auto` finds the value that reaches `target_perplexity`, within `memory` bytes.
+    desc_scale `auto` finds the value that reaches `target_perplexity` in the full space, within `memory` bytes.
+    search_dim `full` searches the full space. New weights of the geometry are written to the table's folder.
     """
     current = table.meta.geometry
     name = current.name if name is None else name
     center = (current.centering is not None) if center is None else center
     scale = current.desc_scale if desc_scale in (None, "auto") else float(desc_scale)
-    as_before = name == current.name and center == (current.centering is not None)
+    had_dim = None if current.reduction is None else current.reduction.dim
+    dim = had_dim if search_dim is None else None if search_dim == "full" else int(search_dim)
+    _check_search_dim(dim, current, memory)
+    as_before = name == current.name and center == (current.centering is not None) and dim == had_dim
     if as_before and scale == current.desc_scale and desc_scale != "auto":
         return current
     # A small desc_scale that the table already has was allowed when it was set.
@@ -83,8 +93,43 @@ def choose_geometry(
         geometry = fit(reusable or _fit_centering(table, geometry))
     if desc_scale == "auto":
         scale = _auto_desc_scale(table, geometry, target_perplexity, allow_small=allow_small, memory=memory, seed=seed)
-        return current if as_before and scale == current.desc_scale else replace(geometry, desc_scale=scale)
-    return geometry
+        if as_before and scale == current.desc_scale:
+            return current
+        geometry = replace(geometry, desc_scale=scale)
+    if dim is not None:
+        geometry = replace(geometry, reduction=_fit_reduction(table, geometry, dim))
+    return store_weights(geometry, table.uri, table.storage)
+
+
+def _check_search_dim(dim: int | None, geometry: Geometry, memory: int) -> None:
+    """Raise OptionError if the search space does not have so many dimensions, or if the fit does not fit in memory."""
+    text, image = geometry.text_dim, geometry.latent_dim
+    if dim is not None and not MIN_SEARCH_DIM <= dim <= text + image:
+        raise OptionError(
+            f"--search-dim {dim} is out of range: the full search space has {text + image} dimensions ({text} of text, "
+            f"{image} of latents), use {MIN_SEARCH_DIM} to {text + image}, or full"
+        )
+    # The covariances, and LAPACK's copy and workspace of the larger.
+    needed = 8 * (text**2 + image**2 + 3 * max(text, image) ** 2)
+    had = geometry.reduction is not None and dim == geometry.reduction.dim
+    if dim is not None and not had and needed > memory:
+        raise OptionError(
+            f"--search-dim computes covariances of {text} and {image} dimensions, which takes {needed / 2**30:.1f} GiB "
+            f"and --max-memory-gb is {memory / 2**30:g}: raise it to {math.ceil(needed / 2**30)}, or use an "
+            "autoencoder with smaller latents"
+        )
+
+
+def _fit_reduction(table: Table, geometry: Geometry, dim: int) -> Reduction:
+    """Fit a projection to `dim` components to this geometry's parts, in one pass over the training rows."""
+    with Progress("fit search space", total=None, unit="rows", log=table.log("index")) as bar:
+
+        def parts() -> Iterator[tuple[Float32[np.ndarray, "_B T"], Float32[np.ndarray, "_B L"]]]:
+            for text, latent in sampled_rows(table, MAX_REDUCTION_ROWS, 8192):
+                yield geometry.text_part(text), geometry.image_part(text, latent)
+                bar.advance(len(text))
+
+        return fit_reduction(parts(), dim, geometry.desc_scale * geometry.kappa)
 
 
 def _fit_centering(table: Table, geometry: Geometry) -> Centering:
@@ -92,7 +137,7 @@ def _fit_centering(table: Table, geometry: Geometry) -> Centering:
     size = geometry.text_dim * geometry.latent_dim
     if size > MAX_CENTERING_SIZE:
         raise OptionError(
-            f"--center stores {geometry.text_dim} x {geometry.latent_dim} weights in the table's metadata, and "
+            f"--center stores {geometry.text_dim} x {geometry.latent_dim} weights with the table, and "
             f"{MAX_CENTERING_SIZE:,} are allowed: use encoders with smaller latents or embeddings, or drop --center"
         )
     batches = table.scan(["text", "latent"], TRAIN, batch_size=8192)

@@ -51,7 +51,7 @@ def check_vectors(table: Table, memory: int | None = None) -> VectorIntegrity:
         nonfinite += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())
         distinct.add(row_hashes(vectors))
-        distinct_texts.add(row_hashes(vectors[:, : geometry.text_dim]))
+        distinct_texts.add(row_hashes(vectors[:, : geometry.text_width]))
     return VectorIntegrity(
         nonfinite_vectors=nonfinite,
         zero_vectors=zero,
@@ -115,10 +115,10 @@ def explain_nonfinite(table: Table) -> str:
     vector.
     """
     geometry, counts = table.meta.geometry, dict.fromkeys(("latent", "text", "text part", "image part"), 0)
-    end = geometry.text_dim + geometry.latent_dim
+    end = geometry.text_width + geometry.image_width
     for batch in table.scan(["text", "latent", "vector"], TRAIN, batch_size=BATCH_ROWS):
         text, latent, vectors = (column_array(batch[name]) for name in ("text", "latent", "vector"))
-        parts = (latent, text, vectors[:, : geometry.text_dim], vectors[:, geometry.text_dim : end])
+        parts = (latent, text, vectors[:, : geometry.text_width], vectors[:, geometry.text_width : end])
         for name, part in zip(counts, parts, strict=True):
             counts[name] += int((~np.isfinite(part).all(1)).sum())
     if counts["latent"] or counts["text"]:

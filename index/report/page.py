@@ -55,8 +55,10 @@ def index_page(
     table: Table, report: IndexReport, *, decode: Decode | None = None, seed: int = 0, memory: int | None = None
 ) -> str:
     """Return the page of a report on `table`; retrieving its examples holds at most `memory` bytes of vectors."""
-    nested = ("sweep", "candidates", "balance", "warnings")
+    nested = ("sweep", "candidates", "balance", "full_space", "warnings")
     metrics = [(name, value) for name, value in asdict(report).items() if name not in nested]
+    if report.full_space is not None:
+        metrics += list(asdict(report.full_space).items())
     if report.balance is not None:
         metrics += [(f"balance {name}", value) for name, value in asdict(report.balance).items()]
     parts = [

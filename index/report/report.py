@@ -9,7 +9,9 @@ from typing import Any
 from index.report.hubness import Hubness
 from index.report.integrity import VectorIntegrity
 from index.report.recall import Recall
+from index.report.reduction import FullSpaceAgreement
 from index.report.sweep import SweepPoint, SweepSize
+from index.space.geometry import Geometry
 from index.table.ledger import ledger_summary
 from index.table.schema import TRAIN, IndexRef
 from index.table.table import VECTOR_INDEX, Table, complete_versions, index_is_current
@@ -32,6 +34,14 @@ class SearchSettings:
     """Whether latents are compared after a regression on text embeddings."""
     explained_variance: float | None
     """Fraction of the latents' variance that this regression explains, by cross-validation."""
+    search_dim: int | None
+    """Principal components that are searched, of text and image parts together; None for the full space."""
+    search_text_dim: int | None
+    search_image_dim: int | None
+    text_variance: float | None
+    """Fraction of the text part's variance that its components keep."""
+    image_variance: float | None
+    """The same of the image part."""
     kappa: float
     vector_dim: int
     index_type: str
@@ -115,6 +125,8 @@ class IndexReport(VectorIntegrity, SweepPoint, SweepSize, Hubness, Recall, Searc
     object; those of SweepPoint are measured at the table's own desc_scale.
     """
 
+    full_space: FullSpaceAgreement | None
+    """What the reduced search space loses; None for the full space."""
     balance: BalanceReport | None
     """None unless this build fitted potentials."""
     sweep: list[SweepPoint]
@@ -215,12 +227,21 @@ def describe(table: Table) -> dict[str, Any]:
         "text_dim": meta.text_dim,
         "geometry": meta.geometry.name,
         "desc_scale": meta.geometry.desc_scale,
+        "search_dim": _search_dim(meta.geometry),
         "indexed": current,
         "index_type": meta.index.index_type if current and meta.index is not None else None,
         "serving_version": table.version if current else next(iter(complete_versions(dataset)), None),
         "unindexed_rows": _unindexed_rows(table) if current else None,
         "index_report": _still_true(table.report("index"), table.version),
     }
+
+
+def _search_dim(geometry: Geometry) -> str:
+    """Say how many dimensions are searched, and of which parts they are."""
+    reduction, full = geometry.reduction, geometry.text_dim + geometry.latent_dim
+    if reduction is None:
+        return f"full ({full}: {geometry.text_dim} text, {geometry.latent_dim} image)"
+    return f"{reduction.dim} of {full} ({reduction.text_dim} text, {reduction.image_dim} image)"
 
 
 def _unindexed_rows(table: Table) -> int:

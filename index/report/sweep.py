@@ -69,7 +69,7 @@ class RowBlock:
 
     positions: 'Int[torch.Tensor, "n"]'
     text: 'Float[torch.Tensor, "n T"]'
-    """Unit text embeddings."""
+    """Text parts at text length 1."""
     image: 'Float[torch.Tensor, "n L"]'
     """Image parts."""
     balance: 'Float[torch.Tensor, "n"]'
@@ -78,7 +78,7 @@ class RowBlock:
 
 def stored_rows(geometry: Geometry, blocks: VectorBlocks) -> Iterator[RowBlock]:
     """Return the rows as the table's vectors of this geometry have them."""
-    text_dim, end = geometry.text_dim, geometry.text_dim + geometry.latent_dim
+    text_dim, end = geometry.text_width, geometry.text_width + geometry.image_width
     for block in blocks:
         text, image, balance = block.vectors[:, :text_dim], block.vectors[:, text_dim:end], block.vectors[:, end]
         yield RowBlock(block.positions, text / (geometry.desc_scale * geometry.kappa), image, balance)
@@ -92,7 +92,7 @@ def rows_in(table: Table, geometry: Geometry, memory: int) -> Iterator[RowBlock]
     start = 0
     for batch in table.scan(["text", "latent"], TRAIN, batch_size=min(at_once, 16_384), batch_readahead=1):
         text, latent = (column_array(batch[name]) for name in ("text", "latent"))
-        unit_text = torch.from_numpy(unit(text.astype(np.float32)))
+        unit_text = torch.from_numpy(geometry.text_part(text))
         image = torch.from_numpy(geometry.image_part(text, latent))
         yield RowBlock(torch.arange(start, start + len(text)), unit_text, image, torch.zeros(len(text)))
         start += len(text)
@@ -142,6 +142,7 @@ def find_targets(
     import torch
 
     captions, same = np.unique(text, axis=0, return_inverse=True)
+    captions, r = geometry.text_part(captions), geometry.query_image(r)
     search: _Targets | None = None
     for block in rows:
         if search is None:

@@ -201,7 +201,7 @@ class VectorBlocks:
         """Read all rows and group them by k-means on their text parts, in blocks of at most `block_rows`."""
         import torch
 
-        vectors, text_dim = self._read_all(), self._table.meta.geometry.text_dim
+        vectors, text_dim = self._read_all(), self._table.meta.geometry.text_width
         texts = vectors[:, :text_dim]
         clusters, rng = -(-self.count // block_rows), np.random.default_rng(0)
         sample = torch.from_numpy(rng.permutation(self.count)[: clusters * ROWS_PER_PARTITION]).to(self.device)
@@ -256,7 +256,7 @@ def vector_bytes(table: Table, rows: int, block_rows: int = CACHE_BLOCK_ROWS["cp
     entry: int = table.dataset().schema.field("vector").type.value_type.bit_width // 8
     sampled = -(-rows // block_rows) * ROWS_PER_PARTITION
     per_row = entry * geometry.vector_dim * (SORTED_AT_ONCE + 1) // SORTED_AT_ONCE + POSITION_BYTES
-    return per_row * rows + entry * geometry.text_dim * min(rows, sampled)
+    return per_row * rows + entry * geometry.text_width * min(rows, sampled)
 
 
 class _Best:

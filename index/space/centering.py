@@ -10,12 +10,13 @@ come from one pass over the rows.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from index.space.moments import unit
+from index.space.reduction import STORED, at_hand
 
 PENALTIES = np.logspace(-8, 2, 41)
 """Ridge penalties to try, relative to the largest eigenvalue of the text embeddings' covariance."""
@@ -25,15 +26,17 @@ PENALTIES = np.logspace(-8, 2, 41)
 class Centering:
     """A fitted regression of coordinates on text embeddings."""
 
-    weight: Float32[np.ndarray, "T L"]
     bias: Float32[np.ndarray, "L"]
     std: Float32[np.ndarray, "L"]
     explained_variance: float
     """Fraction of the coordinates' variance that text embeddings explain, by cross-validation."""
+    digest: str = ""
+    """SHA-256 of the file that holds the weights; empty before it is written, and in tables of earlier versions."""
+    weight: Float32[np.ndarray, "T L"] | None = field(default=None, metadata=STORED)
 
     def residual(self, text: Float[np.ndarray, "B T"], x: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L"]:
         """Subtract the prediction from coordinates and standardize each dimension."""
-        predicted = unit(text.astype(np.float32)) @ self.weight + self.bias
+        predicted = unit(text.astype(np.float32)) @ at_hand(self.weight, self) + self.bias
         return np.asarray((x - predicted) / self.std, np.float32)
 
 

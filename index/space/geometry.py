@@ -3,6 +3,7 @@
     coordinates   x = (latent - mean) / std                       the network, R and the sampler work in these
     image part    x, or with centering its residual on the text embedding; for `sphere` scaled to length sqrt(L)
     text part     desc_scale * kappa * t/|t|
+                  both projected to principal components in a reduced search space, see `index.space.reduction`
     vector        concat(text part, image part, balance, zeros)   S entries, a multiple of 8
     query         concat(desc_scale * kappa * DE/|DE|, R, 0, zeros)
 
@@ -21,6 +22,7 @@ from jaxtyping import Float, Float32
 from index.errors import OptionError
 from index.space.centering import Centering
 from index.space.moments import Moments, unit
+from index.space.reduction import Reduction
 
 GEOMETRIES = ("sphere", "standard", "raw")
 
@@ -42,6 +44,8 @@ class Geometry:
     """T."""
     centering: Centering | None = None
     """Regression that is subtracted from the coordinates of rows before they are compared; queries are unchanged."""
+    reduction: Reduction | None = None
+    """Projection of text and image parts before they are concatenated; None searches the full space."""
 
     @classmethod
     def fit(
@@ -85,7 +89,17 @@ class Geometry:
     @property
     def vector_dim(self) -> int:
         """S: entries of text, image and balance parts, rounded up to the multiple of 8 that IVF_RQ requires."""
-        return -(-(self.text_dim + self.latent_dim + 1) // 8) * 8
+        return -(-(self.text_width + self.image_width + 1) // 8) * 8
+
+    @property
+    def text_width(self) -> int:
+        """Entries of the text part of a vector."""
+        return self.text_dim if self.reduction is None else self.reduction.text_dim
+
+    @property
+    def image_width(self) -> int:
+        """Entries of the image part of a vector."""
+        return self.latent_dim if self.reduction is None else self.reduction.image_dim + 1
 
     def to_coordinates(self, latent: Float[np.ndarray, "*B L"]) -> Float32[np.ndarray, "*B L"]:
         """Standardize latents of the image autoencoder."""
@@ -102,10 +116,21 @@ class Geometry:
 
     def image_part(
         self, text: Float[np.ndarray, "B T"], latent: Float[np.ndarray, "B L"]
-    ) -> Float32[np.ndarray, "B L"]:
+    ) -> Float32[np.ndarray, "B W"]:
         """Compute the part of each row's vector that is compared with R."""
         x = self.to_coordinates(latent)
-        return self.project(x if self.centering is None else self.centering.residual(text, x))
+        image = self.project(x if self.centering is None else self.centering.residual(text, x))
+        return image if self.reduction is None else self.reduction.image(image, query=False)
+
+    def text_part(self, text: Float[np.ndarray, "B T"]) -> Float32[np.ndarray, "B V"]:
+        """Compute the part of vectors that text embeddings become, of rows and of queries, at text length 1."""
+        text = unit(text.astype(np.float32))
+        return text if self.reduction is None else self.reduction.text(text)
+
+    def query_image(self, r: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B W"]:
+        """Compute the part of query vectors that noise R becomes; `project` was applied to it."""
+        r = r.astype(np.float32)
+        return r if self.reduction is None else self.reduction.image(r, query=True)
 
     def vectors(
         self,
@@ -114,28 +139,29 @@ class Geometry:
         balance: Float[np.ndarray, "B"] | None = None,
     ) -> Float32[np.ndarray, "B S"]:
         """Compute the stored vectors of rows; `balance` is sqrt(max(g) - g_i), None without potentials."""
-        return self._concat(text, self.image_part(text, latent), balance)
+        return self._concat(self.text_part(text), self.image_part(text, latent), balance)
 
     def queries(self, text: Float[np.ndarray, "B T"], r: Float[np.ndarray, "B L"]) -> Float32[np.ndarray, "B S"]:
         """Compute the query vectors of text embeddings DE and noise R that `project` was applied to."""
-        return self._concat(text, r.astype(np.float32), None)
+        return self._concat(self.text_part(text), self.query_image(r), None)
 
     def _concat(
         self,
-        text: Float[np.ndarray, "B T"],
-        image: Float[np.ndarray, "B L"],
+        text: Float[np.ndarray, "B V"],
+        image: Float[np.ndarray, "B W"],
         balance: Float[np.ndarray, "B"] | None,
     ) -> Float32[np.ndarray, "B S"]:
         out = np.zeros((len(text), self.vector_dim), np.float32)
-        out[:, : self.text_dim] = self.desc_scale * self.kappa * unit(text.astype(np.float32))
-        out[:, self.text_dim : self.text_dim + self.latent_dim] = image
+        end = self.text_width + self.image_width
+        out[:, : self.text_width] = self.desc_scale * self.kappa * text
+        out[:, self.text_width : end] = image
         if balance is not None:
-            out[:, self.text_dim + self.latent_dim] = balance
+            out[:, end] = balance
         return out
 
     def balance_of(self, vectors: Float[np.ndarray, "B S"]) -> Float[np.ndarray, "B"]:
         """Return the balance coordinate of stored vectors."""
-        return vectors[:, self.text_dim + self.latent_dim]
+        return vectors[:, self.text_width + self.image_width]
 
     def same_as(self, other: "Geometry") -> bool:
         """Return whether both give every row and query the same vector."""
@@ -143,8 +169,16 @@ class Geometry:
         return len(mine) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
     def _parameters(self) -> list[Any]:
-        parts: tuple[Geometry | Centering, ...] = (self,) if self.centering is None else (self, self.centering)
-        return [getattr(part, each.name) for part in parts for each in fields(part) if each.name != "centering"]
+        parts = [each for each in (self.centering, self.reduction) if each is not None]
+        mine = [getattr(self, each.name) for each in fields(self) if each.name not in ("centering", "reduction")]
+        # A digest stands for the arrays in its file, which may not have been read.
+        theirs = [
+            getattr(part, each.name)
+            for part in parts
+            for each in fields(part)
+            if not (part.digest and each.metadata.get("stored"))
+        ]
+        return [*mine, *(type(part).__name__ for part in parts), *theirs]
 
 
 def check_desc_scale(desc_scale: float, *, allow_small: bool = False) -> None:

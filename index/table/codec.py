@@ -1,5 +1,6 @@
 """Dataclasses <-> JSON objects, exactly: nested ones as objects, tuples as lists, arrays as base64 of their bytes.
 
+Arrays of fields that are marked `stored` are left out of a dataclass that has the digest of the file which holds them.
 A dataclass with a field `unknown` keeps there all other members of its JSON object, and writes them back, so that
 fields of other versions of the software survive being read, changed and written.
 """
@@ -24,7 +25,9 @@ T = TypeVar("T")
 
 def to_json_dict(instance: "DataclassInstance") -> dict[str, Any]:
     """Convert a dataclass to what `json.dumps` takes."""
-    content = {each.name: _encode(getattr(instance, each.name)) for each in fields(instance) if each.name != UNKNOWN}
+    elsewhere = bool(getattr(instance, "digest", ""))
+    names = [each.name for each in fields(instance) if not (elsewhere and each.metadata.get("stored"))]
+    content = {name: _encode(getattr(instance, name)) for name in names if name != UNKNOWN}
     return getattr(instance, UNKNOWN, {}) | content
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from index.errors import TableError
-from index.table.schema import METADATA_KEY, TableMeta, table_schema
+from index.table.schema import METADATA_KEY, TableMeta, table_schema, vector_field
 from index.table.storage import Storage
 from index.table.table import INDEXED, Table, open_newest
 
@@ -185,6 +185,7 @@ def _lance_schema(table: Table, meta: TableMeta) -> "LanceSchema":
     from lance.schema import LanceSchema
 
     schema = table.dataset().schema
+    schema = schema.set(schema.get_field_index("vector"), vector_field(meta.geometry.vector_dim))
     return LanceSchema.from_pyarrow(schema.with_metadata((schema.metadata or {}) | {METADATA_KEY: meta.to_json()}))
 
 

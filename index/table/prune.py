@@ -18,6 +18,7 @@ from index.table.readers import needed_versions
 from index.table.storage import Storage
 from index.table.table import INDEXED, Table, open_newest, rejects_uri, runs_folder
 from index.table.targets import versions_with_targets
+from index.table.weights import unneeded_weights
 
 if TYPE_CHECKING:
     import lance
@@ -73,6 +74,10 @@ def prune(table: Table, *, keep: Iterable[int] = (), dry_run: bool = False) -> P
         removed = [version for version in versions if version not in reasons]
         free = _preview if dry_run else _remove
         files, size = free(dataset, table.storage, removed)
+        for place, weight_bytes in unneeded_weights(dataset, table.uri, table.storage, sorted(reasons)):
+            if not dry_run:
+                table.storage.remove(place)
+            files, size = files + 1, size + weight_bytes
         for companion in _companions(table):
             newest = int(companion.version)
             older = [int(each["version"]) for each in companion.versions() if each["version"] != newest]

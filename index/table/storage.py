@@ -136,11 +136,16 @@ class Storage:
 
     def read_json(self, uri: str) -> Any:
         """Read a JSON file; None if there is none."""
+        content = self.read_bytes(uri)
+        return None if content is None else json.loads(content)
+
+    def read_bytes(self, uri: str) -> bytes | None:
+        """Read a file; None if there is none."""
         files, path = self.files(uri)
         # Without a start, s3fs asks for the size first.
         start = 0 if uri.startswith("s3://") else None
         try:
-            return json.loads(self.reached(uri, lambda: files.cat_file(path, start)))
+            return bytes(self.reached(uri, lambda: files.cat_file(path, start)))
         except FileNotFoundError as error:
             if is_denied(error):
                 return None
@@ -152,30 +157,22 @@ class Storage:
         # Some stores refuse a range of nothing.
         return bytes(self.reached(uri, lambda: files.cat_file(path, start, stop))) if stop > start else b""
 
-    def write_bytes(self, uri: str, content: bytes) -> None:
-        """Write a file, on a local disk not atomically. Raises TableError if that fails."""
-        try:
-            files, path = self.files(uri)
-            if is_local(uri):
-                Path(uri).parent.mkdir(parents=True, exist_ok=True)
-            self.reached(uri, lambda: files.pipe_file(path, content))
-        except CoalescerError:
-            raise
-        except Exception as error:  # every object store has errors of its own
-            raise unwritable(uri, error) from error
-
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON atomically; raises TableError if that fails."""
         self.write_text(uri, _indented(content))
 
     def write_text(self, uri: str, text: str) -> None:
         """Write text atomically: readers see the old file or the new one. Raises TableError if that fails."""
+        self.write_bytes(uri, text.encode())
+
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        """Write a file atomically: readers see the old file or the new one. Raises TableError if that fails."""
         try:
             if is_local(uri):
-                write_text(Path(uri), text)
+                write_bytes(Path(uri), content)
             else:
                 files, path = self.files(uri)
-                self.reached(uri, lambda: files.pipe_file(path, text.encode()))
+                self.reached(uri, lambda: files.pipe_file(path, content))
         except CoalescerError:
             raise
         except Exception as error:  # every object store has errors of its own
@@ -283,11 +280,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a local file atomically: to a temporary file in its folder, which is then renamed."""
+    """Write text to a local file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a local file atomically: to a temporary file in its folder, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from index.errors import OutOfReachError, SourceError, TableError, one_line
 from index.reach import describe
 from index.table.schema import TRAIN, IndexRef, TableMeta, check_table
 from index.table.storage import Storage, is_local
+from index.table.weights import load_weights
 
 if TYPE_CHECKING:
     import lance
@@ -212,7 +213,7 @@ def open_table(
                 "use a run on a version that is kept, or train again"
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
-    table = Table(uri, dataset.version, check_table(dataset.schema), storage)
+    table = Table(uri, dataset.version, load_weights(check_table(dataset.schema), uri, storage), storage)
     table.__dict__.update(_handle=dataset, _sessions=sessions)
     if not indexed or index_is_current(dataset, table.meta.index):
         return table
@@ -327,6 +328,16 @@ def open_newest(uri: str, storage: Storage) -> "lance.LanceDataset | None":
     import lance
 
     return lance.dataset(uri, storage_options=storage.lance) if is_table(uri, storage) else None
+
+
+def sampled_rows(table: Table, max_rows: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """Read text embeddings and latents of the training rows, or of every k-th of them if there are more than asked."""
+    stride, seen = -(-len(table.positions(TRAIN)) // max_rows), 0
+    for batch in table.scan(["text", "latent"], TRAIN, batch_size=batch_size, batch_readahead=1):
+        kept = slice((-seen) % stride, None, stride)
+        seen += len(batch)
+        if len(text := column_array(batch["text"])[kept]):
+            yield text, column_array(batch["latent"])[kept]
 
 
 def column_array(column: pa.ChunkedArray | pa.Array) -> Any:

@@ -87,7 +87,6 @@ def commit_vectors(
 
     The vector index covers no row any more. Raises TableError if the table changed meanwhile.
     """
-    assert geometry.vector_dim == table.meta.geometry.vector_dim
     committed = merge_fragments(table, table.meta.with_geometry(geometry, balanced=balanced), fragments)
     table.storage.remove(vectors_folder(table.uri))
     return committed

@@ -18,6 +18,7 @@ import apache_beam as beam
 from index.space.geometry import Geometry
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.storage import Storage, unwritable
+from index.table.weights import load_arrays
 from pipeline.beam.gather import Spread
 
 Fragment = dict[str, Any]
@@ -51,10 +52,11 @@ class Layout:
         storage.write_json(uri, self._content())
 
     @classmethod
-    def read(cls, uri: str, storage: Storage) -> "Layout":
-        """Read a layout that `write` wrote."""
+    def read(cls, uri: str, storage: Storage, table: str) -> "Layout":
+        """Read a layout that `write` wrote, and the weights that its geometry has in the folder of `table`."""
         content = storage.read_json(uri)
-        return cls(from_json_dict(Geometry, content["geometry"]), content["balance"], content["balance_digest"])
+        geometry = load_arrays(from_json_dict(Geometry, content["geometry"]), table, storage)
+        return cls(geometry, content["balance"], content["balance_digest"])
 
 
 class Fragments(ABC):
@@ -139,7 +141,7 @@ class _AddVectors(beam.DoFn):  # type: ignore[misc]
     def process(self, element: tuple[Any, None]) -> Iterator[Any]:
         name, fragments = element[0], self.fragments
         if self.layout is None:
-            self.layout = Layout.read(fragments.layout_uri, fragments.storage)
+            self.layout = Layout.read(fragments.layout_uri, fragments.storage, fragments.uri)
             self.digest = self.layout.digest
         pending = fragments.load(name)
         if not fragments.has_vectors(pending, fragments.read_record(name, self.digest)):
