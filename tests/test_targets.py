@@ -196,7 +196,7 @@ def test_a_draw_that_was_killed_is_finished_by_the_same_command(tmp_path):
     table = random_table(tmp_path / "t.lance", 4000, captions=50)
     table = build_index(table, BuildConfig(index_type="ivf_flat")).table
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "draw-targets", table.uri]
-    command += ["--images", "1000000", "--device", "cpu", "--num-workers", "2"]
+    command += ["--images", "200000", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder = Path(draw_folder(targets_uri(table.uri, "seed0")))
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -206,14 +206,14 @@ def test_a_draw_that_was_killed_is_finished_by_the_same_command(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-*.json")}
-    assert 0 < len(kept) < 31
+    assert 0 < len(kept) < 7
     done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=True)
-    assert '"steps": 3906' in done.stdout
+    assert '"steps": 781' in done.stdout
     ahead = open_targets(targets_uri(table.uri, "seed0"), Storage())
     config = StreamConfig(batch_size=256)
     online = NeighborStream(table, open_search(table), config)
-    assert ahead.steps == 3906
-    for step in (0, 1777, 3905):
+    assert ahead.steps == 781
+    for step in (0, 377, 780):
         (expected,), (found,) = (s.batches(step, 1) for s in (online, NeighborStream(table, ahead, config)))
         assert same(expected, found)
 
