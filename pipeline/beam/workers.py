@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from index.background import repeat
+
+Place = Literal["process", "machine", "elsewhere"]
 
 COMMAND = "sdk_worker_main"
 """Beam's module that a worker process runs, part of its command line."""
@@ -70,6 +72,15 @@ def num_local_workers(options: Any) -> int:
     if options.view_as(StandardOptions).runner != "FnApiRunner" or direct.direct_running_mode != "multi_processing":
         return 0
     return int(direct.direct_num_workers or os.cpu_count() or 1)
+
+
+def works_in(options: Any) -> Place:
+    """Return where the runner of Beam's options does the work: in this process, on this machine, or elsewhere."""
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    if num_local_workers(options):
+        return "machine"
+    return "process" if options.view_as(StandardOptions).runner == "FnApiRunner" else "elsewhere"
 
 
 def _parent(process: psutil.Process) -> int | None:
