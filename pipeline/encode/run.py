@@ -161,9 +161,10 @@ def _encode_part(job: EncodeJob, part: Part, sources: Sequence[str]) -> EncodeRe
         shards = len(work.job.config.shards)
         work.job = own = work.job.of_part(part)
         work.passed_over = passed_over(sources, job.read_options)
-        start, samples = time.monotonic(), expected_samples(own)
+        start = time.monotonic()
         own.checkpoints.forget_attempt(own.config.shards)
-        if own.config.shards:
+        if own.config.shards:  # there may be more parts than shards
+            samples = expected_samples(own)
             of_all = samples and round(samples * shards / len(own.config.shards))
             name = f"encode-part-{part.number}-of-{part.count}"
             _run(own, name, "Write shards", WriteShards(own), samples, of_all)
