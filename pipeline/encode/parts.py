@@ -28,6 +28,8 @@ PLAN_NAME = re.compile(r"parts-[0-9a-f]{8}\.json")
 PART_FOLDER = re.compile(r"part-(\d+)-of-(\d+)")
 LOOK_SECONDS = 1.0
 """A command that only looks whether a part is at work holds its lock for a moment."""
+CLOCK_SECONDS = 3.0
+"""Stores tell the age of a lease in whole seconds, and allow for that before it may be taken over."""
 SHOWN_PARTS = 20
 
 Plan = dict[str, Any]
@@ -70,7 +72,7 @@ def hold_part(uri: str, part: Part, storage: Storage) -> Iterator[None]:
         except LockedError as error:
             if error.seconds:
                 print_status(f"pipeline encode: waiting {error.seconds:.0f} s for part {part}, which may be gone")
-            time.sleep(error.seconds + LOOK_SECONDS)
+            time.sleep(error.seconds + (CLOCK_SECONDS if error.seconds else LOOK_SECONDS))
             stack.enter_context(hold_lock(folder, storage, purpose))
         if holder := lock_holder(root, storage):
             raise LockedError(f"{uri} is being encoded without --part ({holder}): wait for that command, or stop it")

@@ -89,7 +89,7 @@ def begin(work: RemainingWork) -> None:
 
 def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
     """Return the work of a new run, with the shards that the table's ledger does not have."""
-    config, settings = job.config, job.settings
+    config, settings, digest = job.config, job.settings, job.settings_digest
     work = RemainingWork(job, State.TO_ENCODE, settings)
     if table is not None:
         identities = shard_identities(config.shards, job.read_options)
@@ -113,7 +113,7 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         job.samples_per_shard = {shard: count for shard, count in samples.items() if count}
         if job.samples_per_shard:  # an empty source is refused later
             job = replace(job, config=replace(job.config, shards=tuple(job.samples_per_shard)))
-    work.job = job = job.named(f"{job.settings_digest}-{uuid.uuid4().hex[:8]}")
+    work.job = job = job.named(f"{digest}-{uuid.uuid4().hex[:8]}")
     work.plan = {
         "run_id": job.run_id,
         "settings": run_identity(settings),

@@ -90,9 +90,7 @@ def encode_dataset(
         work.passed_over = passed_over(sources, job.read_options)
         begin(work)
         start = time.monotonic()
-        # What parts could not read, and were told to leave out, is their outcome.
-        work.job.checkpoints.forget_attempt(() if work.job.num_parts else None)
-        _run(work.job, "encode", "Encode to fragments", EncodeToFragments(work.job), expected_samples(work.job))
+        _run_graph(work.job)
         return EncodeResult(*_finish(work, time.monotonic() - start))
 
 
@@ -183,6 +181,12 @@ def _nothing_to_do(work: RemainingWork) -> EncodeResult:
         report["warnings"] = [*report.get("warnings", ()), *work.warnings]
         return EncodeResult(table, report, already_complete=True)
     return EncodeResult(table, _report(work, SampleCounts(), None), already_complete=True)
+
+
+def _run_graph(job: EncodeJob) -> None:
+    # What parts could not read, and were told to leave out, is their outcome.
+    job.checkpoints.forget_attempt(() if job.num_parts else None)
+    _run(job, "encode", "Encode to fragments", EncodeToFragments(job), expected_samples(job))
 
 
 def _run(
