@@ -36,7 +36,7 @@ class LocalWorkers:
     def __init__(self, expected: int) -> None:
         self.expected = expected
         self._seen: dict[int, psutil.Process] = {}
-        self._alive, self._since = 0, time.monotonic()
+        self._alive, self._most, self._since = 0, 0, time.monotonic()
 
     def has_lost_one(self) -> bool:
         """Return whether fewer live than expected, as many as some time ago."""
@@ -47,7 +47,9 @@ class LocalWorkers:
         alive = sum(_is_alive(process) for process in self._seen.values() if _parent(process) == os.getpid())
         if alive != self._alive:
             self._alive, self._since = alive, time.monotonic()
-        patience = QUIET_SECONDS if self._seen else START_SECONDS
+        self._most = max(self._most, alive)
+        # On a busy machine the second worker may start long after the first.
+        patience = QUIET_SECONDS if self._most >= self.expected else START_SECONDS
         return alive < self.expected and time.monotonic() - self._since >= patience
 
     def kill(self) -> None:
