@@ -6,6 +6,7 @@ CoalescerError          printed as one line; exit code 2
 │   └── OutOfReachError a store did not answer, or did not let us in, for as long as it was waited for
 ├── EncoderError        an encoder cannot be loaded, or is not the one that the table was made with
 ├── TableError          a table is missing, is not ours, or does not fit
+│   └── LockedError     another command holds its lock
 └── RunError            a training run is missing, is not ours, or does not fit
 
 A message says what is wrong, what is allowed and what to type. Bugs of ours are asserts and keep their traceback.
@@ -37,6 +38,15 @@ class EncoderError(CoalescerError):
 
 class TableError(CoalescerError):
     """A table is missing, is not ours, or does not fit."""
+
+
+class LockedError(TableError):
+    """Another command holds the lock, or has died so recently that its lock is not free yet."""
+
+    def __init__(self, text: str, seconds: float = 0.0) -> None:
+        """`seconds` from now the lock is free, unless its holder lives; 0 if it is known to live, or never told."""
+        super().__init__(text)
+        self.seconds = seconds
 
 
 class RunError(CoalescerError):

@@ -176,6 +176,13 @@ def encode(
         float, FRACTION, typer.Option(help="Stop before publishing if a larger fraction of the samples is rejected.")
     ] = 0.5,
     append: Annotated[bool, typer.Option("--append", help="Add the shards that an existing table lacks.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Encode every N-th shard and publish nothing; without it, the same command publishes all N parts.",
+        ),
+    ] = None,
     fetch_patience: Annotated[
         float | None,
         NOT_NEGATIVE,
@@ -223,14 +230,12 @@ def encode(
     print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
     from index.table.table import table_uri
-    from pipeline.config import EncodeConfig, RuntimeConfig
-    from pipeline.encode.run import encode_dataset
-    from pipeline.encoders.devices import resolve_device
+    from pipeline.config import EncodeConfig, Part, RuntimeConfig
+    from pipeline.encode.run import check_runtime, encode_dataset
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 
     table_uri(table)
-    device = resolve_device(device)
     # What follows `--` arrives among the sources.
     beam_options = [part for part in source if part.startswith("--")]
     runtime = RuntimeConfig(
@@ -240,6 +245,7 @@ def encode(
         storage=Storage.of(storage_option or (), fetch_patience),
         allow_missing_shards=allow_missing_shards,
         beam_options=(f"--runner={runner}", *beam_options),
+        part=None if part is None else Part.parse(part),
     )
     config = EncodeConfig(
         shards=(),
@@ -261,7 +267,7 @@ def encode(
             dedup=dedup,
             max_pixels=max_pixels,
         ),
-        dtype=_encoder_dtype(dtype, device),
+        dtype=dtype,
         desc_scale=desc_scale,
         allow_small_desc_scale=allow_small_desc_scale,
         geometry=geometry,
@@ -272,11 +278,14 @@ def encode(
         append=append,
     )
     sources = [part for part in source if part not in beam_options]
+    check_runtime(runtime)
     config = replace(config, shards=tuple(list_shards(sources, runtime.read_options(config))))
     encoded = encode_dataset(config, runtime, table, dry_run=dry_run, sources=sources)
     if as_json:
         return print_json(encoded.report)
-    if append and not encoded.report.get("rows", dry_run):
+    if part is not None and not dry_run:
+        print(f"part {part} of {table} is encoded: when all are, rerun without --part to publish")
+    elif append and not encoded.report.get("rows", dry_run):
         print(f"{table}: nothing to add")
     elif encoded.already_complete:
         print(f"{table} is already encoded with these options: nothing to do")
@@ -287,6 +296,7 @@ def encode(
         "warnings",
         "table",
         "settings",
+        "encoders",
         "image_encoder",
         "text_encoder",
         "run_id",
@@ -648,19 +658,13 @@ def _with_encoders(shape: Any, image: str | None, text: str | None) -> Any:
     from pipeline.encoders.text import TransformersTextEncoder
 
     if image is not None:
-        name, revision = find_encoder(image, "image")
-        latent_shape = DiffusersAutoencoder(name, revision=revision).latent_shape(shape.image_size)
+        place = find_encoder(image, "image")
+        latent_shape = DiffusersAutoencoder(place.name, revision=place.revision).latent_shape(shape.image_size)
         shape = replace(shape, latent_shape=latent_shape)
     if text is not None:
-        name, revision = find_encoder(text, "text")
-        shape = replace(shape, text_dim=TransformersTextEncoder(name, revision=revision).text_dim())
+        place = find_encoder(text, "text")
+        shape = replace(shape, text_dim=TransformersTextEncoder(place.name, revision=place.revision).text_dim())
     return shape
-
-
-def _encoder_dtype(dtype: Dtype, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def _index_writers(

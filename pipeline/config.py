@@ -1,6 +1,7 @@
 """The options of an encode run: `EncodeConfig` decides what the table holds, `RuntimeConfig` how the work is done."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from index.table.storage import Storage
 from pipeline.filters import Filters
 from pipeline.sources.sample import MAX_SAMPLE_BYTES, ReadOptions
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 DESC_SCALE, GEOMETRY = 4.0, "sphere"
 
 
@@ -41,7 +42,7 @@ class EncodeConfig:
     """Larger samples, in MiB of their files, are rejected without being read or decompressed."""
     filters: Filters = field(default_factory=Filters)
     dtype: str = "float32"
-    """Of the encoders' computation; the table stores float16 in any case."""
+    """Of the encoders' computation; auto: as the workers' device likes it. The table stores float16 in any case."""
     desc_scale: float | None = None
     """Weight of the text embedding in the search vector; None: 4, or the table's own with `append`."""
     allow_small_desc_scale: bool = False
@@ -87,6 +88,28 @@ class EncodeConfig:
         return {**content, "shards": list(self.shards), **filters}
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several commands that share the shards of a run."""
+
+    number: int
+    """From 1."""
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Parse I/N. Raises OptionError if it is not of this form, or if I is not from 1 to N."""
+        found = re.fullmatch(r"0*(\d{1,7})/0*(\d{1,7})", text)
+        part = cls(int(found[1]), int(found[2])) if found else None
+        if part is None or not 1 <= part.number <= part.count:
+            raise OptionError(f"--part {text!r} is not I/N with I from 1 to N: type for instance --part 1/8")
+        return part
+
+    def __str__(self) -> str:
+        """Return I/N."""
+        return f"{self.number}/{self.count}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """How the work is done; the table does not depend on it."""
@@ -96,7 +119,7 @@ class RuntimeConfig:
     batch_size: Annotated[int, COUNT] = 64
     """Images or captions encoded at a time."""
     device: str = "auto"
-    """Torch device of the encoders; auto prefers a GPU."""
+    """Torch device of the encoders, chosen in the workers; auto prefers a GPU."""
     storage: Storage = field(default_factory=Storage)
     """How to reach object stores."""
     allow_missing_shards: bool = False
@@ -104,9 +127,17 @@ class RuntimeConfig:
     beam_options: tuple[str, ...] = ()
     """Beam's own options as `--name=value`; they override those that `num_workers` implies."""
 
+    part: Part | None = None
+    """Which shards of the run this command encodes, without publishing them; None: all."""
+
     def __post_init__(self) -> None:
         """Raise OptionError if a number is out of range."""
         check_ranges(self)
+
+    @property
+    def first_worker(self) -> int:
+        """Number of this command's first worker, as if all parts had started on one machine."""
+        return 0 if self.part is None else (self.part.number - 1) * self.num_workers
 
     @property
     def decode_threads(self) -> int:

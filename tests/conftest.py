@@ -97,8 +97,10 @@ def text_encoder(tmp_path_factory, tokenizer) -> str:
 def encode_shapes(image_encoder, text_encoder):
     """A function that encodes a source into a table with the small encoders."""
 
-    def run(source, table, *, num_workers: int = 1, dry_run: bool = False, storage=None, **options):
-        runtime = RuntimeConfig(num_workers=num_workers, batch_size=32, device="cpu", storage=storage or Storage())
+    def run(source, table, *, num_workers: int = 1, dry_run: bool = False, storage=None, part=None, **options):
+        runtime = RuntimeConfig(
+            num_workers=num_workers, batch_size=32, device="cpu", storage=storage or Storage(), part=part
+        )
         options = {
             "image_encoder": image_encoder,
             "text_encoder": text_encoder,

@@ -277,8 +277,12 @@ class Lease:
 
 def lease_of(files: Any, path: str, *, record: dict[str, Any], seconds: float) -> Lease:
     """Return the lease at a path of an fsspec file system."""
-    place: StoredObject = S3Object(files, path) if "s3" in files.protocol else OtherObject(files, path)
-    return Lease(place, record, seconds)
+    return Lease(stored_object(files, path), record, seconds)
+
+
+def stored_object(files: Any, path: str) -> StoredObject:
+    """Return the object at a path of an fsspec file system."""
+    return S3Object(files, path) if "s3" in files.protocol else OtherObject(files, path)
 
 
 def _code(error: BaseException | None) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from index.background import repeat
-from index.errors import TableError, one_line
+from index.errors import LockedError, TableError, one_line
 from index.table.lease import EXPIRED, LeaseLostError, lease_of
 from index.table.storage import Storage, is_local, unwritable
 
@@ -55,7 +55,7 @@ class Lock:
 def hold_lock(uri: str, storage: Storage, purpose: str = "encode") -> Iterator[Lock]:
     """Hold the lock of a table (DB/NAME.lance) or of a folder while the block runs; `purpose` names the command.
 
-    Raises TableError if another process holds it, which names that process, or if the lock cannot be written.
+    Raises LockedError if another process holds it, which names that process, TableError if it cannot be written.
     """
     record = {
         "token": uuid.uuid4().hex,
@@ -69,6 +69,40 @@ def hold_lock(uri: str, storage: Storage, purpose: str = "encode") -> Iterator[L
         yield lock
 
 
+def lock_holder(uri: str, storage: Storage) -> str | None:
+    """Return who holds the lock of a table or folder, for a message; None if nobody does, though its file may be left.
+
+    Raises TableError if an object store cannot be reached.
+    """
+    place = lock_uri(uri)
+    if is_local(uri):
+        return _file_holder(Path(place))
+    lease = lease_of(*storage.files(place), record={}, seconds=LEASE_SECONDS)
+    try:
+        stored = lease.read()
+    except OSError as error:
+        raise unwritable(place, error) from error
+    return None if stored is None or lease.expired(stored) else _holder(_parsed(stored.content))
+
+
+def _file_holder(path: Path) -> str | None:
+    import fcntl
+
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    record = _read(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = not _beats_elsewhere(path, socket.gethostname())
+    except BlockingIOError:
+        is_free = False
+    finally:
+        os.close(file)
+    return None if is_free else _holder(record)
+
+
 def lock_uri(uri: str) -> str:
     """Return DB/NAME.lock of a table DB/NAME.lance, FOLDER/lock of any other folder."""
     return f"{uri.removesuffix('.lance')}.lock" if uri.endswith(".lance") else f"{uri}/lock"
@@ -80,8 +114,12 @@ def _hold_file(uri: str, record: dict[str, Any], storage: Storage) -> Iterator[L
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock_file(path)
-        if file is None or _beats_elsewhere(file, path, record["host"]):
-            raise TableError(_locked_by(uri, _read(path), _heartbeat(path)))
+        if file is None:
+            raise LockedError(_locked_by(uri, _read(path), _heartbeat(path)))
+        if _beats_elsewhere(path, record["host"]):
+            os.close(file)
+            age = _heartbeat(path)
+            raise LockedError(_locked_by(uri, _read(path), age), LEASE_SECONDS * EXPIRED - age)
         try:
             os.truncate(file, 0)
             os.pwrite(file, json.dumps(record).encode(), 0)
@@ -138,13 +176,10 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _beats_elsewhere(file: int, path: Path, host: str) -> bool:
-    """Return whether a lock that the kernel grants has the fresh heartbeat of another host; if so, close it."""
+def _beats_elsewhere(path: Path, host: str) -> bool:
+    """Return whether a lock that the kernel grants has the fresh heartbeat of another host."""
     record = _read(path)
-    beats = bool(record) and record.get("host") != host and _heartbeat(path) < LEASE_SECONDS * EXPIRED
-    if beats:
-        os.close(file)
-    return beats
+    return bool(record) and record.get("host") != host and _heartbeat(path) < LEASE_SECONDS * EXPIRED
 
 
 def _heartbeat(path: Path) -> float:
@@ -171,7 +206,9 @@ def _hold_lease(uri: str, record: dict[str, Any], storage: Storage) -> Iterator[
     except OSError as error:
         raise unwritable(place, error) from error
     if holder is not None:
-        raise TableError(_locked_by(uri, _parsed(holder.content), holder.age, expires=True))
+        record = _parsed(holder.content)
+        seconds = 0.0 if holder.age is None else _lease_seconds(record) - holder.age
+        raise LockedError(_locked_by(uri, record, holder.age, expires=True), max(0.0, seconds))
 
     def check() -> str | None:
         try:
@@ -207,18 +244,26 @@ def _lost_elsewhere(lock: Lock) -> str | None:
 
 def _locked_by(uri: str, record: dict[str, Any], age: float | None, *, expires: bool = False) -> str:
     """Return the message for a lock that is taken: who holds it, since when, and when it may become free."""
-    who = "another command"
-    if record:
-        purpose, process, host = (record.get(name, "?") for name in ("purpose", "process", "host"))
-        who = f"{purpose}, process {process} on {host} since {record.get('since', '?')}"
+    who = _holder(record)
     if not expires:
         heard = f"; last heartbeat {max(age or 0.0, 0.0):.0f} s ago"
     elif age is None:
         heard = f"; if that command is gone, delete {lock_uri(uri)}"
     else:
-        left = float(record.get("lease_seconds", LEASE_SECONDS)) * EXPIRED - age
-        heard = f"; unless it is renewed, its lease expires in {max(left, 0):.0f} s"
+        heard = f"; unless it is renewed, its lease expires in {max(_lease_seconds(record) - age, 0):.0f} s"
     return f"{uri} is locked by {who}: wait for that command, or stop it first (lock: {lock_uri(uri)}{heard})"
+
+
+def _holder(record: dict[str, Any]) -> str:
+    if not record:
+        return "another command"
+    purpose, process, host = (record.get(name, "?") for name in ("purpose", "process", "host"))
+    return f"{purpose}, process {process} on {host} since {record.get('since', '?')}"
+
+
+def _lease_seconds(record: dict[str, Any]) -> float:
+    """Return the age at which a lease can be taken over."""
+    return float(record.get("lease_seconds", LEASE_SECONDS)) * EXPIRED
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

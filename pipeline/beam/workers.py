@@ -5,15 +5,19 @@ worker. When a run has ended, Beam stops its workers one after another, and each
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, Literal
 
 import psutil
 
 from index.background import repeat
+
+Place = Literal["process", "machine", "elsewhere"]
 
 COMMAND = "sdk_worker_main"
 """Beam's module that a worker process runs, part of its command line."""
@@ -67,6 +71,25 @@ class LocalWorkers:
             with contextlib.suppress(psutil.Error):
                 if process.pid not in self._seen and any(COMMAND in part for part in process.cmdline()):
                     self._seen[process.pid] = process
+
+
+def num_local_workers(options: Any) -> int:
+    """Return how many worker processes Beam's options ask the local runner for; 0 for other runners."""
+    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+
+    direct = options.view_as(DirectOptions)
+    if options.view_as(StandardOptions).runner != "FnApiRunner" or direct.direct_running_mode != "multi_processing":
+        return 0
+    return int(direct.direct_num_workers or os.cpu_count() or 1)
+
+
+def works_in(options: Any) -> Place:
+    """Return where the runner of Beam's options does the work: in this process, on this machine, or elsewhere."""
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    if num_local_workers(options):
+        return "machine"
+    return "process" if options.view_as(StandardOptions).runner == "FnApiRunner" else "elsewhere"
 
 
 @contextlib.contextmanager

@@ -55,6 +55,8 @@ class ShardCheckpoint:
     """Whether the shard was read to its end: not cut short by --limit, not damaged."""
     unread: str = ""
     """Why nothing of the shard could be read; it has no samples then."""
+    device: str = ""
+    """That encoded it."""
     truncated_captions: int = 0
     """Rows whose caption has more tokens than the text encoder reads."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
@@ -131,10 +133,12 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self.write(file_name(shard, WAITING), text)
 
-    def forget_attempt(self) -> None:
-        """Delete what an earlier attempt has noted of its end, and of shards that it could not read."""
+    def forget_attempt(self, shards: Sequence[str] | None = None) -> None:
+        """Delete what an earlier attempt has noted of its end, and of shards (None: all) that it could not read."""
+        notes = None if shards is None else {file_name(shard, each) for shard in shards for each in (UNREAD, WAITING)}
         for name in self.storage.names(self.folder):
-            if name in (STOP, META) or name.endswith((f".{UNREAD}", f".{WAITING}")):
+            is_note = name.endswith((f".{UNREAD}", f".{WAITING}")) if notes is None else name in notes
+            if is_note or name in (STOP, META):
                 self.storage.remove_file(self.uri(name))
 
     def save(self, checkpoint: ShardCheckpoint) -> None:
@@ -211,12 +215,14 @@ class SampleCounts:
     seconds: dict[str, float] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     """Shards that could not be read, with the reasons."""
+    devices: set[str] = field(default_factory=set)
 
     def add(self, checkpoint: ShardCheckpoint) -> None:
         """Add one shard."""
         self.shards += 1
         if checkpoint.unread:
             self.unread[checkpoint.shard] = checkpoint.unread
+        self.devices |= {checkpoint.device} - {""}
         self.rows += checkpoint.rows
         self.already_present += checkpoint.already_present
         self.truncated_captions += checkpoint.truncated_captions

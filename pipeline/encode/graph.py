@@ -23,6 +23,7 @@ from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.encode.checkpoints import LAYOUT, META, PLAN, STOP, VECTORS, ShardCheckpoint, file_name, not_finished
 from pipeline.encode.dedup import FindDuplicates
 from pipeline.encode.job import EncodeJob
+from pipeline.encode.parts import not_encoded_by_its_part
 from pipeline.encode.shard import finished_shard, write_shard
 
 
@@ -37,17 +38,29 @@ class EncodeToFragments(beam.PTransform):  # type: ignore[misc]
     def expand(self, shards: Any) -> Any:
         """Build the graph."""
         job = self.job
-        if job.config.filters.dedup:
-            shards = shards | "Find duplicates" >> FindDuplicates(job)
-        else:
-            shards = shards | "No duplicates" >> beam.Map(lambda shard: (shard, [])) | "Spread" >> beam.Reshuffle()
         return (
             shards
-            | "Write shards" >> beam.ParDo(_WriteShard(job))
+            | "Write shards" >> WriteShards(job)
             | "Wait for all" >> Barrier()
             | "Plan layout" >> beam.ParDo(_PlanLayout(job))
             | "Lay out vectors" >> LayOutVectors(ShardFragments(job))
         )
+
+
+class WriteShards(beam.PTransform):  # type: ignore[misc]
+    """PCollection of shard names -> the same, each once it has a checkpoint."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        super().__init__()
+        self.job = replace(job, config=replace(job.config, shards=()))
+
+    def expand(self, shards: Any) -> Any:
+        """Build the graph."""
+        if self.job.config.filters.dedup:
+            shards = shards | "Find duplicates" >> FindDuplicates(self.job)
+        else:
+            shards = shards | "No duplicates" >> beam.Map(lambda shard: (shard, [])) | "Spread" >> beam.Reshuffle()
+        return shards | "Write" >> beam.ParDo(_WriteShard(self.job))
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,8 @@ class _WriteShard(beam.DoFn):  # type: ignore[misc]
         if finished_shard(self.job, shard) is None and checkpoints.load_unread(shard) is None:
             if reason := checkpoints.read(STOP):
                 raise SourceError(reason)
+            if self.job.num_parts and self.job.runtime.part is None:
+                raise not_encoded_by_its_part(self.job.uri, shard, checkpoints.read(PLAN))
             try:
                 checkpoint = write_shard(self.job, shard, frozenset(duplicates))
             except OutOfReachError as error:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import socket
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -13,23 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from index.errors import EncoderError, OutOfReachError, SourceError
+from index.errors import EncoderError, OptionError, OutOfReachError, SourceError
 from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict
+from index.table.once import write_once
 from index.table.schema import EncoderRef, TableMeta, encoded_schema
+from index.table.storage import Storage
 from index.table.table import Table, open_table, runs_folder
-from pipeline.config import DESC_SCALE, GEOMETRY, EncodeConfig, RuntimeConfig
+from pipeline.config import DESC_SCALE, DTYPES, GEOMETRY, EncodeConfig, Part, RuntimeConfig
 from pipeline.encode.checkpoints import Checkpoints, SampleCounts, ShardCheckpoint
-from pipeline.encoders.devices import resolve_device
-from pipeline.encoders.files import find_encoder
-from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encode.measured import Encoders, MeasuredEncoders, cached_encoders
+from pipeline.encoders.devices import default_dtype, worker_device, worker_number
 from pipeline.encoders.stored import check_encoder
-from pipeline.encoders.text import TransformersTextEncoder
 from pipeline.sources.hub import without_commit
 from pipeline.sources.sample import ReadOptions
-
-Encoders = tuple[DiffusersAutoencoder, TransformersTextEncoder]
 
 OTHER_OPTIONS = (
     *("shards", "limit", "append", "max_reject_rate", "image_encoder", "text_encoder", "dtype", "image_size"),
@@ -38,33 +35,10 @@ OTHER_OPTIONS = (
 )
 """Options that do not decide which samples of a shard become rows."""
 NOT_IDENTITY = ("max_reject_rate", "image_encoder", "text_encoder")
+PRECISION = "precision.json"
+"""File of a run with the data type that its first worker has chosen, with --dtype auto."""
 SHOWN_SHARDS = 20
 """Of those that could not be read, in an error message."""
-_loading = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _load_encoders(
-    image: tuple[str, str | None],
-    text: tuple[str, str | None],
-    device: str,
-    dtype: str,
-    pooling: str | None,
-    prompt: str | None,
-) -> Encoders:
-    return (
-        DiffusersAutoencoder(image[0], device, dtype, revision=image[1]),
-        TransformersTextEncoder(text[0], device, dtype, revision=text[1], pooling=pooling, prompt=prompt),
-    )
-
-
-def cached_encoders(
-    image: tuple[str, str | None], text: tuple[str, str | None], config: EncodeConfig, runtime: RuntimeConfig
-) -> Encoders:
-    """Return encoders by (name, revision), loaded once per process for any number of threads."""
-    with _loading:
-        device = resolve_device(runtime.device)
-        return _load_encoders(image, text, device, config.dtype, config.text_pooling, config.text_prompt)
 
 
 @dataclass(slots=True)
@@ -78,13 +52,7 @@ class EncodeJob:
     checkpoints: Checkpoints
     run_id: str
     """`settings_digest`, a dash, and a part that no other run has."""
-    image_ref: EncoderRef
-    text_ref: EncoderRef
-    latent_shape: tuple[int, int, int]
-    """C, H, W."""
-    text_dim: int
-    max_tokens: int
-    """That the text encoder reads of a caption."""
+    encoders: MeasuredEncoders
     samples_per_shard: dict[str, int] = field(default_factory=dict)
     """How many samples to read of each shard if `limit` is set; empty: all."""
     base: TableMeta | None = None
@@ -93,34 +61,55 @@ class EncodeJob:
     """Whether the table has that column; those of version 1 do not."""
     can_hash_images: bool = True
     """Whether images can be compared with those of the table's rows."""
+    num_parts: int | None = None
+    """Of a run whose shards are encoded by that many commands; None: by this one."""
 
     @classmethod
-    def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str) -> "EncodeJob":
-        """Load the encoders and measure their output shapes; `named` gives the job its run id."""
-        image, text = find_encoder(config.image_encoder, "image"), find_encoder(config.text_encoder, "text")
-        image_encoder, text_encoder = cached_encoders(image, text, config, runtime)
-        return cls(
-            config=config,
-            runtime=runtime,
-            uri=uri,
-            checkpoints=Checkpoints(runs_folder(uri), runtime.storage),
-            run_id="",
-            image_ref=image_encoder.ref,
-            text_ref=text_encoder.ref,
-            latent_shape=image_encoder.latent_shape(config.image_size),
-            text_dim=text_encoder.text_dim(),
-            max_tokens=text_encoder.max_length,
-        )
+    def create(cls, config: EncodeConfig, runtime: RuntimeConfig, uri: str, encoders: MeasuredEncoders) -> "EncodeJob":
+        """Build a job without a run; `named` gives it its run id."""
+        return cls(config, runtime, uri, Checkpoints(runs_folder(uri), runtime.storage), "", encoders)
 
     def named(self, run_id: str) -> "EncodeJob":
         """Return the job as the run with this id, whose checkpoints are in a folder of their own."""
         checkpoints = Checkpoints(f"{runs_folder(self.uri)}/{run_id}", self.runtime.storage)
         return replace(self, run_id=run_id, checkpoints=checkpoints)
 
+    def of_part(self, part: Part) -> "EncodeJob":
+        """Return the job with every N-th shard."""
+        shards = self.config.shards[part.number - 1 :: part.count]
+        samples = {shard: self.samples_per_shard[shard] for shard in shards if shard in self.samples_per_shard}
+        return replace(self, config=replace(self.config, shards=shards), samples_per_shard=samples)
+
+    @property
+    def image_ref(self) -> EncoderRef:
+        """The image encoder."""
+        return self.encoders.image_ref
+
+    @property
+    def text_ref(self) -> EncoderRef:
+        """The text encoder."""
+        return self.encoders.text_ref
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        return self.encoders.latent_shape
+
+    @property
+    def text_dim(self) -> int:
+        """T."""
+        return self.encoders.text_dim
+
     @property
     def settings_digest(self) -> str:
         """Of the settings that tell one run from another, and of the weights."""
         return _digest(run_identity(self.settings))
+
+    @property
+    def settings_digests(self) -> set[str]:
+        """Of all runs that this command may be typed again for: --dtype auto is any type that workers have chosen."""
+        dtypes = DTYPES if self.config.dtype == "auto" else (self.config.dtype,)
+        return {_digest(run_identity(self.settings | {"dtype": dtype})) for dtype in dtypes}
 
     @property
     def sample_options(self) -> str:
@@ -163,19 +152,42 @@ class EncodeJob:
         return int(np.prod(self.latent_shape))
 
     def load_encoders(self) -> Encoders:
-        """Load both encoders in a worker, with one torch thread; raises EncoderError if they are not the job's."""
+        """Load both encoders in a worker, on its own device, with one torch thread.
+
+        Raises EncoderError if they are not the job's, OptionError if the device is not there, or if the run has begun
+        in another data type than --dtype auto gives on it.
+        """
         import torch
 
         # More cores are used by more processes, and the last bits of a latent must not depend on the thread count.
         torch.set_num_threads(1)
         image, text = (self.image_ref.name, self.image_ref.revision), (self.text_ref.name, self.text_ref.revision)
-        image_encoder, text_encoder = cached_encoders(image, text, self.config, self.runtime)
         try:
+            device = worker_device(self.runtime.device, self.runtime.first_worker + worker_number())
+            image_encoder, text_encoder = cached_encoders(image, text, self.config, device, self._dtype(device))
             check_encoder(self.image_ref, image_encoder.ref, "image")
             check_encoder(self.text_ref, text_encoder.ref, "text")
-        except EncoderError as error:
-            raise EncoderError(f"worker on {socket.gethostname()}: {error}") from error
+        except (EncoderError, OptionError) as error:
+            raise type(error)(f"worker on {socket.gethostname()}: {error}") from error
         return image_encoder, text_encoder
+
+    def chosen_dtype(self) -> str | None:
+        """Return the data type that the first worker of the run has chosen; None if none has, or had to."""
+        stored = self.checkpoints.read(PRECISION)
+        return None if stored is None else str(stored["dtype"])
+
+    def _dtype(self, device: str) -> str:
+        """Return the data type to compute in; that of --dtype auto is the same for all workers of a run, or refused."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        own = {"dtype": default_dtype(device), "device": device, "host": socket.gethostname()}
+        run = _precision(self.checkpoints.uri(PRECISION), json.dumps(own), self.runtime.storage)
+        if run["dtype"] != own["dtype"]:
+            raise OptionError(
+                f"--dtype auto is {own['dtype']} on {device}, and this run has begun in {run['dtype']}, on "
+                f"{run['device']} of {run['host']}: add --dtype {run['dtype']}, or use workers of one kind"
+            )
+        return str(own["dtype"])
 
     def open_table(self) -> Table:
         """Open the newest version of the table."""
@@ -192,7 +204,7 @@ class EncodeJob:
             if checkpoint.moments is not None:
                 shard_moments = from_json_dict(Moments, checkpoint.moments)
                 moments = shard_moments if moments is None else moments + shard_moments
-        self._check_read(counts)
+        self.check_read(counts)
         self._check_counts(counts)
         if moments is None:
             raise SourceError(f"all {counts.rows:,} rows are held out: add samples or lower --val-fraction")
@@ -200,8 +212,9 @@ class EncodeJob:
             return replace(self.base, moments=moments, run_ids=(*self.base.run_ids, self.run_id))
         return self._new_meta(moments)
 
-    def _check_read(self, counts: SampleCounts) -> None:
-        is_worth_publishing = counts.rows > 0 or self.base is not None
+    def check_read(self, counts: SampleCounts) -> None:
+        """Raise OutOfReachError, with the list, if shards could not be read and are not to be left out."""
+        is_worth_publishing = counts.rows > 0 or self.base is not None or self.runtime.part is not None
         if not counts.unread or (self.runtime.allow_missing_shards and is_worth_publishing):
             return
         names = "; ".join(
@@ -246,6 +259,13 @@ class EncodeJob:
             balanced=False,
             run_ids=(self.run_id,),
         )
+
+
+@lru_cache(maxsize=4)
+def _precision(uri: str, own: str, storage: Storage) -> dict[str, str]:
+    """Return which worker of a run was the first to load its encoders, and their data type."""
+    content: dict[str, str] = write_once(uri, json.loads(own), storage)
+    return content
 
 
 def unread_reason(text: str) -> str:

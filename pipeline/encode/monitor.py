@@ -21,10 +21,11 @@ MIN_REJECTS_TO_STOP = 1000
 
 
 @contextlib.contextmanager
-def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[None]:
+def monitor(job: EncodeJob, samples: int | None, log: Path | None, *, all_samples: int | None = None) -> Iterator[None]:
     """Show progress while the block runs, and stop the run once --max-reject-rate cannot be met any more.
 
     `samples` is the number of samples to read; None estimates it from the finished shards and never stops the run.
+    `all_samples` is that of all parts of the run, if the job is one of them.
     """
     shards, watch = len(job.config.shards), Watch(job.config.shards)
     # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
@@ -43,7 +44,7 @@ def monitor(job: EncodeJob, samples: int | None, log: Path | None) -> Iterator[N
                 bar.expect(done)
             _advance(bar, done, counts, shards, watch.waits)
             if samples is not None:
-                _stop_if_hopeless(job, samples, counts)
+                _stop_if_hopeless(job, all_samples or samples, counts)
 
         def look() -> None:
             with contextlib.suppress(OutOfReachError):

@@ -4,35 +4,28 @@ The plan of a run is written before its first checkpoint. It names the run, whic
 run has, so that what a run of the same settings has left behind is never taken for its own.
 """
 
-import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from index.errors import TableError
 from index.table.ledger import LedgerEntry, read_ledger, rebuild_ledger, unread_shards
+from index.table.storage import Storage
 from index.table.table import Table, is_table, runs_folder
 from pipeline.encode.checkpoints import PLAN, Checkpoints
 from pipeline.encode.job import EncodeJob, run_identity
 from pipeline.encode.ledger import changed_shards, shard_identities, shards_to_read, source_of
+from pipeline.encode.measured import to_json
+from pipeline.encode.options import changed_options, check_appendable
+from pipeline.encode.parts import read_plans
 from pipeline.encode.plan import samples_within_limit
 from pipeline.encode.present import can_hash_images
-from pipeline.encoders.stored import check_encoder
 from pipeline.sources.hub import SCHEME, commits_of, without_commit
 
 RUN_FOLDER = re.compile("[0-9a-f]{16}-[0-9a-f]{8}")
-NOT_TYPED = {
-    "shards": "shards",
-    "image_digest": "weights of --image-encoder",
-    "text_digest": "weights of --text-encoder",
-    "tokenizer_digest": "tokenizer of --text-encoder",
-}
-"""How settings that are no options of their own are called in an error message."""
-SHOWN_CHARACTERS = 40
-"""Of an option's value in an error message."""
 
 
 class State(Enum):
@@ -57,6 +50,8 @@ class RemainingWork:
     """Entries for a table that has no ledger yet."""
     plan: dict[str, Any] = field(default_factory=dict)
     """What is written before the work starts, so that it can be resumed."""
+    is_new: bool = True
+    """Whether it has just been planned."""
     shards_already_present: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     """Files of the sources that are not read, by extension."""
@@ -69,8 +64,8 @@ def remaining_work(job: EncodeJob, sources: Sequence[str] = ()) -> RemainingWork
     Raises TableError if the table or an unfinished run has other options.
     """
     table = job.open_table() if is_table(job.uri, job.runtime.storage) else None
-    plan = _find_plan(job)
-    if plan is not None and not _is_outdated(job, plan, table):
+    plan = _find_plan(job, table)
+    if plan is not None:
         return _resumed(job, plan, table, _on_hub(sources))
     if table is None:
         work = _planned(job, None)
@@ -94,7 +89,7 @@ def begin(work: RemainingWork) -> None:
 
 def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
     """Return the work of a new run, with the shards that the table's ledger does not have."""
-    config, settings = job.config, job.settings
+    config, settings, digest = job.config, job.settings, job.settings_digest
     work = RemainingWork(job, State.TO_ENCODE, settings)
     if table is not None:
         identities = shard_identities(config.shards, job.read_options)
@@ -118,13 +113,15 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         job.samples_per_shard = {shard: count for shard, count in samples.items() if count}
         if job.samples_per_shard:  # an empty source is refused later
             job = replace(job, config=replace(job.config, shards=tuple(job.samples_per_shard)))
-    work.job = job = job.named(f"{job.settings_digest}-{uuid.uuid4().hex[:8]}")
+    work.job = job = job.named(f"{digest}-{uuid.uuid4().hex[:8]}")
     work.plan = {
         "run_id": job.run_id,
         "settings": run_identity(settings),
         "shards": list(job.config.shards),
         "samples_per_shard": job.samples_per_shard,
         "base_run_ids": None if table is None else list(table.meta.run_ids),
+        "encoders": to_json(job.encoders),
+        "num_parts": job.runtime.part and job.runtime.part.count,
     }
     return work
 
@@ -140,14 +137,17 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sour
     """
     given = run_identity(job.settings)
     stored = plan["settings"]
+    if stored["dtype"] == "auto" and given["dtype"] == job.named(plan["run_id"]).chosen_dtype():
+        given["dtype"] = "auto"
     is_same_on_hub = bool(hub_sources) and hub_sources == plan.get("hub_sources")
     stays = [shard for shard in stored["shards"] if not (is_same_on_hub and shard.startswith(SCHEME))]
     has_grown = _has_grown(stays, given["shards"])
-    if changes := _changes(stored, given | ({"shards": stored["shards"]} if has_grown else {})):
+    if changes := changed_options(stored, given | ({"shards": stored["shards"]} if has_grown else {})):
         raise TableError(
             f"{runs_folder(job.uri)} holds an unfinished run with other options ({changes}): "
             "rerun with the original options to resume, or delete the folder to start over"
         )
+    _check_part(job, plan)
     listed = job.config.shards
     published = table is not None and plan["run_id"] in table.meta.run_ids
     if table is not None and not published:
@@ -159,10 +159,13 @@ def _resumed(job: EncodeJob, plan: dict[str, Any], table: Table | None, hub_sour
         job,
         config=replace(job.config, shards=tuple(plan["shards"])),
         samples_per_shard=plan["samples_per_shard"],
+        num_parts=plan.get("num_parts"),
     )
     work = RemainingWork(
         job, State.PUBLISHED if published else State.TO_ENCODE, job.settings | {"shards": stored["shards"]}
     )
+    work.plan = plan if job.num_parts else {}  # of parts it is beside the run's folder
+    work.is_new = False
     newest, own = commits_of(listed), commits_of(plan["shards"])
     moved = [f"{name} at commit {commit}" for name, commit in own.items() if newest.get(name) != commit]
     if moved or stored["shards"] != given["shards"]:
@@ -181,9 +184,10 @@ def _complete(job: EncodeJob, table: Table) -> RemainingWork:
 
     Raises TableError if it is one of another run.
     """
-    if job.settings_digest not in {run_id.partition("-")[0] for run_id in table.meta.run_ids}:
+    if not job.settings_digests & {run_id.partition("-")[0] for run_id in table.meta.run_ids}:
         report = table.report("encode")
-        other = f" and was encoded with other options ({_changes(report['settings'], job.settings)})" if report else ""
+        changes = changed_options(report["settings"], job.settings) if report else ""
+        other = f" and was encoded with other options ({changes})" if report else ""
         raise TableError(f"{job.uri} exists{other}: name another --table, add --append, or delete it")
     unread = set(unread_shards(read_ledger(table))) & set(job.config.shards)
     if unread and job.config.limit is None:
@@ -206,24 +210,46 @@ def _complete(job: EncodeJob, table: Table) -> RemainingWork:
 
 def _appending(job: EncodeJob, table: Table) -> EncodeJob:
     """Return the job for adding to a table. Raises TableError if its options do not fit."""
-    _check_appendable(job, table)
+    check_appendable(job, table)
     names = table.dataset().schema.names
     return replace(job, base=table.meta, has_image_hash="image_hash" in names, can_hash_images=can_hash_images(table))
 
 
-def _find_plan(job: EncodeJob) -> dict[str, Any] | None:
-    """Return the plan of the table's unfinished run, None if there is none."""
-    root, storage = runs_folder(job.uri), job.runtime.storage
+def find_plans(uri: str, storage: Storage) -> Iterator[dict[str, Any]]:
+    """Yield the plans of a table's unfinished runs, those in parts first."""
+    root = runs_folder(uri)
     names = storage.names(root)
     if PLAN in names:
         raise TableError(
             f"{root} holds an unfinished run of an earlier version of the software: delete the folder to start over"
         )
+    yield from read_plans(uri, storage)
     for name in filter(RUN_FOLDER.fullmatch, names):
         plan = Checkpoints(f"{root}/{name}", storage).read(PLAN)
         if isinstance(plan, dict) and plan.get("run_id") == name:
-            return plan
-    return None
+            yield plan
+
+
+def _find_plan(job: EncodeJob, table: Table | None) -> dict[str, Any] | None:
+    """Return the plan of the table's unfinished run, None if there is none that can still be finished."""
+    plans = find_plans(job.uri, job.runtime.storage)
+    return next((plan for plan in plans if not _is_outdated(job, plan, table)), None)
+
+
+def _check_part(job: EncodeJob, plan: dict[str, Any]) -> None:
+    """Raise TableError if an unfinished run has other parts than the one that was typed."""
+    part, count = job.runtime.part, plan.get("num_parts")
+    if part is None or part.count == count:
+        return
+    if count is None:
+        raise TableError(
+            f"{runs_folder(job.uri)} holds an unfinished run without parts: rerun without --part to resume it, or "
+            "delete the folder to start over"
+        )
+    raise TableError(
+        f"--part {part}: this run has {count} parts, not {part.count}: use --part I/{count}, or delete "
+        f"{runs_folder(job.uri)} to start over"
+    )
 
 
 def _is_outdated(job: EncodeJob, plan: dict[str, Any], table: Table | None) -> bool:
@@ -244,58 +270,3 @@ def _has_grown(stored: Sequence[str], given: Sequence[str]) -> bool:
         source, stop = source_of(shard)
         stops[source] = max(stop, stops.get(source, 0))
     return all(stops.get(source, -1) >= stop for source, stop in map(source_of, stored))
-
-
-def _check_appendable(job: EncodeJob, table: Table) -> None:
-    """Raise TableError if rows of this job would differ in kind from those of the table."""
-    meta, config = table.meta, job.config
-    check_encoder(meta.text_encoder, replace(job.text_ref, digest=meta.text_encoder.digest), "text")
-    geometry = meta.geometry
-    stored = {
-        "image_digest": meta.image_encoder.digest,
-        "text_digest": meta.text_encoder.digest,
-        "text_pooling": meta.text_encoder.pooling or job.text_ref.pooling,
-        "text_prompt": meta.text_encoder.prompt,
-        "image_size": meta.image_size,
-        "val_fraction": meta.val_fraction,
-        "keep_images": "image" in table.dataset().schema.names,
-        "desc_scale": geometry.desc_scale,
-        "geometry": geometry.name,
-    }
-    given = {
-        "image_digest": job.image_ref.digest,
-        "text_digest": job.text_ref.digest,
-        "text_pooling": job.text_ref.pooling,
-        "text_prompt": job.text_ref.prompt,
-        "image_size": config.image_size,
-        "val_fraction": config.val_fraction,
-        "keep_images": config.keep_images,
-        "desc_scale": config.desc_scale or geometry.desc_scale,
-        "geometry": config.geometry or geometry.name,
-    }
-    if changes := _changes(stored, given):
-        raise TableError(
-            f"{table.uri} was encoded with other options ({changes}): "
-            "append with the same options, or leave out --append and name another --table"
-        )
-    if config.filters.dedup and not can_hash_images(table):
-        raise TableError(
-            f"--dedup {config.filters.dedup} cannot compare with the rows of {table.uri}, which an earlier version "
-            "wrote without image hashes: append without --dedup, or encode the table again"
-        )
-
-
-def _changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Return the options that differ with both values, as they are typed, for a message; empty if none does."""
-    given = json.loads(json.dumps(given))
-    return "; ".join(
-        f"{NOT_TYPED.get(name) or '--' + name.replace('_', '-')}: {_shown(stored.get(name))}, now {_shown(value)}"
-        for name, value in given.items()
-        if stored.get(name) != value
-    )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{len(value)} from {value[0]} to {value[-1]}" if value else "none"
-    return "not set" if value is None else str(value)[:SHOWN_CHARACTERS]

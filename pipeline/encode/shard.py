@@ -70,6 +70,7 @@ def write_shard(job: EncodeJob, shard: str, duplicates: frozenset[int] = frozens
     checkpoint = ShardCheckpoint(
         shard,
         identity=identity,
+        device=encoder.image_encoder.device,
         samples=encoder.samples_read,
         rows=encoder.rows,
         already_present=encoder.already_present,

@@ -1,6 +1,8 @@
 """Where encoders compute: the device, its data type, batches that fit into its memory."""
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,29 @@ def resolve_device(device: str = "auto") -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def worker_device(device: str, worker: int) -> str:
+    """Return the device of a worker: with auto or cuda, worker i of a machine with n GPUs takes GPU i mod n.
+
+    Raises OptionError if the device does not exist on this machine.
+    """
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available() and (count := torch.cuda.device_count()) > 1:
+        device = f"cuda:{worker % count}"
+    return resolve_device(device)
+
+
+def worker_number() -> int:
+    """Return which of Beam's worker processes this one is, counted from 0; 0 if Beam did not start it."""
+    found = re.search(r"\d+$", os.environ.get("WORKER_ID", ""))
+    return int(found[0]) if found else 0
+
+
+def default_dtype(device: str) -> str:
+    """Return the data type of --dtype auto."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class Place(NamedTuple):
     """Commit of a hub repository; None for a folder."""
     variant: str | None = None
     """`variant` of from_pretrained; None for plain weights."""
+    files: tuple[Path, ...] = ()
+    """All that is read of it."""
 
 
 def locate(name: str, revision: str | None = None, role: str | None = None) -> Place:
@@ -58,7 +60,8 @@ def locate(name: str, revision: str | None = None, role: str | None = None) -> P
     folder = Path(os.path.abspath(os.path.expanduser(name)))
     if folder.is_dir() and revision is None:
         part = choose_part(list_files(folder), "", role, lambda subfolder: folder / subfolder)
-        return Place(str(folder / part.subfolder), folder / part.subfolder, None, part.variant)
+        files = tuple(folder / file for file in part.files)
+        return Place(str(folder / part.subfolder), folder / part.subfolder, None, part.variant, files)
     if folder.is_file():
         raise EncoderError(f"{name} is a file: use the folder that it is in, with config.json and model weights")
     if name.startswith((".", "/", "~")) or "/" not in name:
@@ -70,14 +73,27 @@ def locate(name: str, revision: str | None = None, role: str | None = None) -> P
     except EncoderError as error:
         raise snapshot.doubt(error) from error
     fetch(snapshot, part.files, ENCODER)
-    return Place(hub.at(part.subfolder).path, snapshot.folder / part.subfolder, snapshot.commit, part.variant)
+    files = tuple(snapshot.folder / file for file in part.files)
+    return Place(hub.at(part.subfolder).path, snapshot.folder / part.subfolder, snapshot.commit, part.variant, files)
 
 
-def find_encoder(name: str, role: str) -> tuple[str, str | None]:
-    """Return the absolute folder of an encoder and None, or its hub id and commit. Raises EncoderError."""
+def find_encoder(name: str, role: str) -> Place:
+    """Return where the files of an encoder are, without loading them. Raises EncoderError."""
     with loading(name, f"the {role} encoder"):
-        place = locate(name, role=role)
-    return place.name, place.revision
+        return locate(name, role=role)
+
+
+def content_digest(place: Place) -> str:
+    """Return the SHA-256, in hex, of the names and bytes of all files that an encoder is made of."""
+    beside = place.folder.with_name(place.folder.name.replace("text_encoder", "tokenizer"))
+    files = {*place.files, *(path for path in beside.glob("*") if path.is_file() and beside != place.folder)}
+    digest = hashlib.sha256()
+    with loading(place.name, "an encoder"):
+        for path in sorted(files):
+            digest.update(os.path.relpath(path, place.folder).encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
