@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -54,10 +54,10 @@ def run(app: Callable[..., Any]) -> NoReturn:
     caller = sys._getframe(1)
     is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
-    _show_waits()
     stops = _raise_on_signals()
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with _shown_waits():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         # After a signal, an error is only what became of it on its way.
@@ -109,11 +109,18 @@ class _WaitHandler(logging.Handler):
             print_status(text)
 
 
-def _show_waits() -> None:
+@contextlib.contextmanager
+def _shown_waits() -> Iterator[None]:
+    """Print waits for stores while the block runs."""
     log = logging.getLogger(WAITS)
+    before = log.level, log.propagate, log.handlers
     log.setLevel(logging.WARNING)
-    log.propagate = False
-    log.handlers = [_WaitHandler()]
+    log.propagate, log.handlers = False, [_WaitHandler()]
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        _, log.propagate, log.handlers = before
 
 
 def _raise_on_signals() -> list[int]:

@@ -299,7 +299,8 @@ def test_half_precision_gives_the_same_latents_and_images(tmp_path, class_name):
     half, full = (DiffusersAutoencoder(str(tmp_path), dtype=dtype) for dtype in ("bfloat16", "float32"))
     latent = full.encode(PIXELS)
     assert np.abs(half.encode(PIXELS) - latent).max() < 0.03 * np.abs(latent).max()
-    assert np.abs(half.decode(latent) - full.decode(latent).astype(int)).mean() < 2
+    if not half.kind.alone:  # these decode with noise, which older versions of torch draw otherwise in bfloat16
+        assert np.abs(half.decode(latent) - full.decode(latent).astype(int)).mean() < 2
 
 
 def test_an_alpha_channel_is_opaque(tmp_path):

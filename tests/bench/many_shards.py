@@ -32,18 +32,19 @@ from synthetic_tables import _filler  # noqa: E402
 from index.report.report import describe  # noqa: E402
 from index.space.moments import Moments  # noqa: E402
 from index.table.codec import to_json_dict  # noqa: E402
-from index.table.commit import add_vectors  # noqa: E402
 from index.table.lock import hold_lock  # noqa: E402
 from index.table.prune import prune  # noqa: E402
 from index.table.schema import TRAIN, EncoderRef  # noqa: E402
 from index.table.storage import Storage  # noqa: E402
-from index.table.table import list_array, open_table, runs_folder  # noqa: E402
+from index.table.table import list_array, open_table  # noqa: E402
 from pipeline.beam.layout import Layout  # noqa: E402
-from pipeline.beam.write_lance import fragment_from_dict, write_fragments  # noqa: E402
+from pipeline.beam.write_lance import write_fragments  # noqa: E402
 from pipeline.config import EncodeConfig, RuntimeConfig  # noqa: E402
-from pipeline.encode.checkpoints import FRAGMENTS, LAYOUT, Checkpoints, ShardCheckpoint, Watch  # noqa: E402
+from pipeline.encode.checkpoints import LAYOUT, Checkpoints, ShardCheckpoint, Watch  # noqa: E402
+from pipeline.encode.graph import ShardFragments, _PlanLayout  # noqa: E402
 from pipeline.encode.job import EncodeJob  # noqa: E402
 from pipeline.encode.ledger import shard_identities  # noqa: E402
+from pipeline.encode.measured import MeasuredEncoders  # noqa: E402
 from pipeline.encode.publish import publish_run, read_outcome  # noqa: E402
 from pipeline.encode.resume import begin, remaining_work  # noqa: E402
 from pipeline.encode.shard import finished_shard  # noqa: E402
@@ -106,18 +107,10 @@ def make_job(uri: str, shards: list[str], *, append: bool = False) -> EncodeJob:
         append=append,
         max_reject_rate=1.0,
     )
-    return EncodeJob(
-        config=config,
-        runtime=RuntimeConfig(device="cpu"),
-        uri=uri,
-        checkpoints=Checkpoints(runs_folder(uri)),
-        run_id="",
-        image_ref=encoder,
-        text_ref=encoder,
-        latent_shape=LATENT,
-        text_dim=TEXT,
-        max_tokens=77,
+    encoders = MeasuredEncoders(
+        key="", image_ref=encoder, text_ref=encoder, latent_shape=LATENT, text_dim=TEXT, max_tokens=77
     )
+    return EncodeJob.create(config, RuntimeConfig(device="cpu"), uri, encoders)
 
 
 def write_checkpoints(job: EncodeJob, fragments: int) -> None:
@@ -155,19 +148,14 @@ def write_checkpoints(job: EncodeJob, fragments: int) -> None:
 
 
 def lay_out(job: EncodeJob) -> None:
-    """Do what the steps between encoding and publishing do, with one file of vectors."""
-    fragments: list[dict[str, Any]] = []
-
-    def checkpoints() -> Any:
-        for checkpoint in job.checkpoints.load_all(sorted(job.config.shards)):
-            fragments.extend(checkpoint.fragments)
-            yield checkpoint
-
-    meta = job.table_meta(checkpoints())
-    Layout(meta, 0.0).write(job.checkpoints.uri(LAYOUT), Storage())
-    done = add_vectors(job.uri, fragment_from_dict(fragments[0]), job.schema, meta.geometry).to_json()
-    text = json.dumps(done)
-    job.checkpoints.write(FRAGMENTS, [text] * len(fragments))
+    """Plan the layout, and record one file of vectors for all fragments."""
+    shards = list(_PlanLayout(job).process(len(job.config.shards)))
+    fragments, layout = ShardFragments(job), Layout.read(job.checkpoints.uri(LAYOUT), Storage(), job.uri)
+    digest = layout.digest
+    (fragment,) = fragments.load(shards[0])
+    written = fragments.add_vectors(shards[0], fragment, layout)
+    for shard in shards:
+        fragments.write_record(shard, digest, [written])
 
 
 def publish(job: EncodeJob) -> None:
@@ -218,7 +206,7 @@ def main() -> None:
         watch = meter("watch: all checkpoints", lambda: _watched(job), count)
         meter("watch: nothing new", lambda: watch.look(job.checkpoints), count)
         meter("metadata, fragments", lambda: lay_out(job), count)
-        sizes["fragments file"] = (run / FRAGMENTS).stat().st_size
+        sizes["records of vectors"] = sum(path.stat().st_size for path in run.glob("*.vectors.json"))
         meter("publish", lambda: publish(job), count)
         sizes["ledger"] = bytes_under(folder / "db" / "t_shards.lance")
         sizes["manifests"] = bytes_under(Path(uri) / "_versions")
