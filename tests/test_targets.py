@@ -161,12 +161,12 @@ def test_a_draw_that_fails_goes_on_where_it_was_and_on_its_own_version(table, dr
     with pytest.raises(TableError, match="the disk is full"):
         draw(table, name="resumed")
     uri = targets_uri(table.uri, "resumed")
-    marks = set(os.listdir(draw_folder(uri))) - {"settings.json"}
-    assert len(marks) == 9
+    checkpoints = set(os.listdir(draw_folder(uri))) - {"settings.json"}
+    assert len(checkpoints) == 9
     with pytest.raises(TableError, match="rerun the `pipeline draw-targets` that has not finished them"):
         open_targets(uri, Storage())
     # Of one range the file is gone, and the table changes meanwhile.
-    lost = min(marks)
+    lost = min(checkpoints)
     (part,) = Storage().read_json(f"{draw_folder(uri)}/{lost}")
     Path(uri, "data", part["files"][0]["path"]).unlink()
     newer = update_meta(table, table.meta)
@@ -175,7 +175,7 @@ def test_a_draw_that_fails_goes_on_where_it_was_and_on_its_own_version(table, dr
     ranges.clear()
     targets, _ = draw(table, name="resumed")
     assert len(ranges) == 24 - 8
-    assert lost in {each.mark for each in ranges}
+    assert lost in {each.checkpoint for each in ranges}
     assert targets.settings.version == table.version
     assert np.array_equal(targets.read(0, 96), drawn.read(0, 96))
     assert not Path(draw_folder(uri)).exists()

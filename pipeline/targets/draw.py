@@ -174,27 +174,29 @@ def _run(job: DrawJob, ranges: list[StepRange], runtime: RuntimeConfig, table: T
 
 
 def _drawn(job: DrawJob, ranges: list[StepRange]) -> dict[StepRange, list[dict[str, Any]]]:
-    """Return the fragments of the ranges that are drawn; a mark whose files are gone is deleted."""
-    marks, files = _marks(job), set(job.storage.names(f"{job.uri}/data"))
-    marked = [each for each in ranges if each.mark in marks]
+    """Return the fragments of the ranges that are drawn; a checkpoint whose files are gone is deleted."""
+    checkpoints, files = _checkpoints(job), set(job.storage.names(f"{job.uri}/data"))
+    finished = [each for each in ranges if each.checkpoint in checkpoints]
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        parts = dict(zip(marked, pool.map(lambda each: job.storage.read_json(job.mark_of(each)), marked), strict=True))
-    for steps in marked:
+        parts = dict(
+            zip(finished, pool.map(lambda each: job.storage.read_json(job.checkpoint_of(each)), finished), strict=True)
+        )
+    for steps in finished:
         if not all(file["path"] in files for fragment in parts[steps] for file in fragment["files"]):
-            job.storage.remove(job.mark_of(steps))
+            job.storage.remove(job.checkpoint_of(steps))
             del parts[steps]
     return parts
 
 
 @contextmanager
 def _monitor(job: DrawJob, ranges: list[StepRange], table: Table) -> Iterator[None]:
-    """Show progress by the marks while the block runs."""
+    """Show progress by the checkpoints while the block runs."""
     # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
     watched = replace(job, storage=replace(job.storage, patience=0.0))
-    sizes = {each.mark: (each.stop - each.first) * job.pairs.batch_size for each in ranges}
+    sizes = {each.checkpoint: (each.stop - each.first) * job.pairs.batch_size for each in ranges}
 
     def drawn() -> int:
-        return sum(sizes[mark] for mark in _marks(watched) if mark in sizes)
+        return sum(sizes[checkpoint] for checkpoint in _checkpoints(watched) if checkpoint in sizes)
 
     with Progress(
         "draw targets", total=sum(sizes.values()), unit="targets", log=table.log("targets"), done=drawn()
@@ -209,7 +211,7 @@ def _monitor(job: DrawJob, ranges: list[StepRange], table: Table) -> Iterator[No
         look()
 
 
-def _marks(job: DrawJob) -> set[str]:
+def _checkpoints(job: DrawJob) -> set[str]:
     return set(job.storage.names(draw_folder(job.uri)))
 
 

@@ -1,8 +1,8 @@
 """DrawSteps: retrieve the pairs of ranges of training steps on Beam, one range per worker at a time.
 
 What crosses the engine are numbers of steps. A worker searches the table itself, writes the row ids of its range as a
-fragment that no commit refers to yet, and leaves a mark that names it. So a draw that was stopped goes on with the
-ranges that have no mark, on any engine, and a worker that repeats a range changes nothing.
+fragment that no commit refers to yet, and leaves a checkpoint that names it. So a draw that was stopped goes on with
+the ranges that have no checkpoint, on any engine, and a worker that repeats a range changes nothing.
 """
 
 import threading
@@ -25,7 +25,7 @@ from pipeline.beam.gather import Spread
 from pipeline.beam.write_lance import write_fragments
 from pipeline.encoders.devices import resolve_device
 
-MARK = ".json"
+CHECKPOINT = ".json"
 _opening = threading.Lock()
 
 
@@ -37,9 +37,9 @@ class StepRange:
     stop: int
 
     @property
-    def mark(self) -> str:
-        """The name of the mark that this range leaves."""
-        return f"{self.first}-{self.stop}{MARK}"
+    def checkpoint(self) -> str:
+        """The name of the checkpoint that this range leaves."""
+        return f"{self.first}-{self.stop}{CHECKPOINT}"
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class DrawJob:
     device: str
     storage: Storage
 
-    def mark_of(self, steps: StepRange) -> str:
+    def checkpoint_of(self, steps: StepRange) -> str:
         """Return the file that names the fragment of a range, once it is written."""
-        return f"{draw_folder(self.uri)}/{steps.mark}"
+        return f"{draw_folder(self.uri)}/{steps.checkpoint}"
 
     def draw(self, steps: StepRange) -> None:
-        """Retrieve the pairs of a range, unless that was done, and leave its mark."""
-        if self.storage.read_json(self.mark_of(steps)) is not None:
+        """Retrieve the pairs of a range, unless that was done, and leave its checkpoint."""
+        if self.storage.read_json(self.checkpoint_of(steps)) is not None:
             return
         with _opening:
             search, queries = _open_search(self)
         fragments = write_fragments(self.uri, TARGETS_SCHEMA, self._batches(search, queries, steps), self.storage)
         written = sum(fragment["physical_rows"] for fragment in fragments)
         assert written == (steps.stop - steps.first) * self.pairs.batch_size, (written, steps)
-        self.storage.write_json(self.mark_of(steps), fragments)
+        self.storage.write_json(self.checkpoint_of(steps), fragments)
 
     def _batches(self, search: NeighborSearch, queries: StepQueries, steps: StepRange) -> Iterator[pa.RecordBatch]:
         size = self.pairs.batch_size
@@ -92,7 +92,7 @@ def _open_search(job: DrawJob) -> tuple[NeighborSearch, StepQueries]:
 
 
 class DrawSteps(beam.PTransform):  # type: ignore[misc]
-    """PCollection of (range's number, (first step, step after the last)) -> the same, once their marks are there."""
+    """PCollection of (range's number, (first step, step after the last)) -> the same, each once it has a checkpoint."""
 
     def __init__(self, job: DrawJob) -> None:
         super().__init__()
