@@ -83,7 +83,7 @@ def demo_data(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw captioned shapes into shards as img2dataset writes them.
+    """Draw captioned shapes into shards like those of img2dataset.
 
     Examples:
       pipeline demo-data data/shapes
@@ -230,8 +230,9 @@ def encode(
     print_status("pipeline encode: listing the shards and loading the encoders")
     from index.table.storage import Storage
     from index.table.table import table_uri
+    from pipeline.beam.workers import check_runtime
     from pipeline.config import EncodeConfig, Part, RuntimeConfig
-    from pipeline.encode.run import check_runtime, encode_dataset
+    from pipeline.encode.run import encode_dataset
     from pipeline.filters import Filters
     from pipeline.sources.listing import list_shards
 

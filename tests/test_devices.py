@@ -85,7 +85,7 @@ def test_weights_are_loaded_once_to_encode_and_never_to_do_nothing(
 
 def test_a_driver_without_cuda_sends_work_to_workers_and_they_refuse(image_encoder, text_encoder, shapes, monkeypatch):
     """The check of the device is the worker's, on an engine whose workers are elsewhere."""
-    monkeypatch.setattr("pipeline.encode.run.works_in", lambda _: "elsewhere")
+    monkeypatch.setattr("pipeline.beam.workers.works_in", lambda _: "elsewhere")
     config = EncodeConfig(
         shards=tuple(list_shards([str(shapes)])), image_encoder=image_encoder, text_encoder=text_encoder, image_size=32
     )

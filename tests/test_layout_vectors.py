@@ -269,7 +269,7 @@ def test_records_of_other_vectors_or_lost_files_are_not_believed(table, tmp_path
 def test_layouts_are_read_as_they_were_written(table, tmp_path):
     layout = Layout(centered(table), 0.25, "digest")
     layout.write(str(tmp_path / "layout.json"), table.storage)
-    read = Layout.read(str(tmp_path / "layout.json"), table.storage)
+    read = Layout.read(str(tmp_path / "layout.json"), table.storage, table.uri)
     assert read.geometry.same_as(layout.geometry)
     assert (read.balance, read.balance_digest, read.digest) == (0.25, "digest", layout.digest)
     assert (

@@ -323,7 +323,7 @@ def test_an_append_stopped_between_rows_and_metadata_is_finished(
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance", keep_images=True).table
     with monkeypatch.context() as patch:
         # As with columns that the user added: rows and metadata are two commits.
-        patch.setattr(commit, "_has_own_columns", lambda table: False)
+        patch.setattr(commit, "has_own_columns", lambda table: False)
         patch.setattr(commit, "update_meta", fail)
         with pytest.raises(Exception, match="worker failure"):
             encode_shapes(shapes, tmp_path / "t.lance", keep_images=True, append=True)

@@ -21,7 +21,7 @@ from index.report.sweep import measure_sweep, prior_skew
 from index.search.ann import ApproximateSearch, open_search
 from index.search.blocks import VectorBlocks
 from index.search.exact import ExactSearch
-from index.search.neighbors import RetrievedPairs
+from index.search.neighbors import NearestRows, RetrievedPairs
 from index.space.queries import Purpose, draw_points, draw_rows
 from index.table.schema import TRAIN
 from index.table.table import open_table
@@ -403,6 +403,10 @@ class OneRow:
         positions = np.zeros((len(queries), k), np.int64)
         text, latent = (self.exact.take(positions, column) for column in ("text", "latent"))
         return RetrievedPairs(self.exact.row_ids[positions], np.zeros(positions.shape, np.float32), text, latent)
+
+    def nearest_rows(self, queries, k=1):
+        pairs = self.nearest(queries, k)
+        return NearestRows(pairs.row_id, pairs.distance)
 
 
 def test_hubness_of_a_single_hub(encoded):

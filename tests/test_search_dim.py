@@ -17,10 +17,11 @@ from index.search.ann import ApproximateSearch
 from index.search.exact import ExactSearch
 from index.space.queries import draw_points
 from index.space.reduction import fit_reduction, split_dim
-from index.table.commit import append_rows, rewrite_vectors
+from index.table.commit import append_rows
 from index.table.prune import prune
 from index.table.schema import TRAIN, TableMeta
 from index.table.table import column_array, open_table, sampled_rows
+from index.table.vectors import rewrite_vectors
 from pipeline.beam.layout import Layout
 
 ROWS, TEXT, LATENT = 500, 6, 15
@@ -207,11 +208,11 @@ def test_a_missing_or_damaged_file_is_named_and_the_full_space_needs_none(tmp_pa
 def test_rows_are_appended_with_the_stored_projection(tmp_path):
     import lance
 
-    from index.table.commit import add_vectors, encoded_columns
+    from index.table.vectors import add_vectors, encoded_columns
 
     table = built(random_table(tmp_path / "t.lance", ROWS), search_dim=9).table
-    Layout(table.meta).write(str(tmp_path / "layout.json"), table.storage)
-    geometry = Layout.read(str(tmp_path / "layout.json"), table.storage, table.uri).meta.geometry
+    Layout(table.meta.geometry).write(str(tmp_path / "layout.json"), table.storage)
+    geometry = Layout.read(str(tmp_path / "layout.json"), table.storage, table.uri).geometry
     encoded = encoded_columns(table)
     rows = table.dataset().to_table(columns=encoded.names, limit=20).cast(encoded)
     (fragment,) = lance.fragment.write_fragments(rows, table.uri, schema=encoded, mode="append")

@@ -215,6 +215,9 @@ class Search:
             raise ValueError("the disk is gone")
         return self.search.nearest(queries, k)
 
+    def nearest_rows(self, queries, k=1):
+        return self.search.nearest_rows(queries, k)
+
 
 def test_searches_ahead_are_bounded(indexed):
     search = Search(indexed)

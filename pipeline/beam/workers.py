@@ -16,6 +16,9 @@ from typing import Any, Literal
 import psutil
 
 from index.background import repeat
+from pipeline.beam.engine import check_engine
+from pipeline.config import RuntimeConfig
+from pipeline.encoders.devices import resolve_device
 
 Place = Literal["process", "machine", "elsewhere"]
 
@@ -90,6 +93,17 @@ def works_in(options: Any) -> Place:
     if num_local_workers(options):
         return "machine"
     return "process" if options.view_as(StandardOptions).runner == "FnApiRunner" else "elsewhere"
+
+
+def check_runtime(runtime: RuntimeConfig) -> Place:
+    """Check the engine, and the device if it is one of this machine; return where the engine does the work.
+
+    Raises OptionError.
+    """
+    place = works_in(check_engine(runtime))
+    if place != "elsewhere":
+        resolve_device(runtime.device)
+    return place
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from index.table.codec import to_json_dict
 from index.table.lock import hold_lock
 from index.table.storage import Storage
 from index.table.table import Table, log_of, reports_of, runs_folder, table_uri
-from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
-from pipeline.beam.workers import Place, works_in
+from pipeline.beam.workers import Place, check_runtime
 from pipeline.config import EncodeConfig, Part, RuntimeConfig
 from pipeline.encode.checkpoints import SampleCounts
 from pipeline.encode.graph import EncodeToFragments, WriteShards
@@ -28,7 +27,7 @@ from pipeline.encode.parts import agree_on_plan, check_divisible, check_parts, h
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
 from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
 from pipeline.encode.resume import RemainingWork, State, begin, find_plans, remaining_work
-from pipeline.encoders.devices import default_dtype, resolve_device, worker_device
+from pipeline.encoders.devices import default_dtype, worker_device
 from pipeline.sources.hub import commits_of
 from pipeline.sources.listing import passed_over
 
@@ -92,17 +91,6 @@ def encode_dataset(
         start = time.monotonic()
         _run_graph(work.job)
         return EncodeResult(*_finish(work, time.monotonic() - start))
-
-
-def check_runtime(runtime: RuntimeConfig) -> Place:
-    """Check the engine, and the device if it is one of this machine; return where the engine does the work.
-
-    Raises OptionError.
-    """
-    place = works_in(check_engine(runtime))
-    if place != "elsewhere":
-        resolve_device(runtime.device)
-    return place
 
 
 def _measure(

@@ -30,8 +30,8 @@ from index.table.targets import (
     targets_uri,
 )
 from index.terminal import Progress, print_status
-from pipeline.beam.engine import check_engine
 from pipeline.beam.runner import run_beam
+from pipeline.beam.workers import check_runtime
 from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.config import RuntimeConfig
 from pipeline.targets.job import DrawJob, DrawSteps, StepRange
@@ -86,11 +86,11 @@ def draw_targets(
     Raises OptionError if what is there was drawn with other options, TableError if the table or its version is gone, if
     it has no index, or if the run is not finished.
     """
+    check_runtime(runtime)
     name = config.name or f"seed{config.seed}"
     if is_path(name):
         raise OptionError(f"--name {name} is a path: use a name; targets are kept next to their table")
     uri, storage, began = targets_uri(table_uri(table), name), runtime.storage, time.monotonic()
-    check_engine(runtime)
     # Refused before the lock is written; targets that are there may be of a version without an index by now.
     open_table(table, indexed=config.search == "ann" and not storage.names(uri.rpartition("/")[0]), storage=storage)
     with hold_lock(uri, storage, "draw-targets") as lock:

@@ -23,7 +23,7 @@ from index.table.table import open_table
 from index.table.targets import TARGETS_SCHEMA, draw_folder
 from pipeline.beam.gather import Spread
 from pipeline.beam.write_lance import write_fragments
-from pipeline.encoders.devices import resolve_device
+from pipeline.encoders.devices import worker_device, worker_number
 
 CHECKPOINT = ".json"
 _opening = threading.Lock()
@@ -87,7 +87,7 @@ def _open_search(job: DrawJob) -> tuple[NeighborSearch, StepQueries]:
     """Open the table and its search, once per process for any number of threads."""
     table = open_table(job.table, version=job.version, storage=job.storage)
     exact = job.exact or table.meta.uses_exact_search
-    device = resolve_device(job.device) if exact else "cpu"
+    device = worker_device(job.device, worker_number()) if exact else "cpu"
     return open_search(table, exact=exact, device=device, memory=job.memory), StepQueries(table, job.pairs)
 
 

@@ -135,7 +135,7 @@ def hit_counts(table: Any, limit: int) -> str:
     """Count hits and fit the linear probe, by approximate results: random rows, so that only counting is measured."""
     from index.report.hubness import measure_hubness
     from index.search.exact import ExactSearch
-    from index.search.neighbors import RetrievedPairs
+    from index.search.neighbors import NearestRows, RetrievedPairs
 
     exact = ExactSearch(table, memory=limit)
 
@@ -144,6 +144,10 @@ def hit_counts(table: Any, limit: int) -> str:
             positions = np.random.default_rng(0).integers(len(exact.row_ids), size=(len(queries), k))
             columns = {name: exact.take(positions, name) for name in ("text", "latent")}
             return RetrievedPairs(exact.row_ids[positions], np.zeros(positions.shape, np.float32), **columns)
+
+        def nearest_rows(self, queries: Any, k: int = 1) -> NearestRows:
+            pairs = self.nearest(queries, k)
+            return NearestRows(pairs.row_id, pairs.distance)
 
     hubness = measure_hubness(table.meta.geometry, Random(), exact)
     return f"{hubness.hubness_queries:,} queries, {hubness.linear_probe_queries:,} of them for the linear probe"
