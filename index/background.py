@@ -1,15 +1,30 @@
-"""Work in background threads: `prefetch` items of an iterator, `repeat` a call while a block runs.
+"""Work in background threads: `prefetch` items of an iterator, `repeat` a call while a block runs, look up many things.
 
-Both threads are daemons that end with their consumer, so neither outlives its block and neither holds up an exit.
+The threads of `prefetch` and `repeat` are daemons that end with their consumer, so neither outlives its block and
+neither holds up an exit.
 """
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+LOOKUP_THREADS = 16
+
+
+def look_up(function: Callable[[Item], T], items: Sequence[Item], *, at_once: int = 1024) -> Iterator[T]:
+    """Yield the results of a function that waits for a store, in the order of the items.
+
+    It is called in threads for `at_once` items at a time: a call that waits for its thread takes two kilobytes.
+    """
+    with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lookup") as pool:
+        for start in range(0, len(items), at_once):
+            yield from pool.map(function, items[start : start + at_once])
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

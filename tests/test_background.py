@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from index.background import prefetch, repeat
+from index.background import look_up, prefetch, repeat
 
 
 def threads(name: str) -> list[threading.Thread]:
@@ -73,3 +73,24 @@ def test_repeat_waits_before_the_first_call_and_stops_at_an_exception():
         raise KeyError
     assert calls == []
     assert threads("repeat") == []
+
+
+def test_look_up_keeps_the_order_and_goes_ahead_by_one_portion():
+    called = []
+
+    def double(number):
+        called.append(number)
+        return 2 * number
+
+    results = look_up(double, range(100), at_once=10)
+    assert next(results) == 0
+    assert sorted(called) == list(range(10))
+    assert list(results) == list(range(2, 200, 2))
+    assert sorted(called) == list(range(100))
+
+
+def test_look_up_raises_the_exception_of_an_item_after_the_items_before_it():
+    results = look_up(lambda number: 1 // number, [2, 1, 0, 3])
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

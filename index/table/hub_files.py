@@ -8,18 +8,18 @@ for by a HEAD request of its own, which is no API call.
 import contextlib
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
 
+from index.background import look_up
+
 PROTOCOL = "hf://"
 DATASETS = "hf://datasets/"
 COMMIT = re.compile("[0-9a-f]{40}")
 _PINNED = re.compile(rf"{DATASETS}[^/@]+/[^/@]+@{COMMIT.pattern}(/|$)")
-READING_THREADS = 16
 BLOCK_BYTES = 16 * 2**20
 """That one request reads of a file that is read from its begin to its end."""
 
@@ -140,5 +140,4 @@ class HubFiles(HfFileSystem):  # type: ignore[misc]
                     return error
                 raise
 
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            return list(pool.map(read, range(len(paths))))
+        return list(look_up(read, range(len(paths))))

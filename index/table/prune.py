@@ -6,11 +6,11 @@ those that targets were drawn from, versions that the user tagged or named, and 
 
 import itertools
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from index.background import look_up
 from index.errors import OptionError, TableError
 from index.table.ledger import ledger_uri
 from index.table.lock import hold_lock
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import lance
 
 MAX_LISTED_FILES = 2**31
-READING_THREADS, BATCH_FILES = 16, 1024
 NO_VERSION = timedelta(days=36_500)
 """No version is older."""
 
@@ -175,10 +174,8 @@ def _check_unfinished(table: Table, datasets: Iterable["lance.LanceDataset"]) ->
     needed = set[str]()
     # At any depth: each run has a folder of its own.
     names = [folder + name.removeprefix(root) for name in files.find(root) if name.endswith(".json")]
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        for start in range(0, len(names), BATCH_FILES):
-            for content in pool.map(table.storage.read_json, names[start : start + BATCH_FILES]):
-                needed.update(_paths(content))
+    for content in look_up(table.storage.read_json, names):
+        needed.update(_paths(content))
     if needed and any(needed & {path.rpartition("/")[2] for path in _remains(each)} for each in datasets):
         raise TableError(
             f"an unfinished encode run ({folder}) needs files that are more than a week old, and they cannot be told "

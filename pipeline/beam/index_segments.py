@@ -9,12 +9,12 @@ next to the table, and leave what describes their segments in a folder beside it
 import base64
 import pickle
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 
+from index.background import look_up
 from index.build.select import Builder
 from index.errors import OptionError, TableError
 from index.search.lance_index import MERGEABLE, IndexPlan, build_segment, newest, publish_segments, without_index
@@ -27,7 +27,6 @@ from pipeline.beam.runner import run_beam
 from pipeline.config import RuntimeConfig
 
 ROWS_PER_SEGMENT = 2**20
-READING_THREADS = 16
 
 
 def beam_builder(runtime: RuntimeConfig, index_type: str) -> Builder:
@@ -136,8 +135,7 @@ class _CommitSegments(beam.DoFn):  # type: ignore[misc]
                 f"the index of {self.table.uri} is not finished ({number:,} of {len(self.names):,} segments built): "
                 "rerun the same command"
             )
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            segments = list(pool.map(lambda name: _read_segment(self.table, name), self.names))
+        segments = list(look_up(lambda name: _read_segment(self.table, name), self.names))
         yield publish_segments(self.table, segments).version
 
 

@@ -5,12 +5,10 @@ is written are in DB/NAME.vectors/ID until the commit; ID depends on the version
 killed goes on with the fragments that are left if it comes to the same vectors again.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +16,16 @@ import apache_beam as beam
 import numpy as np
 from jaxtyping import Float32
 
-from index.background import repeat
+from index.background import look_up
 from index.build.layout import VectorWriter
-from index.errors import OutOfReachError, TableError
+from index.errors import TableError
 from index.space.geometry import Geometry
 from index.table.storage import Storage
 from index.table.table import Table
 from index.table.vectors import commit_vectors, encoded_columns, fragment_starts, replace_vectors, vectors_folder
-from index.terminal import Progress
 from pipeline.beam.engine import check_engine
 from pipeline.beam.layout import Fragment, Fragments, Layout, LayOutVectors
+from pipeline.beam.progress import watch_files
 from pipeline.beam.runner import run_beam
 from pipeline.beam.write_lance import fragment_from_dict
 from pipeline.config import RuntimeConfig
@@ -35,8 +33,6 @@ from pipeline.config import RuntimeConfig
 if TYPE_CHECKING:
     import lance
 
-POLL_SECONDS = 1.0
-READING_THREADS = 16
 
 Name = tuple[int, int]
 """A fragment's id, and the position in table order of its first row."""
@@ -118,7 +114,14 @@ def beam_vector_writer(runtime: RuntimeConfig) -> VectorWriter:
             ),
             runtime,
             table.uri,
-            monitor=_monitor(fragments, len(names), log),
+            monitor=watch_files(
+                "write vectors",
+                partial(_count_records, fragments),
+                table.storage,
+                total=len(names),
+                unit="fragments",
+                log=log,
+            ),
             memory_advice="fewer --num-workers",
         )
         written = [fragment_from_dict(each) for each in _read_records(fragments, names, layout.digest)]
@@ -151,8 +154,7 @@ def _remove_others(storage: Storage, root: str, folder: str) -> None:
 
 def _read_records(fragments: TableFragments, names: list[Name], digest: str) -> list[Fragment]:
     """Return all fragments with vectors, in table order. Raises TableError if the engine has left some out."""
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        records = list(pool.map(lambda name: fragments.read_record(name, digest), names))
+    records = list(look_up(lambda name: fragments.read_record(name, digest), names))
     left = sum(record is None for record in records)
     if left:
         raise TableError(
@@ -162,19 +164,5 @@ def _read_records(fragments: TableFragments, names: list[Name], digest: str) -> 
     return [each for record in records for each in record or []]
 
 
-@contextlib.contextmanager
-def _monitor(fragments: TableFragments, total: int, log: Path | None) -> Iterator[None]:
-    """Show how many fragments have a record while the block runs."""
-
-    def count(storage: Storage) -> int:
-        return sum(name.removesuffix(".json").isdecimal() for name in storage.names(fragments.folder))
-
-    def look() -> None:
-        # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
-        with contextlib.suppress(OutOfReachError):
-            bar.advance(count(replace(fragments.storage, patience=0.0)) - bar.done)
-
-    with Progress("write vectors", total=total, unit="fragments", log=log, done=count(fragments.storage)) as bar:
-        with repeat(POLL_SECONDS, look):
-            yield
-        look()
+def _count_records(fragments: TableFragments, storage: Storage) -> int:
+    return sum(name.removesuffix(".json").isdecimal() for name in storage.names(fragments.folder))

@@ -16,12 +16,12 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import pyarrow as pa
 
+from index.background import look_up
 from index.errors import TableError
 from index.table.commit import MODES, commit_fragments, committed_by
 from index.table.storage import Storage, unwritable
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import lance
 
 BYTES_PER_FILE = 256 * 2**20
-READING_THREADS = 16
 BundleRows = tuple[str, int]
 """A bundle's name, and the rows of one of its batches."""
 
@@ -115,8 +114,7 @@ class WriteLance(beam.PTransform):  # type: ignore[misc]
         for bundle, rows in bundles:
             entered[bundle] += rows
         names = sorted(bundle for bundle, rows in entered.items() if rows)
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            parts = list(pool.map(lambda name: self.storage.read_json(self.part(name)) or [], names))
+        parts = list(look_up(lambda name: self.storage.read_json(self.part(name)) or [], names))
         for name, fragments in zip(names, parts, strict=True):
             written = sum(fragment["physical_rows"] for fragment in fragments)
             if written != entered[name]:

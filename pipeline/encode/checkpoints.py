@@ -14,10 +14,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from index.background import look_up
 from index.errors import TableError
 from index.table.storage import Storage
 
@@ -34,9 +34,8 @@ VECTORS = "vectors.json"
 UNREAD, WAITING, PROGRESS = "unread", "waiting", "progress"
 """Extensions of a shard's files that say why it could not be read, what a worker waits for, and how many of its samples
 are read so far."""
-LOADING_THREADS = 16
-BATCH_SHARDS = 1024
-"""Shards whose checkpoints are asked for at a time."""
+LOADED_AT_ONCE = 16
+"""Checkpoints that are held at a time while all are loaded: with their moments they are large."""
 
 
 @dataclass(slots=True)
@@ -111,10 +110,8 @@ class Checkpoints:
 
     def load_all(self, shards: Sequence[str], *, moments: bool = True) -> Iterator[ShardCheckpoint]:
         """Yield the checkpoints of shards in their order, a few at a time; those that do not exist are left out."""
-        with ThreadPoolExecutor(LOADING_THREADS) as pool:
-            for start in range(0, len(shards), LOADING_THREADS):
-                batch = shards[start : start + LOADING_THREADS]
-                yield from filter(None, pool.map(lambda shard: self._outcome(shard, moments), batch))
+        outcomes = look_up(lambda shard: self._outcome(shard, moments), shards, at_once=LOADED_AT_ONCE)
+        yield from filter(None, outcomes)
 
     def _outcome(self, shard: str, moments: bool) -> ShardCheckpoint | None:
         return self.load(shard, moments=moments) or self.load_unread(shard)
@@ -168,9 +165,7 @@ class Checkpoints:
 
     def read_many(self, names: Sequence[str]) -> Iterator[Any]:
         """Yield the contents of JSON files of the run, each as `read` returns it."""
-        with ThreadPoolExecutor(LOADING_THREADS) as pool:
-            for start in range(0, len(names), BATCH_SHARDS):
-                yield from pool.map(self.read, names[start : start + BATCH_SHARDS])
+        return look_up(self.read, names)
 
     def remove(self) -> None:
         """Delete all files of the run, the plan first, so that a run that is stopped meanwhile is not resumed."""

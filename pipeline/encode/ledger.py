@@ -6,9 +6,9 @@ be another one. Every other shard is read, and its samples are compared with the
 
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from index.background import look_up
 from index.errors import CoalescerError, OutOfReachError
 from index.table.ledger import LedgerEntry
 from pipeline.sources.hub import SCHEME, DatasetURI, is_dataset, without_commit
@@ -16,7 +16,7 @@ from pipeline.sources.ranges import SampleRange
 from pipeline.sources.read import shard_identity
 from pipeline.sources.sample import ReadOptions
 
-LOOKUP_THREADS, LOOKUP_BATCH, LOOKUP_SECONDS = 16, 1024, 5.0
+LOOKUP_SECONDS = 5.0
 RANGE = re.compile(r"#\d+-\d+$")
 
 
@@ -45,13 +45,7 @@ def identity_to_read(shard: str, options: ReadOptions) -> str:
 
 def shard_identities(shards: Sequence[str], options: ReadOptions) -> list[str]:
     """Return the identities of shards as of now."""
-    identities: list[str] = []
-    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
-        # A call that waits for its thread takes two kilobytes.
-        for start in range(0, len(shards), LOOKUP_BATCH):
-            batch = shards[start : start + LOOKUP_BATCH]
-            identities += pool.map(lambda shard: content_identity(shard, options), batch)
-    return identities
+    return list(look_up(lambda shard: content_identity(shard, options), shards))
 
 
 def shards_to_read(

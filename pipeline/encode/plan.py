@@ -9,11 +9,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from index.background import look_up
 from index.errors import OutOfReachError, SourceError, TableError
 from index.table.storage import Storage, is_local, unwritable
 from pipeline.config import EncodeConfig, RuntimeConfig
@@ -26,7 +26,6 @@ from pipeline.sources.sample import ReadOptions, Unreadable
 TRIAL_SAMPLES = 8
 COUNTED_SHARDS = 256
 """Shards whose samples are counted; more are estimated from as many of them, evenly spaced."""
-COUNTING_THREADS = 16
 FLOAT16_BYTES = 2
 
 
@@ -94,8 +93,7 @@ def expected_samples(job: EncodeJob) -> int | None:
     if job.samples_per_shard:
         return sum(job.samples_per_shard.values())
     counted = shards[:: -(-len(shards) // COUNTED_SHARDS)]
-    with ThreadPoolExecutor(COUNTING_THREADS) as pool:
-        counts = list(pool.map(lambda shard: count_samples(shard, job.read_options), counted))
+    counts = look_up(lambda shard: count_samples(shard, job.read_options), counted)
     known = [count for count in counts if count is not None]
     return round(sum(known) / len(known) * len(shards)) if known else None
 

@@ -6,11 +6,11 @@ Each commit is recognized by the run's id, so a run that was stopped between two
 """
 
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
+from index.background import look_up
 from index.errors import TableError
 from index.table.commit import RECENT_COMMITS, append_rows, commit_fragments, publish, update_meta
 from index.table.ledger import LedgerEntry, add_entries, read_ledger, rebuild_ledger
@@ -19,7 +19,7 @@ from index.table.schema import REJECTS, TableMeta
 from index.table.storage import unwritable
 from index.table.table import Table, is_table, rejects_uri
 from pipeline.beam.write_lance import fragment_from_dict
-from pipeline.encode.checkpoints import LOADING_THREADS, META, SampleCounts, ShardCheckpoint, not_finished
+from pipeline.encode.checkpoints import META, SampleCounts, ShardCheckpoint, not_finished
 from pipeline.encode.graph import ShardFragments
 from pipeline.encode.job import EncodeJob
 
@@ -138,8 +138,7 @@ def _read_fragments(job: EncodeJob, outcome: RunOutcome) -> tuple[TableMeta, lis
     if planned is None:
         raise unfinished
     records, digest = ShardFragments(job), planned["layout"]
-    with ThreadPoolExecutor(LOADING_THREADS) as pool:
-        found = list(pool.map(lambda shard: records.read_record(shard, digest) or [], sorted(outcome.files)))
+    found = look_up(lambda shard: records.read_record(shard, digest) or [], sorted(outcome.files))
     contents = [content for each in found for content in each]
     files = set(job.runtime.storage.names(f"{job.uri}/data"))
     written = {file["path"] for content in contents for file in content["files"]}

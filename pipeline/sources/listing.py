@@ -10,10 +10,10 @@ import glob
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from index.background import look_up
 from index.errors import SourceError
 from index.reach import describe, is_out_of_reach, retried, status_of
 from index.table.storage import is_local
@@ -25,7 +25,6 @@ EXTENSIONS = (*tar.EXTENSIONS, *parquet.EXTENSIONS)
 HTTP = ("http://", "https://")
 MAX_LOOKUPS = 16
 """A brace pattern of more names lists the names' folders instead of looking up each name."""
-LOOKUP_THREADS = 16
 
 
 def list_shards(sources: Sequence[str], options: ReadOptions | None = None) -> list[str]:
@@ -150,8 +149,7 @@ def _http_files(urls: Sequence[str], options: ReadOptions) -> Iterator[tuple[Any
             raise
         return True
 
-    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
-        found = list(pool.map(exists, urls))
+    found = list(look_up(exists, urls))
     for url, is_there in zip(urls, found, strict=True):
         if is_there:
             yield *options.storage.files(url), url

@@ -1,16 +1,14 @@
 """Draw the targets of a training run ahead: plan ranges of steps, run them on Beam, commit them in order, read back."""
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any
 
 import numpy as np
 
-from index.background import repeat
-from index.errors import OptionError, OutOfReachError, TableError
+from index.background import look_up
+from index.errors import OptionError, TableError
 from index.ranges import POSITIVE, TOTAL, option_of
 from index.search.pairs import PairConfig
 from index.table.commit import commit_fragments
@@ -29,7 +27,8 @@ from index.table.targets import (
     settings_metadata,
     targets_uri,
 )
-from index.terminal import Progress, print_status
+from index.terminal import print_status
+from pipeline.beam.progress import watch_files
 from pipeline.beam.runner import run_beam
 from pipeline.beam.workers import check_runtime
 from pipeline.beam.write_lance import fragment_from_dict
@@ -39,8 +38,6 @@ from pipeline.targets.job import DrawJob, DrawSteps, StepRange
 SEARCHES = ("ann", "exact")
 TARGETS_PER_RANGE, MAX_RANGES = 2**15, 4096
 """A range takes a worker seconds to a minute; of a long draw ranges are larger, so that no more than so many remain."""
-POLL_SECONDS = 1.0
-READING_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,10 +174,8 @@ def _drawn(job: DrawJob, ranges: list[StepRange]) -> dict[StepRange, list[dict[s
     """Return the fragments of the ranges that are drawn; a checkpoint whose files are gone is deleted."""
     checkpoints, files = _checkpoints(job), set(job.storage.names(f"{job.uri}/data"))
     finished = [each for each in ranges if each.checkpoint in checkpoints]
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        parts = dict(
-            zip(finished, pool.map(lambda each: job.storage.read_json(job.checkpoint_of(each)), finished), strict=True)
-        )
+    contents = look_up(lambda each: job.storage.read_json(job.checkpoint_of(each)), finished)
+    parts = dict(zip(finished, contents, strict=True))
     for steps in finished:
         if not all(file["path"] in files for fragment in parts[steps] for file in fragment["files"]):
             job.storage.remove(job.checkpoint_of(steps))
@@ -188,27 +183,16 @@ def _drawn(job: DrawJob, ranges: list[StepRange]) -> dict[StepRange, list[dict[s
     return parts
 
 
-@contextmanager
-def _monitor(job: DrawJob, ranges: list[StepRange], table: Table) -> Iterator[None]:
-    """Show progress by the checkpoints while the block runs."""
-    # It looks again soon: a look that waited for the store would keep Ctrl-C waiting.
-    watched = replace(job, storage=replace(job.storage, patience=0.0))
+def _monitor(job: DrawJob, ranges: list[StepRange], table: Table) -> AbstractContextManager[None]:
+    """Return what shows progress by the checkpoints."""
     sizes = {each.checkpoint: (each.stop - each.first) * job.pairs.batch_size for each in ranges}
 
-    def drawn() -> int:
-        return sum(sizes[checkpoint] for checkpoint in _checkpoints(watched) if checkpoint in sizes)
+    def count(storage: Storage) -> int:
+        checkpoints = _checkpoints(replace(job, storage=storage))
+        return sum(sizes[checkpoint] for checkpoint in checkpoints if checkpoint in sizes)
 
-    with Progress(
-        "draw targets", total=sum(sizes.values()), unit="targets", log=table.log("targets"), done=drawn()
-    ) as bar:
-
-        def look() -> None:
-            with suppress(OutOfReachError):
-                bar.advance(drawn() - bar.done)
-
-        with repeat(POLL_SECONDS, look):
-            yield
-        look()
+    total = sum(sizes.values())
+    return watch_files("draw targets", count, job.storage, total=total, unit="targets", log=table.log("targets"))
 
 
 def _checkpoints(job: DrawJob) -> set[str]:
