@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from index.errors import OptionError
-from index.ranges import FRACTION, PIXELS, SEED, TOTAL, ranges_of
+from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, PIXELS, POSITIVE, SEED, TOTAL, ranges_of
 
 TableArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Table, DB/NAME.lance or an object-store URI.")]
 SourceArgument = Annotated[
@@ -41,6 +41,11 @@ TextEncoderOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Where the table's text encoder is now.", show_default="where it was"),
 ]
+NeighborsOption = Annotated[int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")]
+TemperatureOption = Annotated[
+    float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
+]
+JitterOption = Annotated[float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")]
 LimitOption = Annotated[int | None, TOTAL, typer.Option(metavar="N", help="Read only the first N samples.")]
 ValFractionOption = Annotated[float, FRACTION, typer.Option(help="Fraction of rows held out from training, 0 to 1.")]
 ImageSizeOption = Annotated[int, PIXELS, typer.Option(help="Side of the square images in pixels.")]

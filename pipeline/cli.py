@@ -15,12 +15,15 @@ from index.options import (
     DeviceOption,
     ImageEncoderOption,
     ImageSizeOption,
+    JitterOption,
     JsonOption,
     LimitOption,
+    NeighborsOption,
     SeedOption,
     SourceArgument,
     StorageOption,
     TableArgument,
+    TemperatureOption,
     TextEncoderOption,
     ValFractionOption,
     check_folder,
@@ -40,6 +43,10 @@ IndexType = Literal["auto", "ivf_rq", "ivf_pq", "ivf_sq", "ivf_flat", "ivf_hnsw_
 
 SmallDescScaleOption = Annotated[
     bool, typer.Option("--allow-small-desc-scale", help="Allow a --desc-scale of 1 or less.")
+]
+BeamOptionsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="-- BEAM_OPTION...", help="Options of Apache Beam as --name=value."),
 ]
 MemoryOption = Annotated[
     float,
@@ -410,10 +417,7 @@ def plan(
 @app.command("build-index", cls=Command)
 def build_index(
     table: TableArgument,
-    beam_options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="-- BEAM_OPTION...", help="Options of Apache Beam as --name=value."),
-    ] = None,
+    beam_options: BeamOptionsArgument = None,
     desc_scale: Annotated[
         Any,
         POSITIVE,
@@ -535,23 +539,14 @@ def build_index(
 @app.command("draw-targets", cls=Command)
 def draw_targets(
     table: TableArgument,
-    beam_options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="-- BEAM_OPTION...", help="Options of Apache Beam as --name=value."),
-    ] = None,
+    beam_options: BeamOptionsArgument = None,
     images: Annotated[int, TOTAL, typer.Option(metavar="N", help="Targets in all, over all steps.")] = 1_000_000,
     batch_size: Annotated[int, COUNT, typer.Option(metavar="N", help="Targets per step.")] = 256,
     seed: SeedOption = 0,
     search: Annotated[Search, typer.Option(help="LanceDB index, or exact search.")] = "ann",
-    num_neighbors: Annotated[
-        int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")
-    ] = 1,
-    temperature: Annotated[
-        float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
-    ] = 1.0,
-    jitter: Annotated[
-        float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")
-    ] = 0.0,
+    num_neighbors: NeighborsOption = 1,
+    temperature: TemperatureOption = 1.0,
+    jitter: JitterOption = 0.0,
     name: Annotated[
         str | None,
         typer.Option(

@@ -15,11 +15,14 @@ from index.options import (
     DeviceOption,
     ImageEncoderOption,
     ImageSizeOption,
+    JitterOption,
     JsonOption,
     LimitOption,
+    NeighborsOption,
     SeedOption,
     SourceArgument,
     StorageOption,
+    TemperatureOption,
     TextEncoderOption,
     ValFractionOption,
     check_file,
@@ -164,9 +167,7 @@ def fit(
     condition: Annotated[
         Condition, typer.Option(help="Condition on the caption of the retrieved pair or of the query.")
     ] = "retrieved",
-    jitter: Annotated[
-        float, NOT_NEGATIVE, typer.Option(help="Noise on query embeddings, relative to their norm.")
-    ] = 0.0,
+    jitter: JitterOption = 0.0,
     reuse: Annotated[
         int | None,
         COUNT,
@@ -174,12 +175,8 @@ def fit(
             metavar="N", help="Steps that use each retrieved pair.", show_default="as many as hide the search time"
         ),
     ] = None,
-    num_neighbors: Annotated[
-        int, COUNT, typer.Option(metavar="K", help="Sample each pair from its K nearest rows.")
-    ] = 1,
-    temperature: Annotated[
-        float, POSITIVE, typer.Option(help="Softmax temperature over the squared distances of the K nearest rows.")
-    ] = 1.0,
+    num_neighbors: NeighborsOption = 1,
+    temperature: TemperatureOption = 1.0,
     targets: Annotated[
         str | None,
         typer.Option(

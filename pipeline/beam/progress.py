@@ -1,4 +1,4 @@
-"""Show the progress of a graph by the files that its workers leave, as a store lists them: engines tell little of it."""
+"""Show the progress of a graph by the files that its workers leave, as a store lists them; engines tell little."""
 
 import contextlib
 from collections.abc import Callable, Iterator
