@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killed_runs import killed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -62,17 +63,6 @@ def lines(path) -> list[dict]:
 def same_weights(one, other) -> bool:
     a, b = (load_file(run / WEIGHTS) for run in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def killed(run, out, *, after):
-    """Copy a run with a checkpoint of every step, as a kill after the checkpoint of one of them would leave it."""
-    shutil.copytree(run, out)
-    for path in checkpoints(out)[after:]:
-        shutil.rmtree(path)
-    shutil.rmtree(out / "network")
-    for name in ("result.json", "samples.png"):
-        (out / name).unlink()
-    return out
 
 
 def test_a_run_learns_and_reports_its_metrics(run, indexed):

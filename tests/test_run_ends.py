@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killed_runs import killed
 from safetensors.torch import load_file
 
 import trainer.fit as fit_module
@@ -82,17 +83,6 @@ def whole(indexed, tmp_path_factory):
     return out
 
 
-def stopped(run: Path, out: Path, *, after: int) -> Path:
-    """Copy a run as a kill after one of its checkpoints would leave it."""
-    shutil.copytree(run, out)
-    for path in checkpoints(out)[after:]:
-        shutil.rmtree(path)
-    shutil.rmtree(out / "network")
-    for name in ("result.json", "samples.png"):
-        (out / name).unlink()
-    return out
-
-
 def result(run: Path) -> dict:
     return {name: value for name, value in json.loads((run / "result.json").read_text()).items() if name not in TIMED}
 
@@ -109,7 +99,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_a_run_is_finished_whichever_write_of_its_end_it_was_killed_at(whole, indexed, tmp_path, switch):
     """The last step, its checkpoint, network, samples, result: each write below RUN and of the note by the table."""
     watched = (f"{tmp_path}/", readers_of(indexed.uri))
-    out = stopped(whole, tmp_path / "all", after=5)
+    out = killed(whole, tmp_path / "all", after=5)
     switch.watch(*watched)
     fit(indexed, CONFIG, out, resume=True, runtime=EVERY_STEP)
     total = len(switch.writes)
@@ -119,7 +109,7 @@ def test_a_run_is_finished_whichever_write_of_its_end_it_was_killed_at(whole, in
         assert moment in names
     shutil.rmtree(out)
     for at in range(total):
-        out = stopped(whole, tmp_path / "run", after=5)
+        out = killed(whole, tmp_path / "run", after=5)
         switch.watch(*watched, at=at)
         with pytest.raises(Killed):
             fit(indexed, CONFIG, out, resume=True, runtime=EVERY_STEP)
@@ -180,20 +170,20 @@ def test_kill_9_at_the_end_is_finished_by_resume_without_further_options(whole, 
 
 def test_a_run_in_training_is_sampled_with_the_averaged_weights_of_its_last_checkpoint(whole, tmp_path, capsys):
     ended = CoalescerPipeline.from_pretrained(whole)(CAPTIONS).latents
-    last = CoalescerPipeline.from_pretrained(stopped(whole, tmp_path / "six", after=6))(CAPTIONS).latents
+    last = CoalescerPipeline.from_pretrained(killed(whole, tmp_path / "six", after=6))(CAPTIONS).latents
     assert "six has not finished training: using the averaged weights of step-000000006" in capsys.readouterr().err
     assert np.array_equal(last, ended)
-    earlier = CoalescerPipeline.from_pretrained(stopped(whole, tmp_path / "three", after=3))(CAPTIONS).latents
+    earlier = CoalescerPipeline.from_pretrained(killed(whole, tmp_path / "three", after=3))(CAPTIONS).latents
     assert not np.array_equal(earlier, ended)
 
 
 def test_a_run_without_a_checkpoint_cannot_be_sampled(whole, tmp_path):
     with pytest.raises(RunError, match="holds no trained network"):
-        CoalescerPipeline.from_pretrained(stopped(whole, tmp_path / "run", after=0))
+        CoalescerPipeline.from_pretrained(killed(whole, tmp_path / "run", after=0))
 
 
 def test_time_goes_on_where_a_run_is_resumed(whole, indexed, tmp_path):
-    out = stopped(whole, tmp_path / "run", after=5)
+    out = killed(whole, tmp_path / "run", after=5)
     path = checkpoints(out)[-1] / "state.json"
     state = json.loads(path.read_text())
     state["record"] |= {"seconds": 1000.0, "waiting_seconds": 500.0}
@@ -239,7 +229,7 @@ def test_a_tracker_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch
 
 
 def test_a_log_that_cannot_be_written_costs_no_run(whole, indexed, tmp_path):
-    out = stopped(whole, tmp_path / "run", after=5)
+    out = killed(whole, tmp_path / "run", after=5)
     (out / "log.jsonl").unlink()
     (out / "log.jsonl").mkdir()
     fit(indexed, CONFIG, out, resume=True, runtime=EVERY_STEP)
@@ -258,7 +248,7 @@ def test_ctrl_c_in_a_preview_still_ends_the_run(indexed, tmp_path, monkeypatch):
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_what_to_type(whole, indexed, tmp_path, monkeypatch):
     import trainer.checkpoints as checkpoints_module
 
-    out = stopped(whole, tmp_path / "run", after=5)
+    out = killed(whole, tmp_path / "run", after=5)
     monkeypatch.setattr(checkpoints_module, "save_file", full)
     with pytest.raises(RunError, match=r"step-000000006 cannot be written \(.*No space left.*`trainer fit --resume"):
         fit(indexed, CONFIG, out, resume=True, runtime=EVERY_STEP)
