@@ -113,6 +113,8 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         job.samples_per_shard = {shard: count for shard, count in samples.items() if count}
         if job.samples_per_shard:  # an empty source is refused later
             job = replace(job, config=replace(job.config, shards=tuple(job.samples_per_shard)))
+    part = job.runtime.part
+    job = replace(job, num_parts=None if part is None else part.count)
     work.job = job = job.named(f"{digest}-{uuid.uuid4().hex[:8]}")
     work.plan = {
         "run_id": job.run_id,
@@ -121,7 +123,7 @@ def _planned(job: EncodeJob, table: Table | None) -> RemainingWork:
         "samples_per_shard": job.samples_per_shard,
         "base_run_ids": None if table is None else list(table.meta.run_ids),
         "encoders": to_json(job.encoders),
-        "num_parts": job.runtime.part and job.runtime.part.count,
+        "num_parts": job.num_parts,
     }
     return work
 
