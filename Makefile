@@ -14,7 +14,7 @@ test: setup  ## all tests, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: setup  ## all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -183,6 +183,7 @@ def test_a_shard_that_cannot_be_read_counts_as_its_sidecar_says(tmp_path):
     assert "the shard ends early; 60 samples are missed" in rests[0].detail
 
 
+@pytest.mark.slow
 def test_a_run_counts_lost_samples_and_stops_above_the_reject_rate(tmp_path, encode_shapes):
     from index.errors import SourceError
 

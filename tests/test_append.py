@@ -199,6 +199,7 @@ def test_an_empty_shard_is_nothing_to_add(encode, write_tar, tmp_path):
     assert encode(write_tar(tmp_path / "1.tar", [])).report["rows"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dedup", "added"), [("image", {"new": 1}), ("pair", {"new": 1, "another caption": 1}), (None, None)]
 )
@@ -224,6 +225,7 @@ def test_a_renamed_table_without_its_other_files(encode, write_tar, tmp_path):
     assert encode(tmp_path / "data", table=tmp_path / "u.lance").report["shards_already_present"] == 2
 
 
+@pytest.mark.slow
 def test_a_table_without_image_hashes_keeps_its_columns(encode, encode_shapes, write_tar, tmp_path, as_version_1):
     source = write_tar(tmp_path / "data/0.tar", members(range(40)))
     old = as_version_1(encode(source, append=False, val_fraction=0.3).table)

@@ -47,6 +47,7 @@ def test_psnr_is_its_formula():
     assert psnr(Brighter(), pixels) == pytest.approx(20 * np.log10(255), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_text_autoencoder_learns_and_is_an_ordinary_transformers_folder(shapes, tmp_path):
     report = fit_text_autoencoder([str(shapes)], TextAutoencoderConfig(steps=150, batch_size=32), tmp_path)
     assert 0.5 < report["token_accuracy"] <= 1

@@ -68,6 +68,7 @@ def test_equal_embeddings_and_constant_dimensions_give_finite_residuals():
     assert np.allclose(residual[:, 1], 0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_table_is_centered_and_restored(shapes, encode_shapes, tmp_path):
     table = encode_shapes(shapes, tmp_path / "t.lance").table
     plain = table.meta.geometry

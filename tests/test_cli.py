@@ -233,6 +233,7 @@ def test_choices_are_completed():
 # What is refused.
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_real_script_alike(tmp_path):
     done = call("pipeline", "inspect", "none.lance", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -26,6 +26,7 @@ def test_captions_parse_back():
         assert Scene.parse(scene.caption) == scene
 
 
+@pytest.mark.slow
 def test_each_background_has_all_captions_and_a_color_of_its_own():
     scenes = list(all_scenes(33))
     assert len({scene.caption for scene in scenes}) == 33 * len(list(all_scenes()))

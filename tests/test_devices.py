@@ -63,6 +63,7 @@ def count(loads: list[str]) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_once_to_encode_and_never_to_do_nothing(
     shapes, encode_shapes, tmp_path, loads, changed_encoder, monkeypatch
 ):
@@ -105,6 +106,7 @@ def test_automatic_precision_is_one_for_a_run(shapes, encode_shapes, tmp_path, m
     assert encode_shapes(shapes, tmp_path / "t.lance", dtype="auto").report["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_the_driver_frees_models_that_only_workers_need(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance", num_workers=2)
     assert measured._load_encoders.cache_info().currsize == 0

@@ -148,6 +148,7 @@ def test_a_missing_encoder_is_named(shapes, encode_shapes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_photos_and_digits_encode(encode_shapes, tmp_path):
     """Emoji and handwritten digits in the layouts of img2dataset and of Hugging Face."""
     data = Path(__file__).parents[2] / "shared" / "data"

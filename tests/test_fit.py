@@ -96,6 +96,7 @@ def test_samples_are_tracked_with_every_checkpoint_and_change_nothing(short, tra
     assert same_weights(short, traced)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_no_step_twice(traced, indexed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -209,6 +210,7 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, zero_the_end, zero, Path.unlink], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", WEIGHTS, "network/config.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(traced, indexed, tmp_path, damage, name, capsys):
@@ -224,6 +226,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(traced, indexed,
     assert np.array_equal(sampled, CoalescerPipeline.from_pretrained(before)(CAPTIONS).latents)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_go_when_later_ones_are_written(traced, indexed, tmp_path):
     out = killed(traced, tmp_path / "run", after=30)
     for path in checkpoints(out)[-3:]:
@@ -277,6 +280,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(i
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_train_as_the_whole_batch_does(indexed, tmp_path):
     """At a learning rate that does not amplify rounding."""
     gentle, trained = replace(SHORT, learning_rate=5e-4), []
@@ -350,6 +354,7 @@ def test_runtime_options_are_checked(options):
         RuntimeConfig(**options)
 
 
+@pytest.mark.slow
 def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run, tmp_path):
     flow = FitConfig(objective="flow_matching", size="tiny", images=320, batch_size=32, coupling="independent")
     fit(indexed, flow, tmp_path / "flow")
@@ -367,6 +372,7 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     assert not (tmp_path / "another").exists()
 
 
+@pytest.mark.slow
 def test_a_flow_of_other_coordinates_is_refused_before_a_run_is_begun(indexed, shapes, encode_shapes, tmp_path):
     raw = build_index(encode_shapes(shapes, tmp_path / "raw.lance").table, BuildConfig(geometry="raw")).table
     flow = FitConfig(objective="flow_matching", size="tiny", images=64, batch_size=32, search="exact")

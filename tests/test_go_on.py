@@ -109,6 +109,7 @@ def test_without_resume_a_table_is_needed(tmp_path, trainer_fit):
     assert "error: TABLE is missing: name a table, or add --resume" in errors
 
 
+@pytest.mark.slow
 def test_more_images_train_a_finished_run_on_and_always_to_the_same_weights(whole, tmp_path, indexed, trainer_fit):
     """At the step that it has reached, in the schedule of the new length."""
     longer = []
@@ -128,6 +129,7 @@ def test_more_images_train_a_finished_run_on_and_always_to_the_same_weights(whol
     assert done == [32, 192, 384]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_is_trained_on_goes_on(whole, tmp_path, indexed):
     longer = replace(CONFIG, images=12 * 32)
     for name in ("one", "two"):
@@ -171,6 +173,7 @@ def test_a_table_that_was_moved_is_named_again(stopped, whole, indexed, tmp_path
     assert read_config(stopped)["table"]["uri"] == str(moved)
 
 
+@pytest.mark.slow
 def test_another_table_is_refused(stopped, indexed, shapes, encode_shapes, tmp_path):
     other = encode_shapes(shapes, tmp_path / "other.lance", val_fraction=0.3).table
     other = build_index(open_table(other.uri), BuildConfig(index_type="ivf_rq", target_recall=0.95)).table
@@ -218,6 +221,7 @@ def test_the_average_reaches_back_over_a_fraction_of_training_whatever_its_lengt
     assert [ema_decay(n, 0.1) for n in range(5000)] == [1 - 1 / (1 + n / 10) for n in range(5000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["coalescer", "imle"])
 def test_every_row_weighs_the_same_in_parts_of_unequal_size(indexed, tmp_path, objective):
     """Ten rows in four parts are 3, 3, 3 and 1. IMLE compares each with a pool of the whole batch."""

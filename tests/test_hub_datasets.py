@@ -226,6 +226,7 @@ def rows(table) -> Counter:
     return Counter(row["caption"] for row in table.dataset().to_table(columns=["caption"]).to_pylist())
 
 
+@pytest.mark.slow
 def test_append_adds_what_the_hub_has_new(hub, encode_shapes, tmp_path):
     files = {"data/a.parquet": parquet(range(10))}
     hub.commit_data("org/name", {**files, "README.md": b"one"})
@@ -252,6 +253,7 @@ def test_append_adds_what_the_hub_has_new(hub, encode_shapes, tmp_path):
     assert rows(added.table) == {f"image {n}": 1 for n in range(14)}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_at_its_own_commit(hub, encode_shapes, tmp_path, monkeypatch):
     from pipeline.encode import graph
 
@@ -279,6 +281,7 @@ def test_an_interrupted_run_goes_on_at_its_own_commit(hub, encode_shapes, tmp_pa
     assert f"org/name at commit {first}" in resumed.report["warnings"][0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_a_table_that_was_deleted_begins_anew(hub, encode_shapes, tmp_path, monkeypatch):
     from pipeline.encode import graph
 

@@ -67,6 +67,7 @@ def update_rows(table):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "commits", "beam"),
     [
@@ -173,6 +174,7 @@ def test_metadata_without_a_uuid_describes_the_index_of_the_last_tag(table):
     assert open_table(table.uri, indexed=True).version == table.version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["none", "ivf_flat", "ivf_rq"])
 def test_after_deletes_and_updates_the_report_counts_the_rows_that_are_there(tmp_path, index_type):
     uri = tmp_path / "pairs.lance"

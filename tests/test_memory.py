@@ -55,6 +55,7 @@ def test_the_sweep_does_not_depend_on_the_limit(table, searches):
     assert held == read
 
 
+@pytest.mark.slow
 def test_balance_does_not_depend_on_the_limit(table):
     geometry, train = table.meta.geometry, table.positions(TRAIN)
 

@@ -107,6 +107,7 @@ def test_diversity_is_the_mean_distance_within_groups_of_at_least_two():
     assert np.isnan(diversity(x, np.arange(7)))
 
 
+@pytest.mark.slow
 def test_two_sample_accuracy_is_one_for_distant_sets_and_one_half_for_equal_distributions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1000, 6)), rng.normal(size=(1000, 6))
@@ -191,6 +192,7 @@ def test_nearest_ratio_separates_copies_of_training_rows_from_new_points():
     assert (nearest_ratio(train[:5], [train, train]) == 0).all()
 
 
+@pytest.mark.slow
 def test_calibration_error_is_zero_for_a_calibrated_confidence_and_else_the_gap():
     rng = np.random.default_rng(0)
     predicted = rng.uniform(0.2, 0.9, size=20_000)

@@ -53,6 +53,7 @@ def test_the_first_content_of_a_file_is_the_one_that_counts(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"limit": 200}], ids=["all", "limit"])
 def test_parts_make_the_table_of_one_command(shapes, encode_part, tmp_path, options):
     one = encode_part(shapes, name="one.lance", keep_images=True, **options)
@@ -70,6 +71,7 @@ def test_parts_make_the_table_of_one_command(shapes, encode_part, tmp_path, opti
     assert not (tmp_path / "t.encode").exists()
 
 
+@pytest.mark.slow
 def test_parts_append(shapes, encode_part, tmp_path):
     first, rest = list_shards([str(shapes)])[:1], shapes
     for name in ("one.lance", "t.lance"):
@@ -123,6 +125,7 @@ def test_a_run_without_parts_is_not_resumed_in_parts(shapes, encode_part, monkey
         encode_part(shapes, "1/2")
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_read_its_shards_says_so(shapes, encode_part, monkeypatch):
     def unreadable(*_):
         raise OutOfReachError("it is out of reach (away): check it")
@@ -139,6 +142,7 @@ def test_a_part_that_cannot_read_its_shards_says_so(shapes, encode_part, monkeyp
     assert encode_part(shapes).report["rows"] == 360
 
 
+@pytest.mark.slow
 def test_a_shard_that_changed_after_its_part_is_not_encoded_by_the_publisher(encode_part, tmp_path):
     write_demo_data(tmp_path / "source", num_samples=20, image_size=32, seed=0, samples_per_shard=10)
     for part in ("1/2", "2/2"):

@@ -23,18 +23,25 @@ from index.table.vectors import rewrite_vectors
 WEEKS_AGO = time.time() - 30 * 86_400
 
 
-@pytest.fixture
-def old(encoded, tmp_path) -> Table:
-    """A table whose index was built three times, and whose vectors were rewritten since."""
+@pytest.fixture(scope="module")
+def built(encoded, tmp_path_factory) -> Path:
+    """The folder of a table whose index was built three times, and whose vectors were rewritten since."""
+    folder = tmp_path_factory.mktemp("built")
     for uri in (encoded.uri, rejects_uri(encoded.uri)):
-        name = Path(uri).name.replace(Path(encoded.uri).stem, "t", 1)
-        shutil.copytree(uri, tmp_path / name)
-    table = open_table(tmp_path / "t.lance")
+        shutil.copytree(uri, folder / Path(uri).name.replace(Path(encoded.uri).stem, "t", 1))
+    table = open_table(folder / "t.lance")
     for scale in (3.0, 5.0, 6.0):
         table = build_index(table, BuildConfig(desc_scale=scale, index_type="ivf_flat")).table
     table.dataset().delete(f"id = '{table.column('id')[5]}'")
-    *_, table = rewrite_vectors(open_table(table.uri), replace(table.meta.geometry, desc_scale=7.0))
-    return table
+    list(rewrite_vectors(open_table(table.uri), replace(table.meta.geometry, desc_scale=7.0)))
+    return folder
+
+
+@pytest.fixture
+def old(built, tmp_path) -> Table:
+    """A copy of that table."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    return open_table(tmp_path / "t.lance")
 
 
 def tree(uri: str) -> dict[str, int]:

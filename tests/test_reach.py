@@ -257,6 +257,7 @@ def test_a_server_that_sends_nothing_counts_as_away(store, monkeypatch):
     assert not store.hangs
 
 
+@pytest.mark.slow
 def test_a_refused_connection_is_named(monkeypatch):
     monkeypatch.setattr(reach, "LISTING_SECONDS", 0.1)
     with pytest.raises(SourceError, match=r"'http://127.0.0.1:9/a.tar' cannot be listed \(.*[Cc]onnect"):

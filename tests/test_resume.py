@@ -103,6 +103,7 @@ def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shap
     assert not list(tmp_path.glob("t.encode*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_before", ["ledger", "report"])
 def test_a_published_run_whose_checkpoints_are_gone_is_finished(
     shapes, encode_shapes, tmp_path, monkeypatch, stopped_before
@@ -139,6 +140,7 @@ def test_a_dry_run_of_a_finished_table_has_nothing_to_do(encoded, shapes, encode
     assert (planned.already_complete, planned.report) == (True, {"already_complete": True})
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encode_shapes, content, tmp_path, failure):
     with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance", keep_images=True)
@@ -153,6 +155,7 @@ def test_a_stopped_run_resumes_with_the_unfinished_shards(encoded, shapes, encod
     assert content(table) == content(encoded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text(path.read_text()[:50])])
 def test_a_shard_whose_moments_are_lost_is_encoded_again(
     encoded, shapes, encode_shapes, content, tmp_path, failure, damage
@@ -189,6 +192,7 @@ def test_watching_reads_each_checkpoint_once(tmp_path, monkeypatch):
     assert sorted(finished) == sorted(checkpoints.uri(file_name(shard)) for shard in ("s0", "s1", "s2"))
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_resumed_with_other_options(shapes, encode_shapes, tmp_path, failure):
     with pytest.raises(Exception, match="worker failure"):
         encode_shapes(shapes, tmp_path / "t.lance")
@@ -282,6 +286,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(shapes, image_encoder, text_
     assert open_table(tmp_path / "t.lance").dataset().count_rows() == 360
 
 
+@pytest.mark.slow
 def test_readers_see_the_old_table_until_an_append_is_published(shapes, encode_shapes, tmp_path, failure):
     first = encode_shapes(list_shards([str(shapes)])[0], tmp_path / "t.lance").table
     with pytest.raises(Exception, match="worker failure"):
@@ -290,6 +295,7 @@ def test_readers_see_the_old_table_until_an_append_is_published(shapes, encode_s
     assert (visible.version, visible.dataset().count_rows()) == (first.version, 120)
 
 
+@pytest.mark.slow
 def test_append_adds_new_shards_and_skips_those_present(encoded, shapes, encode_shapes, content, tmp_path, failure):
     failure.repaired = True
     shards = list_shards([str(shapes)])
@@ -371,6 +377,7 @@ def lose_plan_of_layout(job) -> None:
     job.runtime.storage.remove(job.checkpoints.uri(META))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "after", "finished"),
     [
@@ -395,6 +402,7 @@ def test_an_engine_that_ends_without_an_error_is_not_believed(
     assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
 
 
+@pytest.mark.slow
 def test_an_append_whose_engine_dies_keeps_the_table_and_the_work(shapes, encode_shapes, tmp_path, monkeypatch):
     first = encode_shapes(list_shards([str(shapes)])[:1], tmp_path / "t.lance").table
     with monkeypatch.context() as patch:
@@ -406,6 +414,7 @@ def test_an_append_whose_engine_dies_keeps_the_table_and_the_work(shapes, encode
     assert encode_shapes(shapes, tmp_path / "t.lance", append=True).table.dataset().count_rows() == 360
 
 
+@pytest.mark.slow
 def test_an_engine_that_drops_a_shard_is_noticed_before_anything_is_published(
     shapes, encode_shapes, tmp_path, monkeypatch
 ):
@@ -437,6 +446,7 @@ def test_a_commit_without_all_rows_is_not_reported_as_done(shapes, encode_shapes
 # --- checkpoints
 
 
+@pytest.mark.slow
 def test_an_unreadable_checkpoint_counts_as_none(
     encoded, unfinished, failure, shapes, encode_shapes, content, tmp_path
 ):
@@ -447,6 +457,7 @@ def test_an_unreadable_checkpoint_counts_as_none(
     assert content(table) == content(encoded)
 
 
+@pytest.mark.slow
 def test_a_table_deleted_under_an_unfinished_run_is_encoded_anew(
     encoded, unfinished, failure, shapes, encode_shapes, content, tmp_path
 ):
@@ -457,6 +468,7 @@ def test_a_table_deleted_under_an_unfinished_run_is_encoded_anew(
     assert content(table) == content(encoded)
 
 
+@pytest.mark.slow
 def test_a_table_deleted_under_an_unfinished_append_is_encoded_anew(
     encoded, unfinished, shapes, encode_shapes, content, tmp_path
 ):
@@ -468,6 +480,7 @@ def test_a_table_deleted_under_an_unfinished_append_is_encoded_anew(
     assert not list(tmp_path.glob("t.encode*"))
 
 
+@pytest.mark.slow
 def test_a_shard_that_changed_since_its_checkpoint_is_read_again(
     unfinished, failure, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
@@ -486,6 +499,7 @@ def test_a_shard_that_changed_since_its_checkpoint_is_read_again(
     assert len(set(keys)) == 240
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_deletes_its_checkpoints_keeps_its_report(shapes, encode_shapes, tmp_path, monkeypatch):
     def remove_some(self) -> None:
         (Path(self.folder) / PLAN).unlink()
@@ -530,6 +544,7 @@ def test_rejects_of_a_deleted_table_do_not_come_back(write_tar, encode_shapes, r
     assert again.table.meta.run_ids != table.meta.run_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_before", ["rows", "ledger"])
 def test_an_append_stopped_between_its_commits_is_finished(
     shapes, encode_shapes, write_tar, rejects, tmp_path, monkeypatch, stopped_before
@@ -549,6 +564,7 @@ def test_an_append_stopped_between_its_commits_is_finished(
     assert encode_shapes(sources, tmp_path / "t.lance", append=True).report["shards_already_present"] == 4
 
 
+@pytest.mark.slow
 def test_an_unfinished_append_whose_source_has_grown_resumes_with_its_own_shards(
     unfinished, shapes, encode_shapes, failure, tmp_path
 ):
@@ -564,6 +580,7 @@ def test_an_unfinished_append_whose_source_has_grown_resumes_with_its_own_shards
     assert encode_shapes(grown, tmp_path / "t.lance", keep_images=True, append=True).report["rows"] == 10
 
 
+@pytest.mark.slow
 def test_a_geometry_that_changed_during_an_append_is_noticed(shapes, encode_shapes, tmp_path, monkeypatch):
     from index.build.build_index import BuildConfig, build_index
 
@@ -582,6 +599,7 @@ def test_a_geometry_that_changed_during_an_append_is_noticed(shapes, encode_shap
     assert (added.column("vector", None) == vectors.astype("float16")).all()
 
 
+@pytest.mark.slow
 def test_a_balance_that_comes_during_an_append_is_noticed(shapes, encode_shapes, tmp_path, monkeypatch):
     """Rows to append get a neutral balance coordinate, or none if there is no balance."""
     from index.build.build_index import BuildConfig, build_index

@@ -137,6 +137,7 @@ def test_imle_has_no_loss_for_data_that_the_whole_pool_is_near():
 MODES = torch.tensor([[1.5, 0.0], [-1.5, 0.0], [0.0, 1.5], [0.0, -1.5]])
 
 
+@pytest.mark.slow
 def test_imle_covers_every_mode_and_regression_gives_their_mean():
     """The reason for IMLE (1809.09087, figure 1): each datum has an output near it."""
 

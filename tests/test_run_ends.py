@@ -276,6 +276,7 @@ def test_mistakes_are_found_before_the_search_is_opened(whole, indexed, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_process_as_it_was(indexed, tmp_path):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

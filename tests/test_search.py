@@ -159,6 +159,7 @@ def test_bounds_of_blocks_are_safe_and_exclude_most_of_them(encoded, potentials)
     assert (bounds > least.min(1, keepdim=True).values).float().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_in_memory_or_read_in_blocks(table):
     held = build_index(table, BuildConfig(index_type="ivf_rq")).report
     read = build_index(open_table(table.uri), BuildConfig(index_type="ivf_rq", max_memory=20_000)).report
@@ -216,6 +217,7 @@ def test_small_tables_are_searched_exactly_by_default(table):
     assert open_table(table.uri, indexed=True).meta.index == built.table.meta.index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["ivf_flat", "ivf_sq", "ivf_pq", "ivf_hnsw_sq", "ivf_rq"])
 def test_every_index_type_is_built_and_reported(table, index_type):
     built = build_index(table, BuildConfig(index_type=index_type, target_recall=0.5))
@@ -248,6 +250,7 @@ def test_ivf_flat_replaces_an_index_that_misses_the_target(table):
     assert second.startswith("IVF_FLAT: recall@1 ")
 
 
+@pytest.mark.slow
 def test_a_new_geometry_rewrites_the_vectors_and_is_kept(table):
     table = build_index(table, BuildConfig()).table
     after = build_index(open_table(table.uri), BuildConfig(desc_scale=2.0, geometry="standard")).table
@@ -272,6 +275,7 @@ def test_auto_desc_scale_reaches_the_target_perplexity(table):
     assert points[2].self_retrieval_rate >= points[0].self_retrieval_rate
 
 
+@pytest.mark.slow
 def test_auto_desc_scale_goes_below_one_only_if_allowed(table):
     options = {"desc_scale": "auto", "target_perplexity": 1000.0}
     assert build_index(table, BuildConfig(**options)).table.meta.geometry.desc_scale >= 1.01
@@ -280,6 +284,7 @@ def test_auto_desc_scale_goes_below_one_only_if_allowed(table):
     assert built.report.perplexity == pytest.approx(built.report.train_rows / 10, rel=0.3)
 
 
+@pytest.mark.slow
 def test_balance_evens_the_hit_counts_and_is_stored(unbalanced):
     table, plain = unbalanced.table, unbalanced.report
     built = build_index(open_table(table.uri), BuildConfig(balance=True))
@@ -294,6 +299,7 @@ def test_balance_evens_the_hit_counts_and_is_stored(unbalanced):
     assert not geometry.balance_of(removed.table.column("vector")).any()
 
 
+@pytest.mark.slow
 def test_balance_stops_when_balanced_and_resumes(unbalanced):
     uri = unbalanced.table.uri
     short = build_index(open_table(uri), BuildConfig(balance=True, balance_time_limit=0.05)).report.balance
@@ -305,6 +311,7 @@ def test_balance_stops_when_balanced_and_resumes(unbalanced):
     assert (again.steps, again.stop_reason) == (0, "chi-square is below 0.05")
 
 
+@pytest.mark.slow
 def test_rows_that_were_not_fitted_are_balanced_by_their_neighbors(unbalanced):
     table, train_rows = unbalanced.table, unbalanced.report.train_rows
     options = {"balance": True, "memory": 2**28, "time_limit": 300.0, "seed": 0, "log": None}
@@ -338,6 +345,7 @@ def test_potentials_even_the_hit_counts_of_fresh_queries(unbalanced):
     assert np.array_equal(shifted.argmin(1), (cost - potentials.g).argmin(1))
 
 
+@pytest.mark.slow
 def test_the_old_index_serves_until_the_new_one_is_complete(table):
     with pytest.raises(TableError, match="has no index"):
         open_table(table.uri, indexed=True)
@@ -440,6 +448,7 @@ def test_options_that_do_not_fit_are_refused(encoded, shapes, encode_shapes, tmp
     assert open_table(encoded.uri).version == encoded.version
 
 
+@pytest.mark.slow
 def test_a_table_without_training_rows_is_refused(shapes, encode_shapes, tmp_path):
     with pytest.raises(SourceError, match="--val-fraction"):
         encode_shapes(shapes, tmp_path / "t.lance", val_fraction=1.0)

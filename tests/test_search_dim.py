@@ -120,6 +120,7 @@ def test_a_fit_does_not_depend_on_the_batches():
     assert np.allclose(whole.image_components, parts.image_components, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["none", "ivf_flat"])
 def test_search_balance_and_report_work_in_the_reduced_space(tmp_path, index_type):
     table = random_table(tmp_path / "t.lance", 1500, captions=10, heldout=100)
@@ -146,6 +147,7 @@ def test_search_balance_and_report_work_in_the_reduced_space(tmp_path, index_typ
     assert describe(table)["search_dim"].startswith("12 of 21 (")
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_stays_and_full_returns(tmp_path):
     before = random_table(tmp_path / "t.lance", ROWS)
     full = before.meta.geometry

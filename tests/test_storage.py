@@ -124,6 +124,7 @@ def test_two_workers_append_to_a_table_in_a_bucket(uploaded, s3, encode_shapes, 
     assert (added.report["rows"], len(content(added.table))) == (240, 360)
 
 
+@pytest.mark.slow
 def test_the_command_line_reaches_a_bucket(uploaded, s3, endpoint, image_encoder, text_encoder, capsys):
     from typer.testing import CliRunner
 
@@ -253,6 +254,7 @@ def test_files_of_a_store_are_read_and_written_through_an_outage(outage):
     assert not storage.exists(uri)
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_one_line(outage, monkeypatch):
     storage = replace(outage.storage, patience=0.0)
     outage.refuse = lambda method, path: 503

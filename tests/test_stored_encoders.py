@@ -136,6 +136,7 @@ def test_a_worker_refuses_encoders_that_are_not_the_commands(
     assert not (tmp_path / "t.lance" / "_versions").exists()
 
 
+@pytest.mark.slow
 def test_hub_encoders_are_pinned_to_their_commit(tmp_path, image_encoder, changed_encoder, monkeypatch):
     first, second = "1" * 40, "2" * 40
     repository = tmp_path / "models--org--vae"

@@ -232,6 +232,7 @@ def test_an_error_in_the_background_is_raised_in_the_foreground(indexed):
         list(itertools.islice(batches, 1000))
 
 
+@pytest.mark.slow
 def test_the_table_version_is_pinned(shapes, encode_shapes, tmp_path):
     table = build_index(encode_shapes(shapes, tmp_path / "t.lance").table, BuildConfig()).table
     before = stream(table).batches(0, 1)[0]

@@ -64,6 +64,7 @@ def test_more_rows_than_a_sample_have_a_higher_perplexity(tmp_path):
     assert points[1][1][0].self_retrieval_rate < points[0][1][0].self_retrieval_rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [8.0, 40.0])
 def test_auto_reaches_its_target_in_the_whole_table(tmp_path, target):
     table = random_table(tmp_path / "pairs.lance", 3000, text_dim=4, latent_dim=8)
@@ -96,6 +97,7 @@ def test_a_desc_scale_that_the_table_has_changes_nothing(tmp_path):
     assert again.table.meta.index.uuid == built.meta.index.uuid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["auto", "ivf_rq", "ivf_flat", "ivf_sq", "ivf_hnsw_sq"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_few_training_rows_are_enough(tmp_path, rows, index_type):

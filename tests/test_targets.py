@@ -133,6 +133,7 @@ def test_exact_search_of_a_table_without_an_index(encoded, tmp_path):
     assert equal_streams(stream(table, open_search(table, exact=True)), stream(table, targets), 96)
 
 
+@pytest.mark.slow
 def test_two_workers_draw_the_same(table, drawn):
     targets, _ = draw(table, name="workers", runtime=replace(CPU, num_workers=2))
     assert np.array_equal(targets.read(0, 96), drawn.read(0, 96))
@@ -245,6 +246,7 @@ def weights(run):
     return load_file(run / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_network_is_the_same_with_targets_drawn_ahead_and_needs_no_index(table, moved, tmp_path):
     every_step = FitRuntimeConfig(checkpoint_seconds=0.0, keep_checkpoints=100, targets="seed3")
     fit(table, CONFIG, tmp_path / "online")
@@ -264,6 +266,7 @@ def test_a_network_is_the_same_with_targets_drawn_ahead_and_needs_no_index(table
         assert all(torch.equal(online[name], again[name]) for name in online)
 
 
+@pytest.mark.slow
 def test_the_command_line_draws_and_trains(table, moved, tmp_path, capsys, monkeypatch):
     import pipeline.cli
     import trainer.cli
@@ -343,6 +346,7 @@ def test_searched_steps_are_what_a_stream_needs(table, drawn):
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prune_keeps_the_version_of_targets_until_they_are_deleted(indexed, tmp_path):
     shutil.copytree(indexed.uri, tmp_path / "t.lance")
     table = open_table(tmp_path / "t.lance", indexed=True)

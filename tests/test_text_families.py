@@ -356,6 +356,7 @@ def test_half_precision_and_variants_keep_their_bytes(tmp_path, words):
     check_copy(TransformersTextEncoder(str(tmp_path / "model")), tmp_path / "copy", CAPTIONS)
 
 
+@pytest.mark.slow
 def test_pooling_and_prompt_belong_to_the_table(tmp_path, shapes, encode_shapes):
     from index.errors import TableError
     from pipeline.encoders.stored import open_text_encoder

@@ -50,6 +50,7 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]])
 def test_all_rows_arrive_in_one_version(tmp_path, options):
     write(tmp_path / "t.lance", range(0, 100, 10), options=options)
