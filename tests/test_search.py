@@ -454,3 +454,20 @@ def test_a_table_without_training_rows_is_refused(shapes, encode_shapes, tmp_pat
         encode_shapes(shapes, tmp_path / "t.lance", val_fraction=1.0)
     with pytest.raises(TableError, match="no table at"):
         open_table(tmp_path / "t.lance")
+
+
+def test_held_out_rows_are_never_found_and_take_no_place(indexed, monkeypatch):
+    """As by LanceDB's own filter, also where so many neighbors are held out that a query is searched again."""
+    search, queries = ApproximateSearch(indexed), evaluation_queries(indexed, 64)
+    assert search._more > 0
+    expected = search._run(queries, 5 * search._refine_factor, filtered=True).row_id
+    train = set(indexed.column("id"))
+    assert set(indexed.dataset().to_table(columns=["id"], filter="split = 'train'")["id"].to_pylist()) == train
+    found = search._search(queries, 5 * search._refine_factor).row_id
+    assert found.tolist() == expected.tolist()
+    monkeypatch.setattr(search, "_more", 1)
+    asked = []
+    monkeypatch.setattr(search, "_run", lambda q, *a, run=search._run, **k: asked.append(len(q)) or run(q, *a, **k))
+    assert search._search(queries, 5 * search._refine_factor).row_id.tolist() == expected.tolist()
+    assert len(asked) == 2
+    assert 0 < asked[1] < 64

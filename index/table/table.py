@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from index.errors import OutOfReachError, SourceError, TableError, one_line
 from index.reach import describe
@@ -148,13 +148,23 @@ class Table:
 
     def positions(self, split: str) -> Int[np.ndarray, "N"]:
         """Return the positions of a split's rows: 0-based indices in table order; the column is read once."""
+        bits, count = self._mask(split)
+        return np.flatnonzero(np.unpackbits(bits, count=count))
+
+    def is_in_split(self, positions: Int[np.ndarray, "*B"], split: str) -> Bool[np.ndarray, "*B"]:
+        """Return whether the rows at some positions are in a split; the column is read once."""
+        bits, _ = self._mask(split)
+        return np.asarray(bits[positions >> 3] >> (7 - (positions & 7)) & 1, bool)
+
+    def _mask(self, split: str) -> tuple[UInt8[np.ndarray, "M"], int]:
+        """Return for each row whether it is in a split, eight rows a byte, and the number of rows."""
         masks = self.__dict__.setdefault("_masks", {})
         if split not in masks:
             parts = [pc.equal(batch["split"], split).to_numpy(zero_copy_only=False) for batch in self.scan(["split"])]
             mask = np.concatenate([np.empty(0, bool), *parts])
             masks[split] = np.packbits(mask), len(mask)
         bits, count = masks[split]
-        return np.flatnonzero(np.unpackbits(bits, count=count))
+        return bits, count
 
     def take(self, positions: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows at some positions, in their order, with repeats; vectors are a B x dim array."""

@@ -24,7 +24,9 @@ from machine import machine
 from PIL import Image
 
 from index.build.build_index import BuildConfig, build_index
+from index.report.hubness import chi_square, num_hubness_queries
 from index.search.exact import ExactSearch
+from index.space.geometry import Geometry
 from index.space.queries import Purpose, draw_points, draw_rows
 from index.table.schema import HELDOUT, TRAIN
 from index.table.table import Table, open_table
@@ -79,6 +81,7 @@ def measure(table: Table, work: Path, dims: tuple[int | str, ...]) -> list[dict[
             | _quality(geometry.to_coordinates(exact.take(positions, "latent")), real, "retrieved")
             | _quality(geometry.to_coordinates(exact.take(fresh, "latent")), real, "train_rows")
             | {"distinct": len(np.unique(positions)), "queries_per_second": _rate(exact, queries)}
+            | _chi_squares(exact, geometry)
             | {"vector_bytes_per_row": 2 * geometry.vector_dim, "build_seconds": round(seconds, 1)}
         )
         print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
@@ -95,6 +98,27 @@ def _quality(samples: Float[np.ndarray, "M L"], real: Float[np.ndarray, "N L"], 
     """Return the Frechet distance per dimension, and the coverage, of samples against held-out rows."""
     distance = frechet(samples, real) / samples.shape[1]
     return {f"{name}_frechet_per_dim": distance, f"{name}_coverage": prdc(real, samples).coverage}
+
+
+def _chi_squares(exact: ExactSearch, geometry: Geometry) -> dict[str, float]:
+    """Return the chi-square of hit counts with the entry |x - Q Q' x| of the rows' vectors, and without it."""
+    reduction, count = geometry.reduction, len(exact.row_ids)
+    if reduction is None:
+        return {}
+    vectors = exact.blocks.take(np.arange(count))
+    entry = reduction.text_dim + reduction.image_dim
+    without = np.delete(vectors, entry, axis=1)
+    hits = {"chi_square_with_entry": np.zeros(count, int), "chi_square_without_entry": np.zeros(count, int)}
+    for step in range(num_hubness_queries(count) // BATCH):
+        stream: dict[str, Any] = {"seed": SEED, "step": step, "purpose": Purpose.HUBNESS}
+        text = exact.take(draw_rows(count, BATCH, **stream), "text")
+        queries = geometry.queries(text, draw_points(geometry, BATCH, **stream))
+        for each, x, q in zip(
+            hits.values(), (vectors, without), (queries, np.delete(queries, entry, axis=1)), strict=True
+        ):
+            nearest = (np.square(x).sum(1) - 2 * q @ x.T).argmin(1)
+            each += np.bincount(nearest, minlength=count)
+    return {name: round(chi_square(each, count), 3) for name, each in hits.items()}
 
 
 def _rate(exact: ExactSearch, queries: Any) -> float:
