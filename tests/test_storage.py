@@ -189,6 +189,21 @@ def outage(endpoint, s3):
         yield outage
 
 
+def test_a_file_is_read_in_one_request(outage):
+    """Whether it exists or not, as a whole or in part."""
+    storage, uri = outage.storage, "s3://bucket/files/a.json"
+    storage.write_json(uri, [1, 2])
+    storage.write_text("s3://bucket/files/empty", "")
+    outage.requests.clear()
+    assert storage.read_json(uri) == [1, 2]
+    assert storage.read_json("s3://bucket/files/missing.json") is None
+    assert storage.read_bytes("s3://bucket/files/empty") == b""
+    text = storage.read_bytes(uri)
+    assert [storage.read_range(uri, *part) for part in ((0, 3), (2, 9), (4, 4))] == [text[:3], text[2:9], b""]
+    names = ["a.json", "missing.json", "empty", "a.json", "a.json", "a.json"]
+    assert outage.requests == [("GET", f"/bucket/files/{name}") for name in names]
+
+
 @pytest.fixture(scope="module")
 def small_table(endpoint):
     """A table of two fragments in the bucket, as Lance alone writes it; only its columns are read."""
