@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,14 @@ from index.search.exact import ExactSearch
 from index.search.memory import MAX_ROWS, available_bytes, held_bytes
 from index.search.neighbors import NearestRows, NeighborSearch, RetrievedPairs
 from index.search.sharded import ShardedSearch
+from index.table.rows import RowReader
 from index.table.schema import TRAIN
 from index.table.table import Table, column_array
 
 DIVIDED_BYTES = 2**28
 """Vectors that each process of a training run holds whole; more are divided among them."""
+PAIR = ("text", "latent")
+"""What is read of a row that was found, unless the table holds it in memory."""
 
 
 class ApproximateSearch:
@@ -36,15 +40,21 @@ class ApproximateSearch:
         At most `memory` bytes of the index are kept (None: 6 GiB); what does not fit is read again.
         """
         index = table.meta.index
-        self._table = asyncio.run(table.lancedb_async(memory))
+        self._source, self._table = table, asyncio.run(table.lancedb_async(memory))
         self._nprobes = nprobes or (index.nprobes if index else None)
         self._refine_factor = refine_factor or (index.refine_factor if index else 1)
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query; if a query reaches fewer, its last one is repeated."""
-        rows, chosen, distance = self._search(queries, k, ("text", "latent"))
-        text, latent = (column_array(rows[name])[chosen] for name in ("text", "latent"))
-        return RetrievedPairs(row_id=_row_ids(rows)[chosen], distance=distance, text=text, latent=latent)
+        held = all(map(self._source.holds, PAIR))
+        rows, chosen, distance = self._search(queries, k, () if held else PAIR)
+        row_id = _row_ids(rows)[chosen]
+        if held:
+            found = self._rows.take(row_id.ravel(), PAIR)
+            text, latent = (column.reshape(*row_id.shape, -1) for column in found)
+        else:
+            text, latent = (column_array(rows[name])[chosen] for name in PAIR)
+        return RetrievedPairs(row_id=row_id, distance=distance, text=text, latent=latent)
 
     def nearest_rows(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> NearestRows:
         """Return the rows of the same pairs, without reading text embeddings and latents."""
@@ -65,7 +75,11 @@ class ApproximateSearch:
         query, distance = rows["query_index"].to_numpy(), rows["_distance"].to_numpy()
         order = np.arange(len(query))
         if self._refine_factor > 1:
-            distance = np.square(column_array(rows["vector"]).astype(np.float32) - batch[query]).sum(1)
+            if "vector" in rows.column_names:
+                vectors = column_array(rows["vector"])
+            else:
+                (vectors,) = self._rows.take(_row_ids(rows), ["vector"])
+            distance = np.square(vectors.astype(np.float32) - batch[query]).sum(1)
             order = np.lexsort((distance, query))
         # A filtered search may return fewer than k rows for a query: regroup by query instead of reshaping.
         first = np.searchsorted(query, np.arange(len(queries)))
@@ -78,7 +92,7 @@ class ApproximateSearch:
         """Return LanceDB's plan for a batch of queries; `ANNIvfBatch` in it is the shared scan."""
 
         async def explain() -> str:
-            return str(await self._query(queries, 1, ("text", "latent")).explain_plan())
+            return str(await self._query(queries, 1, PAIR).explain_plan())
 
         return asyncio.run(explain())
 
@@ -87,7 +101,12 @@ class ApproximateSearch:
         query = query.limit(k * self._refine_factor).with_row_id()
         if self._nprobes is not None:
             query = query.nprobes(self._nprobes)
-        return query.select([*columns, "_distance", *(["vector"] if self._refine_factor > 1 else [])])
+        compared = ["vector"] if self._refine_factor > 1 and not self._source.holds("vector") else []
+        return query.select([*columns, "_distance", *compared])
+
+    @cached_property
+    def _rows(self) -> RowReader:
+        return RowReader(self._source)
 
 
 def _row_ids(rows: pa.Table) -> Int[np.ndarray, "N"]:
@@ -112,7 +131,7 @@ def open_search(
     if not (exact or table.meta.uses_exact_search):
         return ApproximateSearch(table, memory=memory)
     if memory is None:
-        rows = table.dataset().count_rows(filter=f"split = '{TRAIN}'")
+        rows = len(table.positions(TRAIN))
         divided = num_processes > 1 and vector_bytes(table, rows) > DIVIDED_BYTES
         _check_fits(table, -(-rows // num_processes) if divided else rows, device)
         if divided:
