@@ -254,6 +254,7 @@ def remote(outage, tmp_path):
     local = random_table(tmp_path / "t.lance", 960, captions=240, latent_dim=32, heldout=160, fragments=FRAGMENTS)
     files, path = outage.storage.files("s3://bucket/fragments/t.lance")
     files.put(local.uri, path, recursive=True)
+    outage.requests.clear()
     yield local, open_table("s3://bucket/fragments/t.lance", storage=outage.storage)
     files.rm("bucket/fragments", recursive=True)
 
