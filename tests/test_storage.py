@@ -264,8 +264,10 @@ def data_requests(outage) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"desc_scale": 3.0, "balance": True, "balance_time_limit": 1e9}])
-def test_build_index_reads_each_fragment_a_few_times(remote, outage, options):
+@pytest.mark.parametrize(
+    ("options", "most"), [({}, 4), ({"desc_scale": 3.0, "balance": True, "balance_time_limit": 1e9}, 6)]
+)
+def test_build_index_reads_each_fragment_a_few_times(remote, outage, options, most):
     """The report is that of the same table on a disk."""
     config = BuildConfig(index_type="ivf_rq", target_recall=0.5, **options)
     local, copy = (asdict(build_index(table, config).report) for table in remote)
@@ -273,8 +275,8 @@ def test_build_index_reads_each_fragment_a_few_times(remote, outage, options):
     assert {name: local[name] for name in local if name not in timed} == {
         name: copy[name] for name in copy if name not in timed
     }
-    assert data_requests(outage) <= 5 * FRAGMENTS
-    assert len(outage.requests) <= 5 * FRAGMENTS + 150
+    assert data_requests(outage) <= most * FRAGMENTS
+    assert len(outage.requests) <= most * FRAGMENTS + 150
 
 
 def test_training_reads_each_fragment_of_a_store_once(remote, outage):

@@ -87,6 +87,7 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
                 append_rows(table, meta, fragments, run_id)
             else:
                 update_meta(table, meta)
+        del fragments, rejects  # of many shards they are large, and so is what comes
         return record_run(job, outcome, recorded)
     except OSError as error:
         raise unwritable(job.uri, error) from error
@@ -157,6 +158,7 @@ def _read_fragments(job: EncodeJob, outcome: RunOutcome) -> tuple[TableMeta, lis
         fragments += map(fragment_from_dict, contents)
     if rows != outcome.counts.rows:
         raise unfinished
+    outcome.files.clear()
     return TableMeta.from_json(planned["meta"]), fragments
 
 
