@@ -29,6 +29,7 @@ from pipeline.beam import runner
 from pipeline.beam.layout import Layout
 from pipeline.config import RuntimeConfig
 from pipeline.demo.shapes import write_demo_data
+from pipeline.encoders.devices import worker_number
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +177,16 @@ def test_dask_with_two_workers(encoded, content, encode_on, dask):
 
 
 # Transforms on Dask, whose Beam runner drops what `finish_bundle` emits and does nothing at `Reshuffle`.
+
+
+@pytest.mark.slow
+def test_workers_of_dask_are_numbered_for_the_gpus_of_their_machine(dask):
+    addresses = {each["name"]: address for address, each in dask.client.scheduler_info(n_workers=-1)["workers"].items()}
+    numbers = {
+        name: dask.client.submit(worker_number, workers=[address], pure=False).result(timeout=60)
+        for name, address in addresses.items()
+    }
+    assert numbers == {"one": 0, "two": 1}
 
 
 def run_on_dask(dask: Dask, code: str, *arguments: object) -> str:

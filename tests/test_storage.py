@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import lance
 import numpy as np
@@ -26,12 +26,14 @@ from index.build.build_index import BuildConfig, build_index
 from index.errors import OptionError, OutOfReachError, SourceError, TableError
 from index.report.report import describe
 from index.search.ann import ApproximateSearch
+from index.search.exact import ExactSearch
 from index.table.storage import Storage
 from index.table.store_options import fsspec_options
-from index.table.table import Table, is_table, open_table, table_uri
+from index.table.table import READ_COLUMNS, Table, is_table, open_table, table_uri
 from pipeline.sources.listing import list_shards
 from pipeline.sources.read import count_samples, read_samples
 from pipeline.sources.sample import ReadOptions
+from trainer.stream import NeighborStream, StreamConfig
 
 KEYS = ("aws_access_key_id=me", "aws_secret_access_key=secret", "region=us-east-1")
 
@@ -190,6 +192,21 @@ def outage(endpoint, s3):
         yield outage
 
 
+def test_a_file_is_read_in_one_request(outage):
+    """Whether it exists or not, as a whole or in part."""
+    storage, uri = outage.storage, "s3://bucket/files/a.json"
+    storage.write_json(uri, [1, 2])
+    storage.write_text("s3://bucket/files/empty", "")
+    outage.requests.clear()
+    assert storage.read_json(uri) == [1, 2]
+    assert storage.read_json("s3://bucket/files/missing.json") is None
+    assert storage.read_bytes("s3://bucket/files/empty") == b""
+    text = storage.read_bytes(uri)
+    assert [storage.read_range(uri, *part) for part in ((0, 3), (2, 9), (4, 4))] == [text[:3], text[2:9], b""]
+    names = ["a.json", "missing.json", "empty", "a.json", "a.json", "a.json"]
+    assert outage.requests == [("GET", f"/bucket/files/{name}") for name in names]
+
+
 @pytest.fixture(scope="module")
 def small_table(endpoint):
     """A table of two fragments in the bucket, as Lance alone writes it; only its columns are read."""
@@ -227,6 +244,54 @@ def test_what_was_read_of_a_file_serves_all_versions(outage, tmp_path):
     outage.requests.clear()
     assert len(table.positions("train")) == 50_000
     assert outage.requests == []
+
+
+FRAGMENTS = 12
+
+
+@pytest.fixture
+def remote(outage, tmp_path):
+    """A table of many fragments on this disk, and a copy in the bucket."""
+    local = random_table(tmp_path / "t.lance", 960, captions=240, latent_dim=32, heldout=160, fragments=FRAGMENTS)
+    files, path = outage.storage.files("s3://bucket/fragments/t.lance")
+    files.put(local.uri, path, recursive=True)
+    outage.requests.clear()
+    yield local, open_table("s3://bucket/fragments/t.lance", storage=outage.storage)
+    files.rm("bucket/fragments", recursive=True)
+
+
+def data_requests(outage) -> int:
+    return sum("/data/" in path for _, path in outage.requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "most"), [({}, 4), ({"desc_scale": 3.0, "balance": True, "balance_time_limit": 1e9}, 6)]
+)
+def test_build_index_reads_each_fragment_a_few_times(remote, outage, options, most):
+    """The report is that of the same table on a disk."""
+    config = BuildConfig(index_type="ivf_rq", target_recall=0.5, **options)
+    local, copy = (asdict(build_index(table, config).report) for table in remote)
+    timed = {"table", "p50_ms", "queries_per_second", "build_seconds", "candidates", "balance"}
+    assert {name: local[name] for name in local if name not in timed} == {
+        name: copy[name] for name in copy if name not in timed
+    }
+    assert data_requests(outage) <= most * FRAGMENTS
+    assert len(outage.requests) <= most * FRAGMENTS + 150
+
+
+def test_training_reads_each_fragment_of_a_store_once(remote, outage):
+    local, copy = remote
+    copy.hold_remote(READ_COLUMNS)
+    assert data_requests(outage) <= 3 * FRAGMENTS
+    outage.requests.clear()
+    streams = [NeighborStream(table, ExactSearch(table, memory=2**30), StreamConfig(batch_size=8)) for table in remote]
+    expected, batches = (stream.batches(0, 4) for stream in streams)
+    for batch, other in zip(batches, expected, strict=True):
+        assert (batch.y == other.y).all()
+        assert (batch.text == other.text).all()
+    assert data_requests(outage) <= 2 * FRAGMENTS  # the vectors
+    assert not local.holds("caption")
 
 
 @pytest.mark.parametrize("part", ["/_versions/", "/data/"])

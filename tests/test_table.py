@@ -26,6 +26,7 @@ from index.space.geometry import Geometry
 from index.space.moments import Moments
 from index.table.codec import from_json_dict, to_json_dict
 from index.table.commit import append_rows, commit_fragments, update_meta
+from index.table.rows import RowReader
 from index.table.schema import (
     HELDOUT,
     METADATA_KEY,
@@ -183,7 +184,7 @@ def test_take_keeps_order_and_repeats(encoded):
     ids, row_ids = rows["id"].to_pylist(), rows["_rowid"].to_numpy().astype(np.int64)
     expected = [ids[7], ids[3], ids[7], ids[0]]
     assert encoded.take(positions, "id").tolist() == expected
-    assert encoded.take_row_ids(row_ids[positions], "id").tolist() == expected
+    assert RowReader(encoded).take(row_ids[positions], ["id"])[0].tolist() == expected
     assert encoded.take(positions, "text").shape == (4, 16)
 
 
@@ -284,6 +285,32 @@ def test_rewriting_keeps_each_row_with_its_balance_after_changes(copied, change)
 
 
 @CHANGES
+def test_columns_in_memory_are_those_of_the_version(copied, change):
+    columns = ("split", "caption", "text", "latent", "vector")
+    before = open_table(copied.uri)
+    before.hold(columns, 1000)
+    assert not any(map(before.holds, columns))
+    before.hold(columns, 2**30)
+    assert all(map(before.holds, columns))
+    change(copied)
+    changed = before.at(open_table(copied.uri).version)
+    assert not any(map(changed.holds, columns))
+    changed.hold(columns, 2**30)
+    *_, after = rewrite_vectors(changed, replace(changed.meta.geometry, desc_scale=2.0))
+    assert [name for name in columns if not after.holds(name)] == ["vector"]
+    after.hold(columns, 2**30)
+    check_vectors_of(after, np.zeros(after.dataset().count_rows(), np.float32))
+    read, order = open_table(after.uri), np.array([5, 2, 5, 0])
+    for name in ("caption", "text", "latent", "vector"):
+        assert np.array_equal(after.take(order, name), read.take(order, name))
+        pieces = [*after.pieces(name, TRAIN, 7)]
+        assert [len(piece) for piece in pieces[:-1]] == [7] * (len(pieces) - 1)
+        assert np.array_equal(np.concatenate(pieces), read.column(name))
+        assert np.array_equal(np.concatenate([*read.pieces(name, TRAIN, 7)]), read.column(name))
+    assert np.array_equal(after.positions(HELDOUT), read.positions(HELDOUT))
+
+
+@CHANGES
 def test_positions_and_counts_are_those_of_the_rows_that_are_left(copied, change):
     change(copied)
     table = open_table(copied.uri)
@@ -293,7 +320,8 @@ def test_positions_and_counts_are_those_of_the_rows_that_are_left(copied, change
         positions = table.positions(split)
         expected = [row["id"] for row in rows.to_pylist() if row["split"] == split]
         assert table.take(positions, "id").tolist() == expected == table.column("id", split).tolist()
-        assert table.take_row_ids(row_ids[positions], "id").tolist() == expected
+        assert RowReader(table).take(row_ids[positions], ["id"])[0].tolist() == expected
+        assert np.array_equal(RowReader(table).row_ids(positions), row_ids[positions])
     assert len(ids) == describe(table)["rows"] == table.dataset().count_rows()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from index.errors import RunError
 from index.table.readers import needed_by
 from index.table.schema import TableMeta
-from index.table.table import Table
+from index.table.table import READ_COLUMNS, Table
 from index.terminal import print_status
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder
 from trainer.checkpoints import checkpoints
@@ -57,6 +57,7 @@ def fit(
         config = check_resumed(out, config)
     else:
         check_is_new(out)
+    table.hold_remote(READ_COLUMNS)
     with open_accelerator(runtime.device, config.dtype, out) as accelerator:
         main = accelerator.is_main_process
         trainer = Trainer(accelerator, table, config, out, runtime)

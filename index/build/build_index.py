@@ -98,7 +98,9 @@ def build_index(
 def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWriter) -> Built:
     """Do all of it but writing the report."""
     began, log = time.monotonic(), table.log("index")
-    if table.dataset().count_rows(filter=f"split = '{TRAIN}'") == 0:
+    # Whatever needs rows again takes them from memory, if they fit.
+    table.hold(("split", "text", "latent"), config.max_memory // 4)
+    if len(table.positions(TRAIN)) == 0:
         raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")
     geometry = choose_geometry(
         table,
@@ -121,6 +123,7 @@ def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWrite
         log=log,
         write=write,
     )
+    table.hold(("split", "text", "latent", "vector"), config.max_memory // 4)
     integrity = check_vectors(table, config.max_memory)
     if integrity.nonfinite_vectors:
         raise TableError(

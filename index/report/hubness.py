@@ -70,12 +70,12 @@ def measure_hubness(
         stream: dict[str, Any] = {"seed": seed, "step": step, "purpose": Purpose.HUBNESS}
         text = exact.take(draw_rows(n, BATCH, **stream), "text")
         r = draw_points(geometry, BATCH, **stream)
-        pairs = neighbors.nearest(geometry.queries(text, r))
-        retrieved.append(pairs.row_id[:, 0])
+        row_id = neighbors.nearest_rows(geometry.queries(text, r)).row_id[:, 0]
+        retrieved.append(row_id)
         progress(BATCH)
         if step < PROBE_BATCHES:
             inputs.append(np.concatenate([r, unit(text.astype(np.float32)) * geometry.kappa], 1))
-            targets.append(geometry.to_coordinates(pairs.latent[:, 0]))
+            targets.append(geometry.to_coordinates(exact.take(exact.positions_of(row_id), "latent")))
     _, hits = np.unique(np.concatenate(retrieved), return_counts=True)
     total, never = int(hits.sum()), n - len(hits)
     hit_counts = np.bincount(np.minimum(hits, MAX_HITS), minlength=MAX_HITS + 1)

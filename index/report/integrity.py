@@ -46,8 +46,7 @@ def check_vectors(table: Table, memory: int | None = None) -> VectorIntegrity:
         room = max(MIN_HASHES, held_bytes(memory) // (2 * HASH_BYTES))
         at_once = min(BATCH_ROWS, rows_at_once(memory, 16 * geometry.vector_dim))
     distinct, distinct_texts = DistinctRows(room), DistinctRows(room)
-    for batch in table.scan(["vector"], TRAIN, batch_size=at_once, batch_readahead=1):
-        vectors = column_array(batch["vector"])
+    for vectors in table.pieces("vector", TRAIN, at_once):
         nonfinite += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())
         distinct.add(row_hashes(vectors))

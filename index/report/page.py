@@ -18,6 +18,7 @@ from index.report.recall import evaluation_queries, evaluation_rows
 from index.report.report import IndexReport
 from index.search.ann import open_search
 from index.space.queries import Purpose
+from index.table.rows import RowReader
 from index.table.table import Table
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ def retrieve_examples(
     """Retrieve the nearest pairs of a few evaluation queries, through the search that a trainer uses."""
     rows = evaluation_rows(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
     queries = evaluation_queries(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
-    captions = table.take(rows, "caption")
+    captions, reader = table.take(rows, "caption"), RowReader(table)
     pairs = open_search(table, memory=memory).nearest(queries, NUM_NEIGHBORS)
     # Fewer than NUM_NEIGHBORS if the table has fewer training rows.
-    retrieved = table.take_row_ids(pairs.row_id.ravel(), "caption").reshape(pairs.row_id.shape)
+    retrieved = reader.take(pairs.row_id.ravel(), ["caption"])[0].reshape(pairs.row_id.shape)
     images: list[bytes] | None = None
     if keeps_images(table):
-        images = table.take_row_ids(pairs.row_id.ravel(), "image").tolist()
+        images = reader.take(pairs.row_id.ravel(), ["image"])[0].tolist()
     elif decode is not None:
         images = _decoded(table, pairs.latent, decode)
     count = pairs.row_id.shape[1]

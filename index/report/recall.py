@@ -34,7 +34,7 @@ class Recall:
     relative_distance_error: float
     """mean(d_retrieved / d_exact) - 1 for the nearest row."""
     p50_ms: float
-    """Median latency of a batch of at most 256 queries."""
+    """Median latency of finding the rows of a batch of at most 256 queries, without reading them."""
     queries_per_second: float
 
     def standard_error(self, recall: float) -> float:
@@ -75,7 +75,7 @@ def measure_recall(neighbors: NeighborSearch, truth: GroundTruth) -> Recall:
     for start in range(0, len(truth.queries), BATCH):
         queries, expected = truth.queries[start : start + BATCH], truth.positions[start : start + BATCH]
         began = time.perf_counter()
-        nearest = neighbors.nearest(queries).row_id
+        nearest = neighbors.nearest_rows(queries).row_id
         seconds.append(time.perf_counter() - began)
         distances.append(exact.distances(queries, exact.positions_of(nearest))[:, 0])
         ten = exact.positions_of(neighbors.nearest_rows(queries, 10).row_id)

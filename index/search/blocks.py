@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 from index.search.kmeans import ROWS_PER_PARTITION, k_means, nearest_centroid
 from index.search.memory import available_bytes, held_bytes, rows_at_once
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array
+from index.table.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -228,13 +228,13 @@ class VectorBlocks:
         return stored
 
     def _stored(self) -> 'Iterator[tuple[int, Float[torch.Tensor, "n S"]]]':
-        """Read all rows from disk, in table order; yield the position of the first of each batch, and the batch."""
+        """Read all stored rows, in table order; yield the position of the first of each batch, and the batch."""
         import torch
 
         seen, start = 0, 0
-        for batch in self._table.scan(["vector"], TRAIN, batch_size=self._read_rows, batch_readahead=1):
-            rows = self._prepare(column_array(batch["vector"])[(self._first - seen) % self._stride :: self._stride])
-            seen += len(batch)
+        for piece in self._table.pieces("vector", TRAIN, self._read_rows):
+            rows = self._prepare(piece[(self._first - seen) % self._stride :: self._stride])
+            seen += len(piece)
             if len(rows):
                 yield start, torch.from_numpy(rows)
             start += len(rows)

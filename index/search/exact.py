@@ -6,8 +6,9 @@ from jaxtyping import Float16, Float32, Int
 from index.search.blocks import VectorBlocks
 from index.search.memory import available_bytes, held_bytes
 from index.search.neighbors import NearestRows, RetrievedPairs
+from index.table.rows import RowReader
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array
+from index.table.table import Table
 
 AT_ONCE = 256
 """Queries whose distances are computed at a time."""
@@ -28,16 +29,14 @@ class ExactSearch:
         `device` and `memory`.
         """
         self.blocks = VectorBlocks(table, memory=memory, device=device) if blocks is None else blocks
-        self.row_ids = read_row_ids(table, self.blocks.count)
+        self.row_ids = RowReader(table).row_ids(table.positions(TRAIN))
         """Row ids of the training rows, in table order."""
         ascending = bool((self.row_ids[1:] > self.row_ids[:-1]).all())
         self._by_id = None if ascending else np.argsort(self.row_ids)
         self._table = table
-        geometry = table.meta.geometry
-        columns = 2 * (geometry.text_dim + geometry.latent_dim) * len(self.row_ids)
-        room = available_bytes() if memory is None else held_bytes(memory) - self.blocks.num_bytes
-        held = self.blocks.in_memory and columns <= room
-        self._columns = {name: _column(table, name, len(self.row_ids)) for name in ("text", "latent")} if held else {}
+        if self.blocks.in_memory:
+            room = available_bytes() if memory is None else held_bytes(memory) - self.blocks.num_bytes
+            table.hold(("text", "latent"), room)
 
     def positions_of(self, row_ids: Int[np.ndarray, "*B"]) -> Int[np.ndarray, "*B"]:
         """Return the positions of rows among the training rows."""
@@ -72,8 +71,6 @@ class ExactSearch:
 
     def take(self, positions: Int[np.ndarray, "*B"], column: str) -> Float16[np.ndarray, "*B D"]:
         """Return the `text` or `latent` column of training rows; order and repeats are kept."""
-        if column in self._columns:
-            return np.asarray(self._columns[column][positions])
         rows = self._table.take(self.blocks.table_positions[positions.ravel()], column)
         return np.asarray(rows.reshape(*positions.shape, -1))
 
@@ -90,24 +87,3 @@ def distances_of(
         vectors -= queries[start : start + at_once, None, :]
         parts.append(np.square(vectors, out=vectors).sum(-1))
     return np.concatenate(parts)
-
-
-def read_row_ids(table: Table, count: int) -> Int[np.ndarray, "N"]:
-    """Read Lance's row ids of the training rows, in table order."""
-    ids, start = np.empty(count, np.int64), 0
-    for batch in table.dataset().to_batches(columns=[], filter=f"split = '{TRAIN}'", with_row_id=True):
-        ids[start : start + len(batch)] = batch["_rowid"].to_numpy()
-        start += len(batch)
-    assert start == count, (start, count)
-    return ids
-
-
-def _column(table: Table, name: str, count: int) -> Float16[np.ndarray, "N D"]:
-    """Read a column of vectors of the training rows, each once."""
-    dim, start = table.dataset().schema.field(name).type.list_size, 0
-    column = np.empty((count, dim), np.float16)
-    for batch in table.scan([name], TRAIN, batch_size=4096, batch_readahead=1):
-        column[start : start + len(batch)] = column_array(batch[name])
-        start += len(batch)
-    assert start == count, (start, count)
-    return column

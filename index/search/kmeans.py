@@ -6,14 +6,16 @@ different neighbors. Machines that build segments of one index also share these 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Float16, Float32
 
 from index.search.memory import held_bytes, rows_at_once
+from index.table.rows import RowReader
 from index.table.schema import TRAIN
 from index.table.table import IO_BUFFER_BYTES, Table, column_array
 from index.terminal import print_status
@@ -82,25 +84,15 @@ def partition_file(
     import torch
 
     device = fastest_device()
-    centers, dataset = torch.from_numpy(centroids).to(device), table.dataset()
+    centers = torch.from_numpy(centroids).to(device)
     at_once = BLOCK_ROWS
     if memory is not None:
         at_once = min(at_once, rows_at_once(memory, 4 * len(centroids) + 14 * centroids.shape[1]))
-    selected = None if fragments is None else [dataset.get_fragment(fragment) for fragment in fragments]
 
     def batches() -> Iterator[pa.RecordBatch]:
-        scanner = dataset.scanner(
-            columns=["vector"],
-            fragments=selected,
-            with_row_id=True,
-            batch_size=at_once,
-            batch_readahead=1,
-            io_buffer_size=IO_BUFFER_BYTES,
-        )
-        for batch in scanner.to_batches():
-            rows = torch.from_numpy(column_array(batch["vector"])).to(device)
-            partition = nearest_centroid(rows, centers).cpu().numpy().astype(np.uint32)
-            yield pa.record_batch([batch["_rowid"], pa.array(partition)], schema=PARTITION_SCHEMA)
+        for row_ids, vectors in _numbered_vectors(table, fragments, at_once):
+            partition = nearest_centroid(torch.from_numpy(vectors).to(device), centers).cpu().numpy().astype(np.uint32)
+            yield pa.record_batch([row_ids, pa.array(partition)], schema=PARTITION_SCHEMA)
 
     with TemporaryDirectory() as folder:
         path = f"{folder}/partitions.lance"
@@ -108,6 +100,29 @@ def partition_file(
         reader = pa.RecordBatchReader.from_batches(PARTITION_SCHEMA, batches())
         lance.write_dataset(reader, path, max_rows_per_file=2**31, max_bytes_per_file=2**40)
         yield path
+
+
+def _numbered_vectors(
+    table: Table, fragments: Sequence[int] | None, at_once: int
+) -> Iterator[tuple[pa.Array, Float16[np.ndarray, "B S"]]]:
+    """Iterate over row ids and vectors of some fragments (None: all), at most `at_once` rows of one at a time."""
+    reader, dataset = RowReader(table), table.dataset()
+    if fragments is None and table.holds("vector") and not reader.has_deletions:
+        for start, end in pairwise(reader.starts.tolist()):
+            for first in range(start, end, at_once):
+                rows = np.arange(first, min(first + at_once, end))
+                yield pa.array(reader.row_ids(rows).astype(np.uint64)), table.take(rows, "vector")
+        return
+    scanner = dataset.scanner(
+        columns=["vector"],
+        fragments=None if fragments is None else [dataset.get_fragment(fragment) for fragment in fragments],
+        with_row_id=True,
+        batch_size=at_once,
+        batch_readahead=1,
+        io_buffer_size=IO_BUFFER_BYTES,
+    )
+    for batch in scanner.to_batches():
+        yield batch["_rowid"], column_array(batch["vector"])
 
 
 def k_means(rows: "torch.Tensor", count: int, rng: np.random.Generator) -> "torch.Tensor":

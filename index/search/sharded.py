@@ -14,8 +14,9 @@ from jaxtyping import Float16, Float32, Int
 
 from index.errors import RunError
 from index.search.blocks import MAX_QUERIES, VectorBlocks
-from index.search.exact import distances_of, read_row_ids
+from index.search.exact import distances_of
 from index.search.neighbors import NearestRows, RetrievedPairs
+from index.table.rows import RowReader
 from index.table.table import Table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ShardedSearch:
 
         self._table, self._process, self._num_processes = table, process, num_processes
         self._blocks = VectorBlocks(table, device=device, stride=num_processes, first=process)
-        self._row_ids = read_row_ids(table, len(self._blocks.train_positions))
+        self._row_ids = RowReader(table).row_ids(self._blocks.train_positions)
         self._group = dist.new_group(backend="gloo", timeout=ROUND_LIMIT)
         self._ended = False
 

@@ -26,9 +26,11 @@ class RowReader:
         fragments = dataset.get_fragments()
         ids, rows = ([getattr(each, name) for each in fragments] for name in ("fragment_id", "metadata"))
         counts = np.array([each.num_rows for each in rows], np.int64)
+        self._ids = np.array(ids, np.int64)
+        self.starts = np.concatenate([[0], counts.cumsum()])
+        """Position in table order of the first row of each fragment, and the number of rows at the end."""
         order = np.argsort(ids)
-        self._fragments = np.array(ids, np.int64)[order]
-        self._starts = (counts.cumsum() - counts)[order]
+        self._fragments, self._starts = self._ids[order], self.starts[:-1][order]
         self._left = {each.fragment_id: _rows_left(each) for each in fragments if each.metadata.num_deletions}
 
     def positions(self, row_ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
@@ -39,6 +41,20 @@ class RowReader:
             row[inside] = np.searchsorted(left, row[inside])
         return np.asarray(self._starts[np.searchsorted(self._fragments, fragment)] + row)
 
+    @property
+    def has_deletions(self) -> bool:
+        """Whether rows of the table's files were deleted."""
+        return bool(self._left)
+
+    def row_ids(self, positions: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+        """Return the row ids of the rows at some positions."""
+        index = np.searchsorted(self.starts[:-1], positions, side="right") - 1
+        row, fragment = positions - self.starts[index], self._ids[index]
+        for number, left in self._left.items():
+            inside = fragment == number
+            row[inside] = left[row[inside]]
+        return np.asarray((fragment << ROW_BITS) + row)
+
     def take(self, row_ids: Int[np.ndarray, "B"], columns: Sequence[str]) -> list[Any]:
         """Read columns of the rows with some row ids, in their order, with repeats; vectors are B x dim arrays."""
         return take_columns(self._table, self.positions(row_ids), columns)
@@ -46,6 +62,8 @@ class RowReader:
 
 def take_columns(table: Table, positions: Int[np.ndarray, "B"], columns: Sequence[str]) -> list[Any]:
     """Read columns of the rows at some positions, in their order, with repeats; vectors are B x dim arrays."""
+    if all(map(table.holds, columns)):
+        return [table.take(positions, name) for name in columns]
     distinct, inverse = np.unique(positions, return_inverse=True)
     rows = table.dataset().take(distinct.tolist(), columns=list(columns))
     return [column_array(rows[name])[inverse] for name in columns]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from index.errors import CoalescerError, OptionError, OutOfReachError, SourceError, TableError, one_line
-from index.reach import LISTING_SECONDS, RETRY_SECONDS, Patience, describe, is_denied, is_store_failure
+from index.reach import LISTING_SECONDS, RETRY_SECONDS, Patience, describe, is_denied, is_store_failure, status_of
 from index.table.store_options import SECRETS, fsspec_options, lance_options, parse_options
 
 T = TypeVar("T")
@@ -27,6 +27,9 @@ LANCE_RETRIES = 100
 HTTP = ("http://", "https://")
 READ_SECONDS = 60.0
 """A web server that sends nothing for so long counts as away."""
+
+NO_SUCH_RANGE = 416
+"""HTTP status."""
 
 _answered: set[str] = set()
 """Stores that have answered in this process: a mistake in their address is not what keeps them away."""
@@ -142,20 +145,24 @@ class Storage:
     def read_bytes(self, uri: str) -> bytes | None:
         """Read a file; None if there is none."""
         files, path = self.files(uri)
-        # Without a start, s3fs asks for the size first.
+        # Without a start, s3fs asks for the size first. By keyword: its second argument is the version of an object.
         start = 0 if uri.startswith("s3://") else None
         try:
-            return bytes(self.reached(uri, lambda: files.cat_file(path, start)))
+            return bytes(self.reached(uri, lambda: files.cat_file(path, start=start)))
         except FileNotFoundError as error:
             if is_denied(error):
                 return None
+            raise
+        except OSError as error:
+            if status_of(error) == NO_SUCH_RANGE:  # of an empty file
+                return b""
             raise
 
     def read_range(self, uri: str, start: int, stop: int) -> bytes:
         """Read the bytes of a file from `start` up to `stop`."""
         files, path = self.files(uri)
         # Some stores refuse a range of nothing.
-        return bytes(self.reached(uri, lambda: files.cat_file(path, start, stop))) if stop > start else b""
+        return bytes(self.reached(uri, lambda: files.cat_file(path, start=start, end=stop))) if stop > start else b""
 
     def write_json(self, uri: str, content: Any) -> None:
         """Write JSON atomically; raises TableError if that fails."""

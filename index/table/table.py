@@ -6,10 +6,11 @@ A `Table` is pinned to a version, so a later commit changes nothing that a reade
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from index.errors import OutOfReachError, SourceError, TableError, one_line
 from index.reach import describe
+from index.table.held import REMOTE_BYTES, Shared, column_digest, value_bytes
 from index.table.schema import TRAIN, IndexRef, TableMeta, check_table
 from index.table.storage import Storage, is_local
 from index.table.weights import load_weights
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 LANCE_STORES = ("s3://", "gs://", "az://")
 VECTOR_INDEX = "vector_idx"
 """Lance's name of the vector index."""
+READ_COLUMNS = ("split", "caption", "text", "latent")
+"""What training and evaluation read of rows, again and again."""
 IO_BUFFER_BYTES = 32 * 2**20
 """What a scan reads ahead of the batches that it decodes; Lance's own default is 2 GiB."""
 TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -57,20 +61,17 @@ class Table:
         number = version if isinstance(version, int) else version.version
         other = Table(self.uri, int(number), meta or self.meta, self.storage)
         # Versions share most of their files: what was read of one is not read again for the next.
-        other.__dict__["_sessions"] = self._shared()
+        other.__dict__["_shared"] = self.shared()
         if not isinstance(version, int):
             other.__dict__["_handle"] = version
         return other
 
-    def _shared(self) -> "tuple[lance.Session, lancedb.Session]":
-        """Return the caches of file metadata and indexes that versions of a table share in this process."""
-        import lance
-        import lancedb
-
-        if "_sessions" not in self.__dict__:
-            self.__dict__["_sessions"] = lance.Session(), lancedb.Session()
-        sessions: tuple[lance.Session, lancedb.Session] = self.__dict__["_sessions"]
-        return sessions
+    def shared(self) -> Shared:
+        """Return what the versions of this table share in this process."""
+        if "_shared" not in self.__dict__:
+            self.__dict__["_shared"] = Shared()
+        shared: Shared = self.__dict__["_shared"]
+        return shared
 
     def dataset(self) -> "lance.LanceDataset":
         """Return this version as a Lance dataset, opened once.
@@ -83,7 +84,7 @@ class Table:
         handle = self.__dict__.get("_handle")
         if handle is None or handle.version != self.version:
             handle = lance.dataset(
-                self.uri, version=self.version, storage_options=self.storage.lance, session=self._shared()[0]
+                self.uri, version=self.version, storage_options=self.storage.lance, session=self.shared().lance
             )
             self.__dict__["_handle"] = handle
         return handle
@@ -94,7 +95,7 @@ class Table:
 
         if "_lancedb" not in self.__dict__:
             folder, name = self._lancedb_name()
-            session = self._shared()[1]
+            session = self.shared().lancedb()
             table = lancedb.connect(folder, storage_options=self.storage.lance, session=session).open_table(name)
             table.checkout(self.version)
             self.__dict__["_lancedb"] = table
@@ -102,22 +103,20 @@ class Table:
         return opened
 
     async def lancedb_async(self, cache_bytes: int | None = None) -> "AsyncTable":
-        """Return this version in LanceDB's asynchronous interface, which keeps at most `cache_bytes` of an index.
+        """Return this version in LanceDB's asynchronous interface, opened once.
 
-        None is LanceDB's default, 6 GiB; in that case the table is opened once.
+        At most `cache_bytes` of indexes are kept; None is LanceDB's default, 6 GiB.
         """
         import lancedb
 
-        if cache_bytes is None and (opened := self.__dict__.get("_lancedb_async")) is not None:
-            return cast("AsyncTable", opened)
-        folder, name = self._lancedb_name()
-        session = self._shared()[1] if cache_bytes is None else lancedb.Session(index_cache_size_bytes=cache_bytes)
-        connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
-        table = await connection.open_table(name)
-        await table.checkout(self.version)
-        if cache_bytes is None:
-            self.__dict__["_lancedb_async"] = table
-        return table
+        opened: dict[int | None, AsyncTable] = self.__dict__.setdefault("_lancedb_async", {})
+        if cache_bytes not in opened:
+            folder, name = self._lancedb_name()
+            session = self.shared().lancedb(cache_bytes)
+            connection = await lancedb.connect_async(folder, storage_options=self.storage.lance, session=session)
+            opened[cache_bytes] = await connection.open_table(name)
+            await opened[cache_bytes].checkout(self.version)
+        return opened[cache_bytes]
 
     def _lancedb_name(self) -> tuple[str, str]:
         """Return the database folder and the table name by which LanceDB knows the table."""
@@ -146,37 +145,96 @@ class Table:
         """Read a whole column in table order, of the rows of one split or (None) of all."""
         return column_array(self.dataset().to_table(columns=[name], filter=_of_split(split))[name])
 
+    def hold(self, columns: Sequence[str], memory: int) -> None:
+        """Read columns of all rows in one scan and keep them in memory, if they fit into `memory` bytes together.
+
+        `take`, `pieces` and, for the column `split`, `positions` then read nothing, in other versions of the table too.
+        """
+        missing, schema = [name for name in columns if not self.holds(name)], self.dataset().schema
+        kinds, rows = {name: schema.field(name).type for name in columns}, self.dataset().count_rows()
+        # Of `split` only a bit is kept for each row and value.
+        if not missing or rows * sum(value_bytes(kinds[name]) for name in kinds if name != "split") > memory:
+            return
+        vectors = {
+            name: np.empty((rows, kinds[name].list_size), np.float16)
+            for name in missing
+            if pa.types.is_fixed_size_list(kinds[name])
+        }
+        others, start = defaultdict[str, list[pa.Array]](list), 0
+        for batch in self.scan(missing, batch_size=8192):
+            for name in missing:
+                if name in vectors:
+                    vectors[name][start : start + len(batch)] = column_array(batch[name])
+                else:
+                    others[name].append(batch[name])
+            start += len(batch)
+        for name in missing:
+            if name == "split":
+                self._keep("split", _masks(others["split"]))
+            elif name in vectors:
+                self._keep(name, vectors[name])
+            else:
+                self._keep(name, pa.concat_arrays(others[name] or [pa.array([], kinds[name])]))
+
+    def hold_remote(self, columns: Sequence[str]) -> None:
+        """Hold columns of a table on an object store, where each read takes a while."""
+        if not is_local(self.uri):
+            self.hold(columns, REMOTE_BYTES)
+
+    def holds(self, column: str) -> bool:
+        """Return whether a column is in memory."""
+        return self._held(column) is not None
+
+    def _held(self, column: str) -> Any:
+        return self.shared().column(column, self._digest(column))
+
+    def _keep(self, column: str, content: Any) -> None:
+        self.shared().keep(column, self._digest(column), content)
+
+    def _digest(self, column: str) -> str:
+        """Return what tells the content of a column from that in other versions."""
+        digests: dict[str, str] = self.__dict__.setdefault("_digests", {})
+        if column not in digests:
+            digests[column] = column_digest(self.dataset(), column)
+        return digests[column]
+
     def positions(self, split: str) -> Int[np.ndarray, "N"]:
         """Return the positions of a split's rows: 0-based indices in table order; the column is read once."""
-        bits, count = self._mask(split)
-        return np.flatnonzero(np.unpackbits(bits, count=count))
+        count, masks = self._split_masks()
+        bits = masks.get(split)
+        return np.empty(0, np.int64) if bits is None else np.flatnonzero(np.unpackbits(bits, count=count))
 
     def is_in_split(self, positions: Int[np.ndarray, "*B"], split: str) -> Bool[np.ndarray, "*B"]:
         """Return whether the rows at some positions are in a split; the column is read once."""
-        bits, _ = self._mask(split)
+        _, masks = self._split_masks()
+        bits = masks.get(split)
+        if bits is None:
+            return np.zeros(positions.shape, bool)
         return np.asarray(bits[positions >> 3] >> (7 - (positions & 7)) & 1, bool)
 
-    def _mask(self, split: str) -> tuple[UInt8[np.ndarray, "M"], int]:
-        """Return for each row whether it is in a split, eight rows a byte, and the number of rows."""
-        masks = self.__dict__.setdefault("_masks", {})
-        if split not in masks:
-            parts = [pc.equal(batch["split"], split).to_numpy(zero_copy_only=False) for batch in self.scan(["split"])]
-            mask = np.concatenate([np.empty(0, bool), *parts])
-            masks[split] = np.packbits(mask), len(mask)
-        bits, count = masks[split]
-        return bits, count
+    def _split_masks(self) -> tuple[int, dict[str, UInt8[np.ndarray, "_M"]]]:
+        """Return the number of rows, and for each split whether they are in it, eight rows a byte."""
+        if not self.holds("split"):
+            self._keep("split", _masks(batch["split"] for batch in self.scan(["split"])))
+        count, masks = self._held("split")
+        return count, masks
 
     def take(self, positions: Int[np.ndarray, "B"], column: str) -> Any:
         """Read one column of the rows at some positions, in their order, with repeats; vectors are a B x dim array."""
-        return column_array(self.dataset().take(pa.array(positions), columns=[column])[column])
+        held = self._held(column)
+        if held is None:
+            return column_array(self.dataset().take(pa.array(positions), columns=[column])[column])
+        return held[positions] if isinstance(held, np.ndarray) else column_array(held.take(pa.array(positions)))
 
-    def take_row_ids(self, row_ids: Int[np.ndarray, "B"], column: str) -> Any:
-        """Read one column of the rows with some Lance row ids, in their order, with repeats."""
-        distinct = ", ".join(str(each) for each in np.unique(row_ids))
-        rows = self.dataset().to_table(columns=[column], filter=f"_rowid IN ({distinct})", with_row_id=True)
-        ids = rows["_rowid"].to_numpy().astype(np.int64)
-        order = np.argsort(ids)
-        return column_array(rows[column])[order[np.searchsorted(ids, row_ids, sorter=order)]]
+    def pieces(self, column: str, split: str, batch_size: int) -> Iterator[Any]:
+        """Iterate over one column of a split in table order, at most `batch_size` rows at a time."""
+        if self.holds(column):
+            positions = self.positions(split)
+            for start in range(0, len(positions), batch_size):
+                yield self.take(positions[start : start + batch_size], column)
+            return
+        for batch in self.scan([column], split, batch_size=batch_size, batch_readahead=1):
+            yield column_array(batch[column])
 
     def report(self, name: str) -> Any:
         """Read the report DB/NAME.reports/`name`.json; None if there is none."""
@@ -207,14 +265,13 @@ def open_table(
     Raises TableError if there is no such table, if it is not ours, or if it has no index.
     """
     import lance
-    import lancedb
 
     uri, storage = table_uri(path), Storage.of() if storage is None else storage
     if not is_table(uri, storage):
         raise TableError(f"no table at {path}: create it with `pipeline encode SOURCE --table {path} ...`")
-    sessions = lance.Session(), lancedb.Session()
+    shared = Shared()
     try:
-        dataset = lance.dataset(uri, version=version, storage_options=storage.lance, session=sessions[0])
+        dataset = lance.dataset(uri, version=version, storage_options=storage.lance, session=shared.lance)
     except (ValueError, OSError) as error:
         if version is not None and version not in (kept := _versions(uri, storage)):
             last = ", ".join(map(str, kept[-9:]))
@@ -224,7 +281,7 @@ def open_table(
             ) from error
         raise TableError(f"{path} cannot be opened as a Lance table: {one_line(error)}") from error
     table = Table(uri, dataset.version, load_weights(check_table(dataset.schema), uri, storage), storage)
-    table.__dict__.update(_handle=dataset, _sessions=sessions)
+    table.__dict__.update(_handle=dataset, _shared=shared)
     if not indexed or index_is_current(dataset, table.meta.index):
         return table
     for number in [] if version is not None else complete_versions(dataset):
@@ -365,6 +422,18 @@ def list_array(rows: Float[np.ndarray, "B D"]) -> pa.FixedSizeListArray:
     """Convert rows to a fixed_size_list<float16> column."""
     flat = pa.array(np.ascontiguousarray(rows, dtype=np.float16).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+
+
+def _masks(splits: Iterable[pa.Array]) -> tuple[int, dict[str, UInt8[np.ndarray, "_"]]]:
+    """Return the number of rows, and for each split a bit for each row that is set if the row belongs to it."""
+    parts, count = dict[str, list[Bool[np.ndarray, "n"]]](), 0
+    for column in splits:
+        for value in column.unique().drop_null().to_pylist():
+            parts.setdefault(value, [np.zeros(count, bool)])
+        for value, part in parts.items():
+            part.append(pc.fill_null(pc.equal(column, value), False).to_numpy(zero_copy_only=False))
+        count += len(column)
+    return count, {value: np.packbits(np.concatenate(part)) for value, part in parts.items()}
 
 
 def _of_split(split: str | None) -> str | None:

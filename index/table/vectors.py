@@ -63,12 +63,17 @@ def add_vectors(
 
 
 def replace_vectors(
-    table: Table, fragment: "lance.LanceFragment", geometry: Geometry, balance: Float32[np.ndarray, "n"] | None = None
+    table: Table,
+    fragment: "lance.LanceFragment",
+    geometry: Geometry,
+    balance: Float32[np.ndarray, "n"] | None = None,
+    start: int | None = None,
 ) -> "lance.FragmentMetadata":
     """Write the search vectors of a fragment of a table in another geometry; return the fragment with that file.
 
-    `balance` is the balance coordinate of each row that is not deleted, in table order. Nothing is committed. The table
-    has the columns that encoding wrote, see `encoded_columns`.
+    `balance` is the balance coordinate of each row that is not deleted, in table order. `start` is the position of its
+    first row, from which on rows that the table holds in memory are not read again. Nothing is committed. The table has
+    the columns that encoding wrote, see `encoded_columns`.
     """
     rows = fragment.count_rows()
     coordinate = np.zeros(rows, np.float32) if balance is None else balance
@@ -76,7 +81,10 @@ def replace_vectors(
         raise TableError(f"{table.uri} changed meanwhile ({len(coordinate)} rows -> {rows}): rerun the same command")
     content = fragment.metadata.to_json()
     vector_id = max(field for file in content["files"] for field in file["fields"])  # it is the last column
-    vectors = _vectors_of(fragment, geometry, coordinate)
+    if start is not None and table.holds("text") and table.holds("latent") and not fragment.metadata.num_deletions:
+        vectors = _vectors_in_memory(table, start, geometry, coordinate)
+    else:
+        vectors = _vectors_of(fragment, geometry, coordinate)
     return _with_vectors(table.uri, content, vector_id, geometry.vector_dim, vectors, table.storage)
 
 
@@ -110,7 +118,8 @@ def rewrite_vectors(
         raise TableError(f"{table.uri} changed meanwhile ({len(balance)} rows -> {starts[-1]}): rerun the same command")
     written = []
     for fragment, (start, end) in zip(table.dataset().get_fragments(), pairwise(starts.tolist()), strict=True):
-        written.append(replace_vectors(table, fragment, geometry, None if balance is None else balance[start:end]))
+        own = None if balance is None else balance[start:end]
+        written.append(replace_vectors(table, fragment, geometry, own, start))
         yield end
     yield commit_vectors(table, geometry, written, balanced=balance is not None and bool(balance.any()))
 
@@ -171,12 +180,15 @@ def in_geometry(table: Table, geometry: Geometry) -> Table:
     Its vectors are computed from the rows whenever they are read: the same as those that would be stored.
     """
     computed = _InGeometry(table.uri, table.version, table.meta.with_geometry(geometry), table.storage)
-    computed.__dict__["_sessions"] = table._shared()
+    computed.__dict__["_shared"] = table.shared()
     return computed
 
 
 class _InGeometry(Table):
     """A table whose column `vector` is computed from `text` and `latent`."""
+
+    def _digest(self, column: str) -> str:
+        return f"computed by {id(self)}" if column == "vector" else super()._digest(column)
 
     def scan(
         self,
@@ -259,6 +271,16 @@ def _vectors_of(
         yield vectors
         physical, done = int(rows[-1]) + 1, done + len(rows)
     yield from _zeros(fragment.metadata.physical_rows - physical, geometry.vector_dim)
+
+
+def _vectors_in_memory(
+    table: Table, start: int, geometry: Geometry, balance: Float32[np.ndarray, "n"]
+) -> Iterator[Float32[np.ndarray, "B S"]]:
+    """Iterate over the vectors of some rows from a position on, as many at a time as are read of a file."""
+    for first in range(0, len(balance), BATCH_ROWS):
+        own = balance[first : first + BATCH_ROWS]
+        rows = np.arange(start + first, start + first + len(own))
+        yield geometry.vectors(table.take(rows, "text"), table.take(rows, "latent"), own)
 
 
 def _zeros(count: int, dim: int) -> Iterator[Float32[np.ndarray, "B S"]]:

@@ -13,7 +13,7 @@ from typing import Any
 from index.background import look_up
 from index.errors import TableError
 from index.table.commit import RECENT_COMMITS, append_rows, commit_fragments, publish, update_meta
-from index.table.ledger import LedgerEntry, add_entries, read_ledger, rebuild_ledger
+from index.table.ledger import Entries, LedgerEntry, add_entries, read_ledger, rebuild_ledger
 from index.table.lock import Lock
 from index.table.schema import REJECTS, TableMeta
 from index.table.storage import unwritable
@@ -23,15 +23,18 @@ from pipeline.encode.checkpoints import META, SampleCounts, ShardCheckpoint, not
 from pipeline.encode.graph import ShardFragments
 from pipeline.encode.job import EncodeJob
 
+RECORDS_AT_ONCE = 128
+"""Records of vectors that are held at a time: parsed, one takes several kilobytes."""
+
 
 @dataclass(slots=True)
 class RunOutcome:
     """What the checkpoints of a finished run promise."""
 
     counts: SampleCounts = field(default_factory=SampleCounts)
-    entries: list[LedgerEntry] = field(default_factory=list)
+    entries: Entries = field(default_factory=Entries)
     """Of the ledger, one per shard."""
-    files: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Data files without search vectors, by shard; shards without rows have none."""
     reject_fragments: list[dict[str, Any]] = field(default_factory=list)
     uncounted_shards: list[str] = field(default_factory=list)
@@ -40,18 +43,21 @@ class RunOutcome:
 
 def read_outcome(job: EncodeJob, *, is_published: bool = False) -> RunOutcome:
     """Add up the checkpoints of a run; raises TableError if a shard has none and the run is not published yet."""
-    outcome, shards = RunOutcome(), job.config.shards
+    outcome, counted = RunOutcome(), set[str]()
+    # Of a hundred thousand shards, so that names are not held twice.
+    shards = {shard: shard for shard in job.config.shards}
     options = job.sample_options  # it looks through the names of all shards
-    for checkpoint in job.checkpoints.load_all(shards, moments=False):
+    for checkpoint in job.checkpoints.load_all(job.config.shards, moments=False):
         checkpoint.check()
+        shard = shards[checkpoint.shard]
+        counted.add(shard)
         outcome.counts.add(checkpoint)
-        outcome.entries.append(_entry(checkpoint, job.run_id, options))
+        outcome.entries.add(_entry(checkpoint, job.run_id, options))
         outcome.reject_fragments += checkpoint.reject_fragments
         if checkpoint.fragments:
-            outcome.files[checkpoint.shard] = [file["path"] for each in checkpoint.fragments for file in each["files"]]
+            outcome.files[shard] = tuple(file["path"] for each in checkpoint.fragments for file in each["files"])
     if outcome.counts.shards != len(shards) and not is_published:
         raise not_finished(job.uri, outcome.counts.shards, len(shards))
-    counted = {entry.shard for entry in outcome.entries}
     outcome.uncounted_shards = [shard for shard in shards if shard not in counted]
     return outcome
 
@@ -81,6 +87,7 @@ def publish_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry]
                 append_rows(table, meta, fragments, run_id)
             else:
                 update_meta(table, meta)
+        del fragments, rejects  # of many shards they are large, and so is what comes
         return record_run(job, outcome, recorded)
     except OSError as error:
         raise unwritable(job.uri, error) from error
@@ -105,7 +112,10 @@ def record_run(job: EncodeJob, outcome: RunOutcome, recorded: list[LedgerEntry])
         )
     uncounted = _entries_from_rows(job, table, outcome.uncounted_shards)
     present = read_ledger(table)
-    add_entries(table, [*([] if present else recorded), *outcome.entries, *uncounted], present)
+    entries = outcome.entries
+    if uncounted or (recorded and not present):
+        entries = Entries([*([] if present else recorded), *outcome.entries, *uncounted])
+    add_entries(table, entries, present)
     return table
 
 
@@ -137,16 +147,19 @@ def _read_fragments(job: EncodeJob, outcome: RunOutcome) -> tuple[TableMeta, lis
     planned = job.checkpoints.read(META)
     if planned is None:
         raise unfinished
-    records, digest = ShardFragments(job), planned["layout"]
-    found = look_up(lambda shard: records.read_record(shard, digest) or [], sorted(outcome.files))
-    contents = [content for each in found for content in each]
-    files = set(job.runtime.storage.names(f"{job.uri}/data"))
-    written = {file["path"] for content in contents for file in content["files"]}
-    encoded = {path for paths in outcome.files.values() for path in paths}
-    rows = sum(content["physical_rows"] for content in contents)
-    if rows != outcome.counts.rows or not encoded <= written <= files:
+    records, digest, shards = ShardFragments(job), planned["layout"], sorted(outcome.files)
+    found = look_up(lambda shard: records.read_record(shard, digest) or [], shards, at_once=RECORDS_AT_ONCE)
+    files, fragments, rows = set(job.runtime.storage.names(f"{job.uri}/data")), list[Any](), 0
+    for shard, contents in zip(shards, found, strict=True):
+        written = {file["path"] for content in contents for file in content["files"]}
+        if not set(outcome.files[shard]) <= written <= files:
+            raise unfinished
+        rows += sum(content["physical_rows"] for content in contents)
+        fragments += map(fragment_from_dict, contents)
+    if rows != outcome.counts.rows:
         raise unfinished
-    return TableMeta.from_json(planned["meta"]), [fragment_from_dict(content) for content in contents]
+    outcome.files.clear()
+    return TableMeta.from_json(planned["meta"]), fragments
 
 
 def _commit_rejects(job: EncodeJob, rejects: list[Any]) -> None:
@@ -170,7 +183,7 @@ def _check_unchanged(job: EncodeJob) -> Table:
     return table
 
 
-def _tells_more(job: EncodeJob, entries: list[LedgerEntry]) -> bool:
+def _tells_more(job: EncodeJob, entries: Entries) -> bool:
     """Return whether the ledger does not say already what a run without rows and rejects has found."""
 
     def finding(entry: LedgerEntry) -> tuple[str, str, str, bool]:

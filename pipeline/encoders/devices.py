@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,25 @@ def worker_device(device: str, worker: int) -> str:
 
 
 def worker_number() -> int:
-    """Return which of Beam's worker processes this one is, counted from 0; 0 if Beam did not start it."""
+    """Return which of an engine's workers on its machine this process is, counted from 0; 0 if no engine started it."""
     found = re.search(r"\d+$", os.environ.get("WORKER_ID", ""))
-    return int(found[0]) if found else 0
+    return int(found[0]) if found else _number_on_dask()
+
+
+def _number_on_dask() -> int:
+    """Return which of the workers of its machine the Dask worker of this task is, in the order of their names."""
+    if "distributed" not in sys.modules:
+        return 0
+    from distributed import get_client, get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # not in a task
+        return 0
+    workers = get_client().scheduler_info(n_workers=-1)["workers"]
+    host = workers[worker.address]["host"]
+    names = [str(each["name"]) for each in workers.values() if each["host"] == host]
+    return sorted(names, key=lambda name: (len(name), name)).index(str(worker.name))
 
 
 def default_dtype(device: str) -> str:

@@ -18,7 +18,7 @@ from index.errors import RunError, TableError
 from index.ranges import COUNT, MACHINE_LIMIT, SEED, Range, check_ranges
 from index.table.schema import HELDOUT, TRAIN
 from index.table.storage import Storage, write_json, write_text
-from index.table.table import Table, open_table
+from index.table.table import READ_COLUMNS, Table, open_table
 from index.terminal import Progress
 from trainer.evaluation.calibration import measure_calibration
 from trainer.evaluation.evaluator import Evaluator
@@ -216,6 +216,7 @@ def _open_table(run: Path, storage: Storage) -> Table:
         table = open_table(config["uri"], version=config["version"], storage=storage)
     except TableError as error:
         raise RunError(f"the table of {run} cannot be opened: {error}") from error
+    table.hold_remote(READ_COLUMNS)
     for split, size in ((HELDOUT, "larger"), (TRAIN, "smaller")):
         if (rows := len(table.positions(split))) < MIN_ROWS:
             raise TableError(

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize
 from index.errors import RunError
 from index.table.schema import TRAIN
 from index.table.storage import is_local, write_json
-from index.table.table import Table, column_array, reports_of
+from index.table.table import Table, reports_of
 from index.terminal import Progress
 from trainer.evaluation.metrics import frechet, kernel_mmd
 from trainer.evaluation.samples import DECODE_BATCH, Decode
@@ -205,9 +205,9 @@ def class_labels(table: Table, *, max_classes: int = MAX_CLASSES) -> list[str] |
     """Return the sorted captions of training rows, if they are few and have ten rows each on average; else None."""
     labels: set[str] = set()
     rows = 0
-    for batch in table.dataset().to_batches(columns=["caption"], filter=f"split = '{TRAIN}'", batch_size=8192):
-        labels.update(column_array(batch["caption"]).tolist())
-        rows += len(batch)
+    for captions in table.pieces("caption", TRAIN, 8192):
+        labels.update(captions.tolist())
+        rows += len(captions)
         if len(labels) > max_classes:
             return None
     return sorted(labels) if 1 < len(labels) <= rows / 10 else None

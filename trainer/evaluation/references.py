@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int
 
 from index.errors import CoalescerError
 from index.search.exact import ExactSearch
+from index.table.rows import RowReader
 from index.table.schema import TRAIN
 from index.table.table import Table
 from pipeline.encoders.image import DiffusersAutoencoder
@@ -69,7 +70,8 @@ def retrieve_pairs(table: Table, prompts: Prompts, device: str = "cpu") -> Float
         stored = found | {"row_ids": np.concatenate(ids).tolist()}
         with suppress(CoalescerError):  # a table that may only be read is searched again next time
             table.write_report(RETRIEVED, stored)
-    return table.meta.geometry.to_coordinates(table.take_row_ids(np.array(stored["row_ids"]), "latent"))
+    (latent,) = RowReader(table).take(np.array(stored["row_ids"]), ["latent"])
+    return table.meta.geometry.to_coordinates(latent)
 
 
 def measure_references(
