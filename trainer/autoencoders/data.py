@@ -47,7 +47,7 @@ class Position:
     valid: int = 0
     """Valid samples of the epoch before it."""
     distinct: int = 0
-    """Training samples of the first epoch before it."""
+    """Training samples of the first epoch before it; in later epochs all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +160,17 @@ class Batches(Generic[T]):
         self._window, self._start = self.first, 0
 
     def position(self, step: int) -> dict[str, int]:
-        """Return where the batch of a step is: its window, or the next one if it is behind the last of a window."""
-        start = self._start + self._steps_of(self._window)
-        if step >= start:
-            return {"step": start, **asdict(self._window.end)}
-        return {"step": self._start, **asdict(self._window.begin)}
-
-    @property
-    def distinct(self) -> int:
-        """Return the number of training samples in all windows so far."""
-        return self._window.end.distinct
+        """Return where the batch of a step is: in the present window or in the next one."""
+        start, place = self._start, self._window.begin
+        if step >= start + self._steps_of(self._window):
+            start, place = start + self._steps_of(self._window), self._window.end
+        return {"step": start, "seen": self._window.end.distinct, **asdict(place)}
 
     def read(self, step: int, position: dict[str, int]) -> Iterator[tuple[int, list[T]]]:
         """Yield (step, batch) from a step on, whose window begins at what `position` returned for it."""
-        begin = dict(position)
-        start = begin.pop("step", 0)
-        with closing(prefetch(self._windows(start, Position(**begin)), 1)) as windows:
+        start = position.get("step", 0)
+        begin = Position(**{name: value for name, value in position.items() if name not in ("step", "seen")})
+        with closing(prefetch(self._windows(start, begin), 1)) as windows:
             while True:
                 waited = time.monotonic()
                 self._start, self._window = next(windows, (self.steps, self._window))

@@ -109,7 +109,7 @@ class ImageAutoencoderLoop(AutoencoderLoop[Pixels]):
         config = self.optimizer.averaged_model.config
         return {
             "heldout_images": len(self.samples.first.heldout[:MEASURED]),
-            "train_images": self.samples.distinct,
+            "train_images": self.record.position["seen"],
             "latent_shape": [config.latent_channels, self.config.latent_size, self.config.latent_size],
             "latents_mean": config.latents_mean,
             "latents_std": config.latents_std,

@@ -122,7 +122,7 @@ class TextAutoencoderLoop(AutoencoderLoop[str]):
         """Return numbers of captions, and what their embeddings are like."""
         return {
             "heldout_captions": len(self.samples.first.heldout[:MEASURED]),
-            "train_captions": self.samples.distinct,
+            "train_captions": self.record.position["seen"],
             "text_dim": self.optimizer.averaged_model.encoder.config.hidden_size,
             "vocab_size": len(self.tokenizer),
         }
