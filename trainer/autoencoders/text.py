@@ -139,6 +139,9 @@ class TextAutoencoderLoop(AutoencoderLoop[str]):
     def save(self, folder: Path) -> None:
         """Write the encoder as a transformers folder with its tokenizer."""
         quiet_libraries()
+        # These are of the last call, which is another one in a run that was only finished.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         self.optimizer.averaged_model.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
