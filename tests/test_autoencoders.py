@@ -1,5 +1,6 @@
 """Autoencoders learn a little in a few steps, from sources of any size, and are saved as ordinary encoders."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from killed_runs import KILL_9, Killed, KillSwitch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import trainer.autoencoders.run as run_module
 import trainer.autoencoders.text as text_module
 import trainer.loop as loop_module
 from index.errors import OptionError, RunError, SourceError
@@ -32,8 +35,9 @@ from trainer.autoencoders.image import (
     latent_statistics,
     psnr,
 )
+from trainer.autoencoders.run import check_is_new
 from trainer.autoencoders.text import TextAutoencoderConfig, caption_samples, fit_text_autoencoder, train_tokenizer
-from trainer.autoencoders.train import TrainRuntime, check_is_new
+from trainer.autoencoders.train import TrainRuntime
 
 CPU = TrainRuntime(device="cpu")
 EVERY_STEP = TrainRuntime(device="cpu", checkpoint_seconds=0.0, keep_checkpoints=100)
@@ -354,7 +358,7 @@ def test_a_run_can_be_finished_whichever_write_it_was_killed_at(shapes, tmp_path
     """Every seventh of the writes of a run of two steps, and all that move the model into its folder."""
     switch, config = KillSwitch(), small("text", steps=2, limit=40)
     fit("text", shapes, tmp_path / "whole", config)
-    switch.watch(f"{tmp_path}/")
+    switch.watch(f"{tmp_path}/counted/")
     fit("text", shapes, tmp_path / "counted", config)
     writes = list(switch.writes)
     switch.rest()
@@ -419,6 +423,17 @@ def test_what_is_there_already_is_refused_with_what_to_type(shapes, image_encode
         fit("image", shapes, tmp_path / "run", resume=True)
     with pytest.raises(RunError, match=r"is not an autoencoder in training .* image\|text SOURCE --out"):
         fit("image", shapes, tmp_path / "nothing", resume=True)
+
+
+def test_several_processes_are_refused(shapes, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def open_two(*arguments, **options):
+        yield SimpleNamespace(num_processes=2)
+
+    monkeypatch.setattr(run_module, "open_accelerator", open_two)
+    with pytest.raises(OptionError, match="trains in one process: start it without `accelerate launch`"):
+        fit("text", shapes, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_convenience_ends_a_run(shapes, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run that is killed at any moment is finished by `--resume`, and no convenience can end one."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess

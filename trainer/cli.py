@@ -122,16 +122,10 @@ def fit_autoencoder(
     from index.errors import OptionError
     from index.table.storage import Storage
     from trainer.autoencoders.image import ImageAutoencoderLoop
+    from trainer.autoencoders.run import PAGE, names_of, read_settings, resumed_config
+    from trainer.autoencoders.run import fit_autoencoder as run_fit
     from trainer.autoencoders.text import TextAutoencoderLoop
-    from trainer.autoencoders.train import (
-        PAGE,
-        TRAINING,
-        TrainRuntime,
-        names_of,
-        read_settings,
-        resumed_config,
-    )
-    from trainer.autoencoders.train import fit_autoencoder as run_fit
+    from trainer.autoencoders.train import TRAINING, AutoencoderLoop, TrainRuntime
 
     typed = _typed(ctx)
     if resume and source:

@@ -22,7 +22,8 @@ from index.ranges import COUNT, NOT_NEGATIVE, PIXELS, POSITIVE
 from index.report.html import image_tag
 from pipeline.sources.sample import ReadOptions
 from trainer.autoencoders.data import Pixels, Samples, decode_pixels, window_of
-from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime, fit_autoencoder
+from trainer.autoencoders.run import fit_autoencoder
+from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.grid import draw_grid
 from trainer.objectives.base import Loss
 from trainer.tracking import RunLog

@@ -22,7 +22,8 @@ from pipeline.encoders.families import mean_pool
 from pipeline.encoders.files import quiet_libraries
 from pipeline.sources.sample import ReadOptions
 from trainer.autoencoders.data import CAPTION_BYTES, Samples, decode_text, window_of
-from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime, fit_autoencoder
+from trainer.autoencoders.run import fit_autoencoder
+from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.objectives.base import Loss
 from trainer.tracking import RunLog
 
