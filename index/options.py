@@ -17,13 +17,12 @@ from index.errors import OptionError
 from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, PIXELS, POSITIVE, SEED, TOTAL, ranges_of
 
 TableArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Table, DB/NAME.lance or an object-store URI.")]
-SourceArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SOURCE...",
-        help="Tar or parquet shards, image folders, saved datasets or hf:NAME; globs, braces and fsspec URIs.",
-    ),
-]
+_source = typer.Argument(
+    metavar="SOURCE...",
+    help="Tar or parquet shards, image folders, saved datasets or hf:NAME; globs, braces and fsspec URIs.",
+)
+SourceArgument = Annotated[list[str], _source]
+OptionalSourceArgument = Annotated[list[str] | None, _source]
 SeedOption = Annotated[int, SEED, typer.Option(help="Random seed; the same seed gives the same result.")]
 DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Torch device: auto, cpu, cuda, cuda:1, mps, ...")]
 StorageOption = Annotated[

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError
+from index.table.schema import EncoderRef
 from index.table.table import open_table
 from pipeline.encoders.autoencoder_classes import AUTOENCODERS, REFUSED
 from pipeline.encoders.files import locate
 from pipeline.encoders.image import DiffusersAutoencoder
+from pipeline.encoders.stored import open_image_encoder
 from trainer.config import FitConfig
 from trainer.fit import fit
 from trainer.sampler import CoalescerPipeline
@@ -132,6 +134,8 @@ CONFIGS = {
             "num_layers": 1,
             "spatial_compression_ratio": 4,
             "temporal_compression_ratio": 4,
+            "latents_mean": None,
+            "latents_std": None,
         },
     ),
     "AutoencoderKLHunyuanImageRefiner": (
@@ -290,6 +294,74 @@ def test_latents_and_images_are_those_of_diffusers(tmp_path, class_name):
     assert decoded.shape == PIXELS.shape
     assert np.abs(decoded - np.stack(images)).max() < 0.51  # rounding to bytes
     assert np.abs(decoded - np.stack([encoder.decode(latent[i : i + 1])[0] for i in range(3)]).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLMochi"])
+def test_latents_are_normalized_by_the_mean_and_deviation_in_the_config(tmp_path, class_name):
+    mean, std = [1.0, -2.0, 0.5, 3.0], [2.0, 0.5, 4.0, 1.0]
+    model = make_model(class_name, latents_mean=mean, latents_std=std)
+    model.save_pretrained(tmp_path)
+    encoder = DiffusersAutoencoder(str(tmp_path))
+    assert (encoder.ref.latents_mean, encoder.ref.latents_std) == (tuple(mean), tuple(std))
+    with torch.no_grad():
+        latent = diffusers_latent(model, PIXELS[0])
+        image = diffusers_image(model, latent)
+    by_channel = [np.array(each, np.float32)[:, None, None] for each in (mean, std)]
+    expected = (latent.numpy().reshape(4, *latent.shape[-2:]) - by_channel[0]) / by_channel[1]
+    assert np.allclose(encoder.encode(PIXELS[:1])[0], expected, atol=1e-5, rtol=1e-5)
+    assert np.abs(encoder.decode(encoder.encode(PIXELS[:1]))[0] - image).max() < 0.51
+    encoder = encoder.normalizing_as(EncoderRef(name="", class_name=class_name, digest=""))  # of a table from before
+    assert np.allclose(encoder.encode(PIXELS[:1])[0].ravel(), latent.numpy().ravel(), atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_of_several_frames_are_those_of_the_first(tmp_path):
+    """As Cosmos has them: (channel, frame), flattened."""
+    statistics = {"latents_mean": [float(i) for i in range(8)], "latents_std": [1.0, 9.0] * 4}
+    model = make_model("AutoencoderKLCosmos", **statistics)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        latent = diffusers_latent(model, PIXELS[0]).numpy()[0, :, 0]
+    expected = latent - np.array([0, 2, 4, 6], np.float32)[:, None, None]
+    assert np.allclose(DiffusersAutoencoder(str(tmp_path)).encode(PIXELS[:1])[0], expected, atol=1e-5)
+
+
+def test_a_class_that_normalizes_by_itself_is_left_alone(tmp_path):
+    model = make_model("AutoencoderRAE", latents_mean=[[[2.0]]], latents_std=[[[3.0]]])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        latent = diffusers_latent(model, PIXELS[0]).numpy()
+    assert np.allclose(DiffusersAutoencoder(str(tmp_path)).encode(PIXELS[:1]), latent, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_table_keeps_its_way_of_normalizing(tmp_path, shapes, encode_shapes):
+    """Whatever its encoder's config says later: rows are appended, and decoded, as those before them."""
+    folder, shards = tmp_path / "autoencoder", sorted(shapes.glob("*.tar"))
+    make_model("AutoencoderKL").save_pretrained(folder)
+    options: dict = {"image_encoder": str(folder), "image_size": 16}
+    whole = encode_shapes([shards[0], shards[1]], tmp_path / "whole.lance", **options).table
+    table = encode_shapes(shards[0], tmp_path / "t.lance", **options).table
+    config = json.loads((folder / "config.json").read_text())
+    statistics = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [0.5] * 4}
+    shutil.copytree(folder, tmp_path / "later")
+    (tmp_path / "later" / "config.json").write_text(json.dumps(config | statistics))
+    options["image_encoder"] = str(tmp_path / "later")
+    appended = encode_shapes(shards[1], tmp_path / "t.lance", append=True, **options).table
+    normalized = encode_shapes([shards[0], shards[1]], tmp_path / "normalized.lance", **options).table
+
+    def latents(table):
+        rows = table.dataset().to_table(["id", "latent"]).sort_by("id")["latent"].to_pylist()
+        return np.array(rows, np.float32).reshape(-1, *table.meta.latent_shape)
+
+    assert np.array_equal(latents(appended), latents(whole))
+    mean = np.array(statistics["latents_mean"], np.float32)[:, None, None]
+    assert np.allclose(latents(normalized) * 0.5 + mean, latents(whole), atol=1e-2)
+    decoded = [
+        open_image_encoder(each.meta.image_encoder).decode(latents(each)[:4]).astype(int)
+        for each in (appended, normalized)
+    ]
+    assert np.abs(decoded[0] - decoded[1]).max() <= 4  # latents are stored in float16
+    assert appended.meta.image_encoder.latents_std == table.meta.image_encoder.latents_std == ()
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed_runs import killed
+from killed_runs import KILL_9, Killed, KillSwitch, killed
 from safetensors.torch import load_file
 
 import trainer.fit as fit_module
@@ -31,41 +31,6 @@ EVERY_STEP = RuntimeConfig(device="cpu", checkpoint_seconds=0.0, keep_checkpoint
 WEIGHTS = "network/diffusion_pytorch_model.safetensors"
 CAPTIONS = ["a small red circle above a large blue square"]
 TIMED = ("seconds", "images_per_second", "waiting_fraction")
-WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-"""Audit events of a process that writes to a folder."""
-
-
-class Killed(BaseException):
-    """Ends a run as a kill does: nothing that handles errors handles it."""
-
-
-class KillSwitch:
-    """Counts the writes below some folders, and kills the run at one of them."""
-
-    def __init__(self) -> None:
-        self.folders, self.at, self.writes = (), None, []
-        sys.addaudithook(self.on_event)  # it cannot be removed: without folders it does nothing
-
-    def on_event(self, event, arguments) -> None:
-        if not self.folders or event not in WRITES:
-            return
-        name = str(arguments[0])
-        if not name.startswith(self.folders) or (event == "open" and not writes(arguments)):
-            return
-        self.writes.append(f"{event} {name}")
-        if len(self.writes) - 1 == self.at:
-            raise Killed(self.writes[-1])
-
-    def watch(self, *folders: str, at: int | None = None) -> None:
-        self.folders, self.at, self.writes = folders, at, []
-
-    def rest(self) -> None:
-        self.folders = ()
-
-
-def writes(arguments) -> bool:
-    _, mode, flags = arguments
-    return bool(flags & (os.O_WRONLY | os.O_RDWR)) or any(letter in (mode or "") for letter in "wax+")
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +106,6 @@ def test_a_new_run_can_be_begun_again_whichever_write_of_its_beginning_it_was_ki
         begun = (tmp_path / "run" / "config.json").exists()
         fit(indexed, config, tmp_path / "run", runtime=EVERY_STEP, resume=begun)
         assert_same_run(tmp_path / "one", tmp_path / "run")
-
-
-KILL_9 = """
-import os, signal, sys
-place = sys.argv.pop()
-def kill(event, arguments):
-    if event == "os.rename" and str(arguments[0]).endswith(place):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(kill)
-from trainer.cli import main
-main()
-"""
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ ORDER = {
     ],
     "trainer": [
         *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "targets", "resume"),
-        *("grid", "sampler", "tracking", "process", "training_loop", "autoencoders", "fit"),
+        *("grid", "sampler", "tracking", "process", "loop", "training_loop", "autoencoders", "fit"),
         *("evaluation", "demo", "cli"),
     ],
 }

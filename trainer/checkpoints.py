@@ -43,6 +43,8 @@ class TrainingRecord:
     """As logged last."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Conveniences that failed, with the reason."""
+    position: dict[str, int] = field(default_factory=dict)
+    """Where the next batch is read, if its step does not tell."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -51,7 +53,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, network: nn.Module, optimizer: Optimizer, record: TrainingRecord, *, keep: int
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    optimizer: Optimizer,
+    record: TrainingRecord,
+    *,
+    keep: int,
+    resume_command: str,
 ) -> None:
     """Write the state before step `step`, then delete all but the last `keep` checkpoints up to it.
 
@@ -64,7 +73,7 @@ def save_checkpoint(
         shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
         raise RunError(
             f"{final} cannot be written ({one_line(error)}): free space or allow writing there, then type "
-            f"`trainer fit --resume --out {folder}`"
+            f"`{resume_command}`"
         ) from error
     # Later ones than this are damaged: training has resumed from before them.
     complete = checkpoints(folder)
@@ -95,7 +104,7 @@ def _write(final: Path, step: int, network: nn.Module, optimizer: Optimizer, rec
     flush_entry(final.parent.parent)
 
 
-def load_checkpoint(folder: Path, network: Network, optimizer: Optimizer) -> tuple[int, TrainingRecord]:
+def load_checkpoint(folder: Path, network: nn.Module, optimizer: Optimizer) -> tuple[int, TrainingRecord]:
     """Restore the last checkpoint that can be read; return the step to resume from, and the record of training so far.
 
     A damaged one is passed over with a warning. Without any checkpoint, training begins at step 0.

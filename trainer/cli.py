@@ -19,8 +19,8 @@ from index.options import (
     JsonOption,
     LimitOption,
     NeighborsOption,
+    OptionalSourceArgument,
     SeedOption,
-    SourceArgument,
     StorageOption,
     TemperatureOption,
     TextEncoderOption,
@@ -46,6 +46,11 @@ Condition = Literal["retrieved", "query"]
 Dtype = Literal["float32", "bfloat16"]
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote, or hub id.")]
+CheckpointSecondsOption = Annotated[
+    float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
+]
+KeepCheckpointsOption = Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run; of the options only --out is needed.")]
 StepsOption = Annotated[
     Any, COUNT, typer.Option(metavar="N,N,...", parser=parse_integers, help="Numbers of sampling steps to measure.")
 ]
@@ -70,9 +75,12 @@ def main() -> None:
 
 @app.command("fit-autoencoder", cls=Command)
 def fit_autoencoder(
-    kind: Annotated[Autoencoder, typer.Argument(metavar="image|text", help="Which autoencoder to train.")],
-    source: SourceArgument,
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the autoencoder.")],
+    kind: Annotated[
+        Autoencoder | None, typer.Argument(metavar="image|text", help="Which autoencoder to train.")
+    ] = None,
+    source: OptionalSourceArgument = None,
     size: Annotated[Size, typer.Option(help="Model size.")] = "tiny",
     steps: Annotated[
         int | None,
@@ -82,12 +90,23 @@ def fit_autoencoder(
     batch_size: Annotated[
         int | None, COUNT, typer.Option(metavar="N", help="Samples per step.", show_default="16 for image, 64 for text")
     ] = None,
+    learning_rate: Annotated[
+        float | None, POSITIVE, typer.Option(help="Peak learning rate.", show_default="0.005 for image, 0.002 for text")
+    ] = None,
     image_size: ImageSizeOption = 32,
     latent_size: Annotated[int, COUNT, typer.Option(help="Image: side of the latent grid.")] = 4,
     latent_channels: Annotated[int, COUNT, typer.Option(help="Image: channels of the latent.")] = 2,
     val_fraction: ValFractionOption = 0.05,
     limit: LimitOption = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Data type that the model computes in; weights stay float32. auto: bfloat16 on CUDA."),
+    ] = "auto",
+    checkpoint_seconds: CheckpointSecondsOption = 120.0,
+    keep_checkpoints: KeepCheckpointsOption = 2,
+    resume: ResumeOption = False,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
     storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,25 +115,35 @@ def fit_autoencoder(
     Examples:
       trainer fit-autoencoder image data/shapes --out models/image --image-size 32
       trainer fit-autoencoder text data/shapes --out models/text
+      trainer fit-autoencoder --resume --out models/image
     """
-    print_status(f"trainer fit-autoencoder: opening {', '.join(source)}")
+    print_status(f"trainer fit-autoencoder: opening {', '.join(source or [str(out)])}")
     check_folder(out)
-    from index.table.storage import Storage, write_json
-    from trainer.autoencoders.image import ImageAutoencoderConfig, fit_image_autoencoder
-    from trainer.autoencoders.text import TextAutoencoderConfig, fit_text_autoencoder
+    from index.errors import OptionError
+    from index.table.storage import Storage
+    from trainer.autoencoders.image import ImageAutoencoderLoop
+    from trainer.autoencoders.run import PAGE, names_of, read_settings, resumed_config
+    from trainer.autoencoders.run import fit_autoencoder as run_fit
+    from trainer.autoencoders.text import TextAutoencoderLoop
+    from trainer.autoencoders.train import TRAINING, AutoencoderLoop, TrainRuntime
 
-    optional = {"steps": steps, "batch_size": batch_size, "limit": limit}
-    shared: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
-    shared |= {"size": size, "val_fraction": val_fraction, "seed": seed, "storage": Storage.of(storage_option or ())}
-    if kind == "image":
-        config = ImageAutoencoderConfig(
-            image_size=image_size, latent_size=latent_size, latent_channels=latent_channels, **shared
-        )
-        report = fit_image_autoencoder(source, config, out)
-    else:
-        report = fit_text_autoencoder(source, TextAutoencoderConfig(**shared), out)
-    write_json(out / "report.json", report)
+    typed = _typed(ctx)
+    if resume and source:
+        raise OptionError(f"--resume goes on with what {out} was trained on: leave out {', '.join(source)}")
+    if not resume and (kind is None or not source):
+        raise OptionError("type image or text and a SOURCE, or add --resume to go on with the training in --out")
+    settings = read_settings(out) if resume else {"kind": kind, "runtime": {}}
+    loops: dict[str, type[AutoencoderLoop[Any]]] = {"image": ImageAutoencoderLoop, "text": TextAutoencoderLoop}
+    loop_class = loops[kind or settings["kind"]]
+    options = {name: value for name, value in (typed if resume else ctx.params).items() if value is not None}
+    fitted = {name: value for name, value in options.items() if name in names_of(loop_class.config_class)}
+    config = resumed_config(loop_class, out, fitted) if resume else loop_class.config_class(**fitted)
+    computed = settings["runtime"] | {name: options[name] for name in names_of(TrainRuntime) if name in options}
+    runtime = TrainRuntime(**computed, storage=Storage.of(storage_option or ()))
+    report = run_fit(loop_class, source or [], config, out, resume=resume, runtime=runtime)
     _print_result(str(out), report, as_json)
+    if not as_json:
+        print(f"\npage: {out / TRAINING / PAGE}")
 
 
 @app.command(cls=Command)
@@ -192,13 +221,9 @@ def fit(
         int, COUNT, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    checkpoint_seconds: Annotated[
-        float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
-    ] = 120.0,
-    keep_checkpoints: Annotated[int, COUNT, typer.Option(metavar="N", help="Number of checkpoints to keep.")] = 2,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run; of the options only --out is needed.")
-    ] = False,
+    checkpoint_seconds: CheckpointSecondsOption = 120.0,
+    keep_checkpoints: KeepCheckpointsOption = 2,
+    resume: ResumeOption = False,
     image_encoder: ImageEncoderOption = None,
     text_encoder: TextEncoderOption = None,
     device: DeviceOption = "auto",

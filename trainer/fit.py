@@ -113,7 +113,7 @@ def _train(trainer: Trainer) -> None:
     preview = trainer.open_preview()
     with trainer.open_log() as log:
         if not trainer.is_trained:
-            trainer.train(log, preview)
+            trainer.train(log, lambda log: log.log_image("samples", preview.grid()))
         if trainer.accelerator.is_main_process:
             _export(trainer, log, preview)
 

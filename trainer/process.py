@@ -23,8 +23,8 @@ MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 
 
 @contextlib.contextmanager
-def open_accelerator(device: str, dtype: str, folder: Path) -> Iterator["Accelerator"]:
-    """Make an Accelerator of its own for a block; on a CPU, choose the number of threads.
+def open_accelerator(device: str, dtype: str, folder: Path, *, searches: bool = True) -> Iterator["Accelerator"]:
+    """Make an Accelerator of its own for a block; on a CPU, leave half of the threads to `searches` ahead.
 
     Raises OptionError if the device does not exist, or the launcher asks for another precision than `dtype`.
     """
@@ -43,8 +43,7 @@ def open_accelerator(device: str, dtype: str, folder: Path) -> Iterator["Acceler
         accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[dtype], cpu=device == "cpu", log_with=TRACKER, project_dir=folder
         )
-        if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            # The other half of the cores is left to the searches ahead.
+        if searches and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, _num_cores() // 2))
         yield accelerator
     finally:

@@ -122,6 +122,11 @@ class RunLog:
         with self._conveniences.attempt("log.jsonl"), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def log_now(self, **metrics: float | str) -> None:
+        """Pass metrics or texts to the trackers alone, at what is done so far."""
+        with self._conveniences.attempt(TRACKER):
+            self._accelerator.log(metrics, step=self._progress.done)
+
     def log_image(self, name: str, image: "Image") -> None:
         """Pass an image to the trackers."""
         with self._conveniences.attempt(TRACKER):

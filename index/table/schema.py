@@ -50,6 +50,10 @@ class EncoderRef:
     """How a text encoder's vector is made, such as mean; empty for image encoders."""
     prompt: str = ""
     """Text that a text encoder is given before each caption."""
+    latents_mean: tuple[float, ...] = ()
+    """What is subtracted from each channel of an image encoder's latents; empty: latents are stored unchanged."""
+    latents_std: tuple[float, ...] = ()
+    """What each channel is then divided by."""
     unknown: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Fields of other versions of the software, kept unchanged."""
 
@@ -174,7 +178,7 @@ def encoded_schema(text_dim: int, latent_dim: int, *, keep_images: bool, image_h
         pa.field("meta", pa.string()),  # the sample's JSON sidecar, unchanged
         *([pa.field("image", pa.binary())] if keep_images else []),  # the original bytes
         pa.field("text", pa.list_(pa.float16(), text_dim)),  # text embedding
-        pa.field("latent", pa.list_(pa.float16(), latent_dim)),  # as the autoencoder gives it
+        pa.field("latent", pa.list_(pa.float16(), latent_dim)),  # of the autoencoder, normalized if it says how
     ]
     return pa.schema(fields)
 

@@ -82,8 +82,12 @@ class EncodeJob:
 
     @property
     def image_ref(self) -> EncoderRef:
-        """The image encoder."""
-        return self.encoders.image_ref
+        """The image encoder, with latents normalized as those of the table that rows are appended to."""
+        ref = self.encoders.image_ref
+        if self.base is None:
+            return ref
+        stored = self.base.image_encoder
+        return replace(ref, latents_mean=stored.latents_mean, latents_std=stored.latents_std)
 
     @property
     def text_ref(self) -> EncoderRef:
@@ -119,7 +123,7 @@ class EncodeJob:
     @property
     def settings(self) -> dict[str, Any]:
         """All options by name, and what both encoders are known by, JSON-ready."""
-        encoders = {
+        encoders: dict[str, Any] = {
             "image_encoder": self.image_ref.name,
             "text_encoder": self.text_ref.name,
             "image_digest": self.image_ref.digest,
@@ -128,6 +132,9 @@ class EncodeJob:
             "text_pooling": self.text_ref.pooling,
             "text_prompt": self.text_ref.prompt,
         }
+        statistics = [list(self.encoders.image_ref.latents_mean), list(self.encoders.image_ref.latents_std)]
+        if any(statistics):
+            encoders["latents"] = statistics
         return {**self.config.settings, **encoders}
 
     @property
@@ -169,7 +176,7 @@ class EncodeJob:
             check_encoder(self.text_ref, text_encoder.ref, "text")
         except (EncoderError, OptionError) as error:
             raise type(error)(f"worker on {socket.gethostname()}: {error}") from error
-        return image_encoder, text_encoder
+        return image_encoder.normalizing_as(self.image_ref), text_encoder
 
     def chosen_dtype(self) -> str | None:
         """Return the data type that the first worker of the run has chosen; None if none has, or had to."""

@@ -16,6 +16,7 @@ NOT_TYPED = {
     "image_digest": "weights of --image-encoder",
     "text_digest": "weights of --text-encoder",
     "tokenizer_digest": "tokenizer of --text-encoder",
+    "latents": "latents_mean and latents_std of --image-encoder",
 }
 """How settings that are no options of their own are called in an error message."""
 SHOWN_CHARACTERS = 40

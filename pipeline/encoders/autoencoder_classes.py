@@ -71,6 +71,8 @@ class AutoencoderClass(NamedTuple):
     """The only size of images that is given back; None: every multiple of the factor."""
     decode_arguments: Callable[[Model, "torch.Tensor"], dict[str, Any]] = _no_arguments
     """What `decode` needs beside the latent."""
+    normalizes: bool = False
+    """Whether it applies the `latents_mean` and `latents_std` of its config itself."""
 
 
 _BLOCKS = _halvings("block_out_channels")
@@ -87,7 +89,10 @@ AUTOENCODERS = {
     "AutoencoderKLKVAE": AutoencoderClass(_halvings("ch_mult")),
     "AutoencoderKLTemporalDecoder": AutoencoderClass(_BLOCKS, decode_arguments=lambda model, latent: {"num_frames": 1}),
     "AutoencoderRAE": AutoencoderClass(
-        lambda model: int(model.decoder_patch_size), low=0.0, image_size=lambda model: int(model.decoder_image_size)
+        lambda model: int(model.decoder_patch_size),
+        low=0.0,
+        image_size=lambda model: int(model.decoder_image_size),
+        normalizes=True,
     ),
     "ConsistencyDecoderVAE": AutoencoderClass(_ENCODER_BLOCKS, alone=True),
     "AutoencoderKLCogVideoX": AutoencoderClass(_BLOCKS, time_axis=True),

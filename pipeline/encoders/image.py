@@ -1,9 +1,11 @@
 """Diffusers autoencoders as image encoders."""
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,10 @@ TRIAL_PIXELS = 256
 
 
 class DiffusersAutoencoder:
-    """An autoencoder of AUTOENCODERS. Latents are unscaled; of a distribution they are its mode."""
+    """An autoencoder of AUTOENCODERS. Latents are normalized by channel if its config has their mean and deviation.
+
+    Otherwise they are unscaled; of a distribution they are its mode.
+    """
 
     def __init__(self, name: str, device: str = "cpu", dtype: str = "float32", *, revision: str | None = None) -> None:
         """Load a folder or hub id (`ORG/NAME`, `ORG/NAME/SUBFOLDER`, `...@REVISION`), to compute in `dtype`.
@@ -36,6 +41,15 @@ class DiffusersAutoencoder:
         self.model, self.ref, self._files = load_autoencoder(name, revision)
         self.kind = AUTOENCODERS[self.ref.class_name]
         self.device, self.dtype = device, prepare(self.model, device, "float32" if self.kind.float32 else dtype)
+        mean, std = (self.model.config.get(key) for key in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None and not self.kind.normalizes:
+            self.ref = replace(self.ref, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
+
+    def normalizing_as(self, ref: EncoderRef) -> "DiffusersAutoencoder":
+        """Return it with latents as a table has them, which may be older than its config, or not normalized at all."""
+        other = copy.copy(self)
+        other.ref = replace(self.ref, latents_mean=ref.latents_mean, latents_std=ref.latents_std)
+        return other
 
     @property
     def factor(self) -> int:
@@ -84,7 +98,7 @@ class DiffusersAutoencoder:
             )
 
     def encode(self, pixels: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B C h w"]:
-        """Return latents without the scaling factor; a batch that exceeds the device's memory is split."""
+        """Return latents, without the scaling factor; a batch that exceeds the device's memory is split."""
         import torch
 
         batch = torch.from_numpy(pixels)
@@ -118,17 +132,32 @@ class DiffusersAutoencoder:
         if self.kind.time_axis:
             x = x[:, :, None].repeat(1, 1, self.kind.frames(self.model), 1, 1)
         latent = latent_of(self.model.encode(x.to(self.dtype)))
-        return (latent[:, :, 0] if self.kind.time_axis else latent).float().cpu()
+        latent = (latent[:, :, 0] if self.kind.time_axis else latent).float()
+        if self.ref.latents_std:
+            mean, std = self._statistics(latent)
+            latent = (latent - mean) / std
+        return latent.cpu()
 
     def _decode(self, latent: "torch.Tensor") -> "torch.Tensor":
         """Return what the model makes of latents (B, C, h, w): float32 images (B, 3, H, W) in its own range."""
-        x = latent.to(self.device, self.dtype)
+        x = latent.to(self.device)
+        if self.ref.latents_std:
+            mean, std = self._statistics(x)
+            x = x * std + mean
+        x = x.to(self.dtype)
         x = x[:, :, None] if self.kind.time_axis else x
         with _fixed_seed(self.device) if self.kind.alone else contextlib.nullcontext():
             decoded = self.model.decode(x, **self.kind.decode_arguments(self.model, x))
         images = getattr(decoded, "sample", decoded)
         rgb: torch.Tensor = (images[:, :, 0] if self.kind.time_axis else images)[:, :3].float()
         return rgb
+
+    def _statistics(self, latent: "torch.Tensor") -> "torch.Tensor":
+        """Return mean and standard deviation of each channel, (2, C, 1, 1); of videos those of the first frame."""
+        import torch
+
+        values = torch.tensor([self.ref.latents_mean, self.ref.latents_std], device=latent.device)
+        return values.view(2, latent.shape[1], -1)[:, :, :1, None]
 
     def save(self, folder: Path) -> None:
         """Write a diffusers folder: the very files that the weights were read from."""

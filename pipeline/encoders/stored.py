@@ -27,7 +27,7 @@ def open_image_encoder(
     with _naming_option(ref, given, "image"):
         encoder = DiffusersAutoencoder(given or ref.name, device, dtype, revision=None if given else ref.revision)
     check_encoder(ref, encoder.ref, "image")
-    return encoder
+    return encoder.normalizing_as(ref)
 
 
 def open_text_encoder(

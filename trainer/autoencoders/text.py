@@ -6,28 +6,34 @@ added, because search compares directions: noise pushes captions of different to
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, TOTAL, Range
+from index.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range
+from index.report.html import table
 from pipeline.encoders.families import mean_pool
 from pipeline.encoders.files import quiet_libraries
-from trainer.autoencoders.data import load_captions
-from trainer.autoencoders.train import TrainConfig, train
+from pipeline.sources.sample import ReadOptions
+from trainer.autoencoders.data import CAPTION_BYTES, Samples, decode_text, window_of
+from trainer.autoencoders.run import fit_autoencoder
+from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.objectives.base import Loss
+from trainer.tracking import RunLog
 
 SHAPES = {"tiny": (64, 2), "small": (128, 3), "base": (256, 4), "large": (512, 6)}
 """Hidden size and number of layers of the encoder."""
 NUM_HEADS = 4
 DECODER_LAYERS = 2
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SHOWN, MEASURED_AT_ONCE = 16, 256
+"""Held-out captions that are shown with what is decoded of them, and captions that are decoded at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,6 @@ class TextAutoencoderConfig(TrainConfig):
     learning_rate: Annotated[float, POSITIVE] = 2e-3
     noise: Annotated[float, NOT_NEGATIVE] = 0.5
     """Norm of the noise on the unit vector that the decoder reads."""
-    limit: Annotated[int, TOTAL] = 1_000_000
 
 
 class Decoder(nn.Module):
@@ -65,47 +70,116 @@ class Decoder(nn.Module):
         return logits
 
 
-def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out: Path) -> dict[str, Any]:
-    """Train an autoencoder, save its encoder to `out`, and return its metrics.
+class TextAutoencoder(nn.Module):
+    """An encoder, which is what is trained for, and its decoder."""
 
-    Token accuracy is the fraction of tokens of held-out captions that are decoded; None if no captions are held out.
-    """
-    captions = load_captions(
-        sources, val_fraction=config.val_fraction, limit=config.limit, storage=config.storage, log=out / "log.jsonl"
-    )
-    tokenizer = train_tokenizer(captions.train, config)
-    torch.manual_seed(config.seed)
-    model = make_text_autoencoder(config, tokenizer)
-    ids, mask = tokenize(tokenizer, captions.train)
+    def __init__(self, encoder: Any, decoder: Decoder) -> None:
+        """Take the parts."""
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
 
-    def loss(rng: np.random.Generator) -> Loss:
-        rows = torch.from_numpy(rng.integers(len(ids), size=config.batch_size))
-        length = int(mask[rows].sum(1).max())
-        tokens, is_token = ids[rows, :length], mask[rows, :length]
-        text = embed(model["encoder"], tokens, is_token)
-        noisy = text + config.noise * torch.randn_like(text) / math.sqrt(text.shape[1])
-        logits = model["decoder"](noisy, length)
-        error = cross_entropy(logits.flatten(0, 1), tokens.masked_fill(is_token == 0, -100).flatten())
+    def save_pretrained(self, folder: Path) -> None:
+        """Write all weights, for a checkpoint."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+
+class TextAutoencoderLoop(AutoencoderLoop[str]):
+    """A text autoencoder in training on the cross entropy of a caption's tokens."""
+
+    kind, title, unit = "text", "fit text autoencoder", "captions"
+    config_class, metrics = TextAutoencoderConfig, ("token_accuracy", "caption_accuracy")
+    config: TextAutoencoderConfig
+
+    def make_samples(self, shards: list[str], options: ReadOptions) -> Samples[str]:
+        """Return the distinct captions of some shards."""
+        return caption_samples(shards, self.config, options)
+
+    def make_model(self) -> TextAutoencoder:
+        """Return a model with fresh weights, for the tokens of the first captions."""
+        self.tokenizer = train_tokenizer(self.samples.first.train, self.config)
+        return make_text_autoencoder(self.config, self.tokenizer)
+
+    def loss(self, batch: list[str], generator: torch.Generator) -> Loss:
+        """Return the loss of captions."""
+        model: Any = self.model
+        ids, mask = tokenize(self.tokenizer, batch, self.device)
+        text = embed(model.encoder, ids, mask)
+        noise = torch.randn(text.shape, generator=generator).to(self.device, non_blocking=True)
+        noisy = text + self.config.noise * noise / math.sqrt(text.shape[1])
+        logits = model.decoder(noisy, ids.shape[1])
+        error = cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
         return Loss(error, {"cross_entropy": error})
 
-    averaged, seconds = train("text", model, loss, config, out)
-    encoder, heldout = averaged["encoder"], captions.heldout
-    quiet_libraries()
-    encoder.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return {
-        **(token_accuracy(averaged, *tokenize(tokenizer, heldout)) if heldout else {"token_accuracy": None}),
-        "heldout_captions": len(heldout),
-        "train_captions": len(captions.train),
-        "text_dim": encoder.config.hidden_size,
-        "vocab_size": len(tokenizer),
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-        "steps": config.steps,
-        "seconds": round(seconds, 1),
-    }
+    def measure(self, limit: int) -> dict[str, float]:
+        """Return the fractions of tokens and of held-out captions that are decoded."""
+        heldout = self.samples.first.heldout[:limit]
+        return token_accuracy(self.optimizer.averaged_model, self.tokenizer, heldout, self.device) if heldout else {}
+
+    def describe(self) -> dict[str, Any]:
+        """Return numbers of captions, and what their embeddings are like."""
+        return {
+            "heldout_captions": len(self.samples.first.heldout[:MEASURED]),
+            "train_captions": self.record.position["seen"],
+            "text_dim": self.optimizer.averaged_model.encoder.config.hidden_size,
+            "vocab_size": len(self.tokenizer),
+        }
+
+    def show(self, log: RunLog) -> str:
+        """Pass captions and what is decoded of them to the log, and return them as HTML."""
+        first, model = self.samples.first, self.optimizer.averaged_model
+        captions = (first.heldout or first.train)[:SHOWN]
+        decoded = reconstruct(model, self.tokenizer, captions, self.device)
+        pairs = list(zip(captions, decoded, strict=True))
+        log.log_now(reconstructions="\n".join(f"    {line}" for pair in pairs for line in (*pair, "")))  # as typed
+        return table(pairs, head=("caption", "decoded from its embedding"))
+
+    def save(self, folder: Path) -> None:
+        """Write the encoder as a transformers folder with its tokenizer."""
+        quiet_libraries()
+        # These are of the last call, which is another one in a run that was only finished.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.optimizer.averaged_model.encoder.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def result(self) -> dict[str, Any]:
+        """Return what training came to; the decoder is no part of what is saved."""
+        encoder = self.optimizer.averaged_model.encoder
+        return super().result() | {"parameters": sum(p.numel() for p in encoder.parameters())}
 
 
-def make_text_autoencoder(config: TextAutoencoderConfig, tokenizer: Any) -> nn.ModuleDict:
+def fit_text_autoencoder(
+    sources: list[str],
+    config: TextAutoencoderConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    runtime: TrainRuntime | None = None,
+) -> dict[str, Any]:
+    """Train an autoencoder, save its encoder to `out`, and return its metrics; see `fit_autoencoder`."""
+    return fit_autoencoder(TextAutoencoderLoop, sources, config, out, resume=resume, runtime=runtime)
+
+
+def caption_samples(shards: list[str], config: TextAutoencoderConfig, options: ReadOptions) -> Samples[str]:
+    """Return the distinct captions of some shards; equal captions are in the same split."""
+    return Samples(
+        kind="captions",
+        shards=shards,
+        decode=decode_text,
+        window=window_of(CAPTION_BYTES, config.steps * config.batch_size),
+        val_fraction=config.val_fraction,
+        distinct=True,
+        limit=config.limit,
+        seed=config.seed,
+        options=options,
+    )
+
+
+def make_text_autoencoder(config: TextAutoencoderConfig, tokenizer: Any) -> TextAutoencoder:
     """Return a BertModel and its decoder with fresh weights."""
     from transformers import BertConfig, BertModel
 
@@ -122,8 +196,7 @@ def make_text_autoencoder(config: TextAutoencoderConfig, tokenizer: Any) -> nn.M
         pad_token_id=tokenizer.pad_token_id,
     )
     encoder = BertModel(shape, add_pooling_layer=False)
-    decoder = Decoder(dim, DECODER_LAYERS, config.max_length, len(tokenizer))
-    return nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    return TextAutoencoder(encoder, Decoder(dim, DECODER_LAYERS, config.max_length, len(tokenizer)))
 
 
 def train_tokenizer(captions: list[str], config: TextAutoencoderConfig) -> Any:
@@ -146,10 +219,15 @@ def train_tokenizer(captions: list[str], config: TextAutoencoderConfig) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=config.max_length, **names)
 
 
-def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Int[Tensor, "N length"], Int[Tensor, "N length"]]:
-    """Return the token ids of captions and their attention mask, padded to the longest caption."""
+def tokenize(
+    tokenizer: Any, captions: list[str], device: str
+) -> tuple[Int[Tensor, "N length"], Int[Tensor, "N length"]]:
+    """Return the token ids of captions and their attention mask, padded to the longest caption, on the device."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-    return tokens["input_ids"], tokens["attention_mask"]
+    ids, mask = (tokens[name] for name in ("input_ids", "attention_mask"))
+    if device.startswith("cuda"):
+        ids, mask = ids.pin_memory(), mask.pin_memory()
+    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
 
 def embed(encoder: Any, ids: Int[Tensor, "B length"], mask: Int[Tensor, "B length"]) -> Float[Tensor, "B T"]:
@@ -160,18 +238,33 @@ def embed(encoder: Any, ids: Int[Tensor, "B length"], mask: Int[Tensor, "B lengt
 
 @torch.inference_mode()
 def token_accuracy(
-    model: nn.ModuleDict, ids: Int[Tensor, "N length"], mask: Int[Tensor, "N length"]
+    model: TextAutoencoder, tokenizer: Any, captions: Sequence[str], device: str = "cpu"
 ) -> dict[str, float]:
     """Return the fractions of tokens, and of whole captions, that are decoded from the text embedding without noise."""
-    batches = []
-    for start in range(0, len(ids), 256):
-        tokens, is_token = ids[start : start + 256], mask[start : start + 256]
-        predicted = model["decoder"](embed(model["encoder"], tokens, is_token), tokens.shape[1]).argmax(-1)
-        batches.append((predicted == tokens) | (is_token == 0))
-    correct = torch.cat(batches)
-    # [CLS] and [SEP] are at the ends of every caption: counting them would inflate the accuracy.
-    counted = (mask == 1) & (ids != SPECIAL_TOKENS.index("[CLS]")) & (ids != SPECIAL_TOKENS.index("[SEP]"))
-    return {
-        "token_accuracy": float((correct & counted).sum() / counted.sum()),
-        "caption_accuracy": float(correct.all(1).float().mean()),
-    }
+    found = tokens = whole = 0
+    for ids, mask, predicted in _decoded(model, tokenizer, captions, device):
+        correct = (predicted == ids) | (mask == 0)
+        # [CLS] and [SEP] are at the ends of every caption: counting them would inflate the accuracy.
+        counted = (mask == 1) & (ids != SPECIAL_TOKENS.index("[CLS]")) & (ids != SPECIAL_TOKENS.index("[SEP]"))
+        found, tokens = found + int((correct & counted).sum()), tokens + int(counted.sum())
+        whole += int(correct.all(1).sum())
+    return {"token_accuracy": found / tokens, "caption_accuracy": whole / len(captions)}
+
+
+@torch.inference_mode()
+def reconstruct(model: TextAutoencoder, tokenizer: Any, captions: Sequence[str], device: str = "cpu") -> list[str]:
+    """Return what is decoded of the text embeddings of captions."""
+    return [
+        tokenizer.decode(row[is_token == 1], skip_special_tokens=True)
+        for _, mask, predicted in _decoded(model, tokenizer, captions, device)
+        for row, is_token in zip(predicted, mask, strict=True)
+    ]
+
+
+def _decoded(
+    model: TextAutoencoder, tokenizer: Any, captions: Sequence[str], device: str
+) -> Iterator[tuple[Int[Tensor, "B length"], Int[Tensor, "B length"], Int[Tensor, "B length"]]]:
+    """Yield the token ids of captions, their mask, and the most likely tokens given the text embedding."""
+    for start in range(0, len(captions), MEASURED_AT_ONCE):
+        ids, mask = tokenize(tokenizer, list(captions[start : start + MEASURED_AT_ONCE]), device)
+        yield ids, mask, model.decoder(embed(model.encoder, ids, mask), ids.shape[1]).argmax(-1)
