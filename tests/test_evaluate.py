@@ -17,9 +17,11 @@ from index.table.table import open_table, reports_of
 from pipeline.images import decode_image
 from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
-from trainer.evaluation import references
+from trainer.evaluation import references, run_evaluation
 from trainer.evaluation.calibration import measure_calibration
 from trainer.evaluation.features import Clip, Inception
+from trainer.evaluation.measurements import Measurements
+from trainer.evaluation.memorization import Memorization
 from trainer.evaluation.metrics import frechet
 from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.evaluation.referee import Classifier, class_labels, open_referee
@@ -122,6 +124,7 @@ def test_copied_rate_is_one_for_copies_and_near_zero_for_other_points(report):
     assert references["retrieved pairs"]["copied_rate"] == 1
     assert references["retrieved pairs"]["nearest_ratio"] < 1e-3
     assert references["train rows"]["copied_rate"] == 1
+    assert all(row["non_finite_rate"] == 0 for row in references.values())
     assert report["heldout"]["copied_rate"] < 0.05
     assert references["noise"]["copied_rate"] == 0
 
@@ -137,7 +140,7 @@ def test_a_matcher_ranks_true_captions_better_than_chance(report, indexed):
 
 
 def test_what_is_left_out_has_a_reason(report, colored_report):
-    assert report["left_out"] == {"reconstructions": "the table stores no images: encode it with --keep-images"}
+    assert report["left_out"] == {"train reconstructions": "the table stores no images: encode it with --keep-images"}
     assert report["heldout_images"] == "decoded latents"
     assert colored_report["left_out"] == {"calibration": "flow_matching trains no confidence"}
     assert colored_report["heldout_images"] == "originals"
@@ -169,13 +172,13 @@ def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(
     assert colored_report["referee"]["type"] == "classifier"
     assert colored_report["referee"]["labels"] == ["blue", "green", "red"]
     references = colored_report["references"]
-    assert references.keys() == {"train rows", "retrieved pairs", "noise", "reconstructions"}
-    assert references["reconstructions"].keys() == references["train rows"].keys()
+    assert references.keys() == {"train rows", "retrieved pairs", "noise", "train reconstructions"}
+    assert references["train reconstructions"].keys() == references["train rows"].keys()
     assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
     # The autoencoder has fresh weights: its images show which class a latent is of, but do not look like originals.
     assert references["retrieved pairs"]["class_accuracy"] > 0.8
     assert references["noise"]["class_accuracy"] < 0.7
-    assert references["train rows"]["feature_frechet"] < references["reconstructions"]["feature_frechet"]
+    assert references["train rows"]["feature_frechet"] < references["train reconstructions"]["feature_frechet"]
 
 
 def test_train_rows_have_the_captions_of_the_prompts_while_there_are_any(flow, colored, indexed, run):
@@ -240,12 +243,104 @@ def without_times(report):
     return content
 
 
+class Stopped(BaseException):
+    """In place of a kill."""
+
+
+def test_an_evaluation_that_is_stopped_anywhere_goes_on_to_the_same_report(run, tmp_path, monkeypatch):
+    config = EvaluationConfig(num_inference_steps=[1, 2], num_samples=16)
+    whole = evaluate(run, config, tmp_path / "whole")
+    saved, sampled, save = [0], [], Measurements.save
+
+    def stop_at_the_next(self, *args, **depends_on):
+        if saved[0]:
+            raise Stopped
+        saved[0] = 1
+        return save(self, *args, **depends_on)
+
+    def count(*args):
+        sampled.append(args[3])
+        return sample_prompts(*args)
+
+    monkeypatch.setattr(Measurements, "save", stop_at_the_next)
+    monkeypatch.setattr(run_evaluation, "sample_prompts", count)
+    stops, report = 0, None
+    while report is None:
+        saved[0] = 0
+        try:
+            report = evaluate(run, config, tmp_path / "stopped")
+        except Stopped:
+            stops += 1
+    assert stops == len(list((tmp_path / "stopped" / "measurements").iterdir())) - 1 == 6
+    assert sorted(sampled) == [1, 1, 2, 2]  # each was stopped once before it was kept
+    assert without_times(report) == without_times(whole)
+    assert (tmp_path / "stopped" / "index.html").is_file()
+    sampled.clear()
+    assert without_times(evaluate(run, config, tmp_path / "stopped")) == without_times(whole)
+    assert sampled == []
+
+
+def test_measurements_are_taken_up_only_for_what_they_depend_on(tmp_path):
+    kept = Measurements(tmp_path, seed=0)
+    shown = np.arange(6, dtype=np.float32).reshape(2, 3)
+    kept.save({"frechet": 0.1, "bins": [1, {"a": 2.5}]}, shown, run="a", num_inference_steps=2)
+    found = Measurements(tmp_path, seed=0).load(run="a", num_inference_steps=2)
+    assert found.content == {"frechet": 0.1, "bins": [1, {"a": 2.5}]}
+    assert np.array_equal(found.shown, shown)
+    assert kept.load(run="a", num_inference_steps=1) is None
+    assert kept.load(run="b", num_inference_steps=2) is None
+    assert Measurements(tmp_path, seed=1).load(run="a", num_inference_steps=2) is None
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    assert kept.load(run="a", num_inference_steps=2) is None
+
+
+@pytest.mark.parametrize("every", [3, 1])
+def test_samples_that_are_not_finite_are_counted_and_the_others_measured(run, tmp_path, monkeypatch, every):
+    outputs, sample_latents = [], CoalescerPipeline.sample_latents
+
+    def diverge(self, *args, **kwargs):
+        x, confidence = sample_latents(self, *args, **kwargs)
+        for start, value in enumerate((np.nan, np.inf, -1e30)):
+            x[start * every :: 3 * every, 0] = value
+        return x, confidence
+
+    def keep(*args):
+        outputs.append(sample_prompts(*args))
+        return outputs[-1]
+
+    monkeypatch.setattr(CoalescerPipeline, "sample_latents", diverge)
+    monkeypatch.setattr(run_evaluation, "sample_prompts", keep)
+    report = evaluate(run, EvaluationConfig(num_inference_steps=[2], num_samples=48), tmp_path)
+    metrics = report["metrics"]["2"]
+    assert metrics["non_finite_rate"] == 1 / every
+    if every == 1:
+        assert metrics.keys() == {"non_finite_rate", "network_evaluations", "ms_per_latent"}
+    else:
+        assert metrics.keys() >= report["references"]["noise"].keys()
+        assert np.isfinite(list(metrics.values())).all()
+        x = outputs[0].x[:48]
+        heldout = open_table(report["table"]["uri"], version=report["table"]["version"])
+        positions = heldout.positions(HELDOUT)
+        if len(positions) <= 48:
+            real = heldout.meta.geometry.to_coordinates(heldout.take(positions, "latent"))
+            assert metrics["frechet"] == pytest.approx(frechet(x[np.isfinite(x).all(1) & (x[:, 0] > -1e9)], real))
+    assert "non finite rate" in (tmp_path / "index.html").read_text()
+
+
+def test_comparing_with_all_rows_is_left_out_with_a_reason_if_it_takes_too_long(indexed):
+    assert Memorization(indexed, 1000, "cpu").left_out is None
+    memorization = Memorization(indexed, 10**12, "cpu")
+    assert "1,000,000,000,000 samples with all" in memorization.left_out
+    assert memorization.metrics(np.zeros((8, 32), np.float32)) == {}
+
+
 def test_the_page_is_self_contained_and_shows_every_metric_and_reference(run, tmp_path):
     report = evaluate(run, EvaluationConfig(num_inference_steps=[1], num_samples=16), tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert len(re.findall("<img", page)) == 1
-    assert "Left out: reconstructions, because the table stores no images" in page
+    assert "Left out: train reconstructions, because the table stores no images" in page
     for name in ("1 step", "train rows", "retrieved pairs", "noise", "held-out rows"):
         assert f"<th>{name}</th>" in page
     for name in report["metrics"]["1"]:
@@ -258,7 +353,7 @@ def test_the_page_is_self_contained_and_shows_every_metric_and_reference(run, tm
 def test_the_table_of_metrics_has_a_row_for_each_metric_and_a_column_for_each_reference(report, colored_report):
     assert metrics_by_name(report).keys() == report["metrics"]["1"].keys()
     rows = metrics_by_name(colored_report)
-    assert rows["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "noise", "reconstructions"}
+    assert rows["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "noise", "train reconstructions"}
     assert rows["class_accuracy"]["held-out rows"] == colored_report["heldout"]["class_accuracy"]
     assert rows["network_evaluations"] == {"2 steps": 2.0}
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from trainer.evaluation.calibration import calibrate
+from trainer.evaluation.memorization import COPY_RATIO, nearest_ratio
 from trainer.evaluation.metrics import (
-    COPY_RATIO,
     diversity,
     energy_distance,
     frechet,
     kernel_mmd,
     mean_distance,
-    nearest_ratio,
     prdc,
     sliced_wasserstein,
     two_sample_accuracy,
@@ -183,12 +182,26 @@ def test_nearest_ratio_separates_copies_of_training_rows_from_new_points():
     train, fresh = rng.normal(size=(3000, 16)) * 3, rng.normal(size=(200, 16)) * 3
     blocks = [train[:1700], train[1700:1701], train[1701:]]
     near = np.sort(pairwise(fresh, train), axis=1)
-    assert np.allclose(nearest_ratio(fresh, blocks), near[:, 0] / near[:, 1], atol=1e-4)
-    assert (nearest_ratio(fresh, blocks) < COPY_RATIO).mean() == 0
-    copied = nearest_ratio(train[::20] + 1e-3 * rng.normal(size=(150, 16)), blocks)
+    assert np.allclose(nearest_ratio(fresh, lambda: blocks), near[:, 0] / near[:, 1], atol=1e-4)
+    assert (nearest_ratio(fresh, lambda: blocks) < COPY_RATIO).mean() == 0
+    copied = nearest_ratio(train[::20] + 1e-3 * rng.normal(size=(150, 16)), lambda: blocks)
     assert copied.max() < 0.01
-    # Both distances to a row that is stored twice are zero.
-    assert (nearest_ratio(train[:5], [train, train]) == 0).all()
+
+
+@pytest.mark.parametrize("difference", [0.0, 2e-3])
+def test_copies_of_images_that_are_stored_several_times_are_copies(difference):
+    """An image with several captions has a row for each; encoded in other batches their latents differ a little."""
+    rng = np.random.default_rng(0)
+    images, fresh = rng.normal(size=(2, 400, 16))
+    train = images.repeat(5, axis=0)[rng.permutation(2000)]
+    train += difference * rng.normal(size=train.shape)
+    blocks = [train[:700], train[700:]]
+    assert (nearest_ratio(images[:300] + 1e-3 * rng.normal(size=(300, 16)), lambda: blocks) < 0.02).all()
+    once = np.sort(pairwise(fresh, images), axis=1)
+    ratio = nearest_ratio(fresh, lambda: blocks)
+    assert np.allclose(ratio, once[:, 0] / once[:, 1], atol=1e-4 + 10 * difference)
+    assert (ratio < COPY_RATIO).mean() < 0.01
+    assert np.isnan(nearest_ratio(fresh, lambda: [images[:1].repeat(7, axis=0)])).all()  # there is no other image
 
 
 def test_calibration_error_is_zero_for_a_calibrated_confidence_and_else_the_gap():

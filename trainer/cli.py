@@ -338,8 +338,8 @@ def evaluate(
 ) -> None:
     r"""Measure a run against held-out rows.
 
-    Each metric is reported next to its references: train rows, retrieved pairs, reconstructions, noise.
-    Nothing is downloaded.
+    Each metric is reported next to its references: train rows and their reconstructions, retrieved
+    pairs, noise. Nothing is downloaded. Stopped and typed again, it goes on.
 
     Examples:
       trainer evaluate runs/shapes
@@ -349,7 +349,7 @@ def evaluate(
     print_status(f"trainer evaluate: opening {run}")
     from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
-    from trainer.evaluation.report import metrics_by_name
+    from trainer.evaluation.report import metrics_with_goals
     from trainer.run_folder import may_be_hub_id
 
     if out is None and may_be_hub_id(run):
@@ -362,7 +362,7 @@ def evaluate(
     report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
-    print_columns(str(run), metrics_by_name(report))
+    print_columns(str(run), metrics_with_goals(report))
     print(f"\npage: {page}")
     return None
 
@@ -388,7 +388,8 @@ def compare(
 ) -> None:
     r"""Compare runs that were trained on the same table.
 
-    Runs that differ in their seed alone are averaged.
+    Runs that differ in their seed alone are averaged. Stopped and typed again, or typed with more
+    runs, it measures what is missing.
 
     Examples:
       trainer compare runs/coalescer runs/flow --out reports/both \
@@ -399,7 +400,7 @@ def compare(
     """
     print_status(f"trainer compare: opening {len(run)} runs")
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.report import main_metrics
+    from trainer.evaluation.report import main_metrics, metric_title, reference_line
 
     config = _evaluation(
         num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
@@ -409,7 +410,8 @@ def compare(
     if as_json:
         return print_json(report | {"page": str(page)})
     for name, rows in main_metrics(report).items():
-        print_columns(name, rows)
+        print_columns(f"\n{metric_title(name)}", rows)
+        print(f"references: {reference_line(report, name) or '-'}")
     print(f"\npage: {page}")
     return None
 

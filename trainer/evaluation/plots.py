@@ -11,7 +11,7 @@ COLORS = {
     "run": "#1f4e8c",
     "train rows": "#2e8b57",
     "retrieved pairs": "#d08020",
-    "reconstructions": "#8a5aa8",
+    "train reconstructions": "#8a5aa8",
     "noise": "#b03030",
     "held-out rows": "#777777",
 }

@@ -30,8 +30,10 @@ from index.table.schema import TRAIN
 from index.table.storage import is_local, write_json
 from index.table.table import Table, column_array, reports_of
 from index.terminal import Progress
+from pipeline.encoders.files import digest_of
 from trainer.evaluation.metrics import frechet, kernel_mmd
-from trainer.evaluation.samples import DECODE_BATCH, Decode
+from trainer.evaluation.samples import Advance, Decode, images_at_once
+from trainer.evaluation.threads import map_batches, single_thread, split
 
 BUDGET = {
     "format": 3,
@@ -148,7 +150,7 @@ class Referee:
     def __init__(self, network: Classifier | Matcher, encode_text: EncodeText, candidates: int, device: str) -> None:
         """Move the network to the device; a matcher ranks the true caption among `candidates`."""
         self._network, self._encode_text, self._device = network.to(device).eval(), encode_text, device
-        self._candidates = candidates
+        self._candidates, self.digest = candidates, digest_of(network)
 
     def extract(self, images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """Return the features before the head."""
@@ -250,9 +252,14 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     settings |= {"text_dim": text.shape[1], "train_rows": len(positions)}
     batch_size = min(int(BUDGET["batch_size"]), len(positions))
     steps = min(int(BUDGET["max_steps"]), int(BUDGET["max_epochs"]) * len(positions) // batch_size)
-    with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):
+    with Progress("decode for the referee", total=len(positions), unit="images", log=log) as bar:
+        images = _decode_rows(table, positions, decode, device, bar.advance)
+    with (
+        Progress("train referee", total=steps, unit="steps", log=log) as bar,
+        torch.random.fork_rng(devices=[]),
+        single_thread(),
+    ):
         torch.manual_seed(seed)
-        images = _decode_rows(table, positions, decode)
         network = _create(settings).to(device).train()
         adam = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, BUDGET["learning_rate"], total_steps=steps)
@@ -269,10 +276,17 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     return network, settings | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def _decode_rows(table: Table, positions: Int[np.ndarray, "N"], decode: Decode) -> UInt8[Tensor, "N H W 3"]:
+def _decode_rows(
+    table: Table, positions: Int[np.ndarray, "N"], decode: Decode, device: str, advance: Advance
+) -> UInt8[Tensor, "N H W 3"]:
     latents = table.take(positions, "latent").astype(np.float32)
-    parts = np.array_split(latents, -(-len(latents) // DECODE_BATCH))
-    return torch.cat([downscale(torch.from_numpy(decode(part))) for part in parts])
+    parts = map_batches(
+        lambda part: downscale(torch.from_numpy(decode(latents[part]))),
+        split(len(latents), images_at_once(table.meta.image_size, device)),
+        device,
+        done=lambda part: advance(part.stop - part.start),
+    )
+    return torch.cat(parts)
 
 
 def _translate(images: UInt8[Tensor, "B H W 3"], rng: np.random.Generator) -> UInt8[Tensor, "B H W 3"]:

@@ -12,7 +12,7 @@ from trainer.evaluation.plots import COLORS, Curve, plot_calibration, plot_metri
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LOWER, HIGHER, HALF, REAL = "lower is better", "higher is better", "0.5 is best", "best as real rows"
+LOWER, HIGHER, HALF, REAL = "lower is better", "higher is better", "0.5 is best", "best as of real rows"
 
 
 class Metric(NamedTuple):
@@ -24,6 +24,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "non_finite_rate": Metric("fraction of samples that are not finite; the other metrics are of the finite ones"),
     "frechet": Metric("Frechet distance of Gaussians fitted to both sets, in coordinates", LOWER),
     "sliced_wasserstein": Metric("root mean square over random directions", LOWER),
     "energy_distance": Metric("2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased, so possibly below 0", LOWER),
@@ -33,7 +34,7 @@ METRICS = {
     "density": Metric("neighborhoods of held-out rows per sample; 1 for equal distributions", REAL),
     "coverage": Metric("fraction of held-out rows with a sample in their neighborhood", HIGHER),
     "diversity": Metric("distance of two samples of one caption, relative to two held-out rows", REAL),
-    "nearest_ratio": Metric("median distance to the nearest training row, relative to the second nearest", REAL),
+    "nearest_ratio": Metric("median distance to the nearest training row, relative to that of another image", REAL),
     "copied_rate": Metric("fraction of samples with a ratio below 1/3", REAL),
     "feature_frechet": Metric("Frechet distance of the referee's image features", LOWER),
     "feature_mmd": Metric("squared kernel distance of the same features", LOWER),
@@ -49,7 +50,16 @@ METRICS = {
     "ms_per_decoding": Metric("milliseconds to decode a latent"),
 }
 """All metrics, in the order of the pages."""
-MAIN = ("frechet", "feature_frechet", "two_sample_accuracy", "recall", "coverage", "class_accuracy", "caption_top1")
+MAIN = (
+    "non_finite_rate",
+    "frechet",
+    "feature_frechet",
+    "two_sample_accuracy",
+    "recall",
+    "coverage",
+    "class_accuracy",
+    "caption_top1",
+)
 """Metrics of a comparison that are shown on the terminal."""
 GROUP_COLORS = (
     "#1f4e8c",
@@ -114,6 +124,11 @@ def metrics_by_name(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name: row for name, row in rows.items() if row}
 
 
+def metrics_with_goals(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `metrics_by_name` with a column that says which values are good."""
+    return {name: row | {"best": METRICS[name].goal or "-"} for name, row in metrics_by_name(report).items()}
+
+
 def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Return the main metrics of a comparison: for each metric a row per group, with its means by steps."""
     return {
@@ -122,8 +137,19 @@ def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]
             for label, group in report["groups"].items()
         }
         for name in MAIN
-        if _is_measured(report, name)
+        if _is_measured(report, name) and not (name == "non_finite_rate" and _are_all_finite(report))
     }
+
+
+def metric_title(name: str) -> str:
+    """Return the name of a metric and which values are good."""
+    return f"{name} ({METRICS[name].goal})" if METRICS[name].goal else name
+
+
+def reference_line(report: dict[str, Any], name: str) -> str:
+    """Return a metric of all references of a comparison as one line."""
+    references = report["references"] | {"held-out rows": report["heldout"]}
+    return ", ".join(f"{reference} {row[name]:.4g}" for reference, row in references.items() if name in row)
 
 
 def steps_label(n: int) -> str:
@@ -146,6 +172,11 @@ def _is_measured(report: dict[str, Any], name: str) -> bool:
     return any(name in row for group in report["groups"].values() for row in group["metrics"].values())
 
 
+def _are_all_finite(report: dict[str, Any]) -> bool:
+    rows = [row for group in report["groups"].values() for row in group["metrics"].values()]
+    return not any(row["non_finite_rate"][0] for row in rows if "non_finite_rate" in row)
+
+
 def _plot(name: str, curves: Sequence[Curve], references: dict[str, dict[str, float]]) -> str:
     values = {reference: row[name] for reference, row in references.items() if name in row}
     goal = METRICS[name].goal
@@ -158,9 +189,9 @@ def _run_curve(report: dict[str, Any], name: str) -> Curve:
 
 def _group_curves(report: dict[str, Any], name: str, colors: dict[str, str]) -> list[Curve]:
     return [
-        Curve(colors[label], {int(n): tuple(row[name]) for n, row in group["metrics"].items()})
+        Curve(colors[label], {int(n): tuple(row[name]) for n, row in group["metrics"].items() if name in row})
         for label, group in report["groups"].items()
-        if all(name in row for row in group["metrics"].values())
+        if any(name in row for row in group["metrics"].values())
     ]
 
 
