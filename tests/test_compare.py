@@ -95,10 +95,15 @@ def test_progress_names_the_run_and_the_terminal_says_what_is_better_next_to_ref
     report, out = compared
     steps = {json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()}
     assert steps >= {"one (1/3)", "two (2/3)", "flow (3/3)"}
-    assert metric_title("frechet") == "frechet (lower is better)"
+    assert metric_title(report, "frechet") == "frechet (lower is better)"
+    assert re.fullmatch(
+        r"class_accuracy \(higher is better; standard error of a run up to 0\.0\d+\)",
+        metric_title(report, "class_accuracy"),
+    )
     line = reference_line(report, "class_accuracy")
     for name, row in (report["references"] | {"held-out rows": report["heldout"]}).items():
-        assert f"{name} {row['class_accuracy']:.4g}" in line
+        assert f"{name} {row['class_accuracy']:.4g} ± {row['class_accuracy_error']:.2g}" in line
+    assert all(f"{name} " in reference_line(report, "energy_score") for name in report["forecasts"])
 
 
 def test_the_page_is_self_contained_and_shows_groups_references_and_captions(compared):

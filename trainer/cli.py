@@ -349,7 +349,7 @@ def evaluate(
     print_status(f"trainer evaluate: opening {run}")
     from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
-    from trainer.evaluation.report import metrics_with_goals
+    from trainer.evaluation.report import ERRORS_KNOWN, metrics_with_goals, reference_line
     from trainer.run_folder import may_be_hub_id
 
     if out is None and may_be_hub_id(run):
@@ -363,6 +363,9 @@ def evaluate(
     if as_json:
         return print_json(report | {"page": str(page)})
     print_columns(str(run), metrics_with_goals(report))
+    for name in ERRORS_KNOWN:
+        if line := reference_line(report, name):
+            print(f"{name}: {line}")
     print(f"\npage: {page}")
     return None
 
@@ -410,7 +413,7 @@ def compare(
     if as_json:
         return print_json(report | {"page": str(page)})
     for name, rows in main_metrics(report).items():
-        print_columns(f"\n{metric_title(name)}", rows)
+        print_columns(f"\n{metric_title(report, name)}", rows)
         print(f"references: {reference_line(report, name) or '-'}")
     print(f"\npage: {page}")
     return None

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
 from index.table.table import Table
+from trainer.evaluation.energy_score import energy_score, energy_score_of_rows, named_scores, number_captions
 from trainer.evaluation.features import FeatureExtractor
 from trainer.evaluation.memorization import Memorization
 from trainer.evaluation.metrics import (
@@ -20,7 +21,7 @@ from trainer.evaluation.metrics import (
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.evaluation.referee import Referee
+from trainer.evaluation.referee import FEATURE_DIM, Referee
 from trainer.evaluation.samples import MIN_ROWS, Advance, Decode, Samples, clock, images_at_once, is_finite
 from trainer.evaluation.threads import map_batches, single_thread, split
 
@@ -75,18 +76,26 @@ class Evaluator:
         kept = samples.finite()
         advance(int((~finite).sum()))
         features, seconds = self._extract(images or self.decode(kept.x), kept.captions, advance)
+        grouped = features[0] if samples.grouped is samples.x else self._features_of_groups(kept)
         metrics = rate | self._memorization.metrics(kept.x)
         with single_thread():
-            metrics |= self._compare(samples, kept, finite)
+            metrics |= self._compare(samples, kept, finite) | self._energy_scores(kept, grouped)
             for extractor, generated, heldout in zip(self.extractors, features, self._heldout_features, strict=True):
                 metrics |= extractor.metrics(generated, heldout, kept.captions)
         return Measurement(metrics, seconds / len(kept.x))
+
+    def measure_energy_score(self, samples: Samples) -> dict[str, float]:
+        """Compute the energy scores of the points of captions alone."""
+        features = self._features_of_groups(samples)
+        with single_thread():
+            return self._energy_scores(samples, features)
 
     def measure_heldout(self) -> dict[str, float]:
         """Compute the metrics of the held-out rows themselves that do not compare with held-out rows."""
         features, metrics = self._heldout_features[0], self._memorization.metrics(self._heldout.x)
         with single_thread():
-            metrics |= self._diversity(self._heldout)
+            scores = [energy_score_of_rows(x, self._heldout.group) for x in (self._heldout.x, features)]
+            metrics |= self._diversity(self._heldout) | named_scores(*scores)
             return metrics | self._referee.adherence(features, self._heldout.captions)
 
     def decode(self, x: Float32[np.ndarray, "N L"]) -> GetImages:
@@ -109,6 +118,22 @@ class Evaluator:
             **prdc(real[:count], kept.x[:count])._asdict(),
             **self._diversity(kept),
         }
+
+    def _energy_scores(self, samples: Samples, features: Float32[np.ndarray, "P F"]) -> dict[str, float]:
+        """Return the energy scores in coordinates and in the referee's features."""
+        truth = number_captions(samples.group_captions, self._heldout.captions)
+        return named_scores(
+            energy_score(samples.grouped, samples.group, self._heldout.x, truth),
+            energy_score(features, samples.group, self._heldout_features[0], truth),
+        )
+
+    def _features_of_groups(self, samples: Samples) -> Float32[np.ndarray, "P F"]:
+        """Return the referee's features of the images of captions."""
+        get, size = self.decode(samples.grouped), self._at_once
+        parts = map_batches(
+            lambda part: self._referee.extract(get(part), []), split(len(samples.grouped), size), self._device
+        )
+        return np.concatenate([np.zeros((0, FEATURE_DIM), np.float32), *parts])
 
     def _diversity(self, samples: Samples) -> dict[str, float]:
         relative = diversity(samples.grouped, samples.group) / self._heldout_distance

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32
+from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 from index.table.schema import TRAIN
@@ -76,7 +76,7 @@ class Memorization:
 
 
 def nearest_ratio(
-    x: Float32[np.ndarray, "N L"], blocks: Callable[[], Iterable[Float32[np.ndarray, "_ L"]]], device: str = "cpu"
+    x: Float[np.ndarray, "N L"], blocks: Callable[[], Iterable[Float[np.ndarray, "_ L"]]], device: str = "cpu"
 ) -> Float32[np.ndarray, "N"]:
     """Return the distance to the nearest row of all blocks over that to the nearest row of another image.
 
@@ -91,7 +91,7 @@ def nearest_ratio(
 
 def _nearest(
     points: Float32[Tensor, "N L"],
-    blocks: Iterable[Float32[np.ndarray, "_ L"]],
+    blocks: Iterable[Float[np.ndarray, "_ L"]],
     apart_from: Float32[Tensor, "N L"] | None,
     device: str,
 ) -> tuple[Float32[Tensor, "N"], Float32[Tensor, "N L"]]:

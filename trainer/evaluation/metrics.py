@@ -78,7 +78,12 @@ def sliced_wasserstein(
 
 def energy_distance(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
     """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: zero on average for equal distributions, so maybe below."""
-    return 2 * _sum_distances(a, b) / (len(a) * len(b)) - mean_distance(a) - mean_distance(b)
+    return 2 * mean_distance_between(a, b) - mean_distance(a) - mean_distance(b)
+
+
+def mean_distance_between(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
+    """Return E|X - Y| over all pairs of a point of one set and a point of the other."""
+    return _sum_distances(a, b) / (len(a) * len(b))
 
 
 def mean_distance(a: Float[np.ndarray, "N L"]) -> float:

@@ -13,6 +13,9 @@ COLORS = {
     "retrieved pairs": "#d08020",
     "train reconstructions": "#8a5aa8",
     "noise": "#b03030",
+    "random rows": "#a07040",
+    "nearest caption": "#20908d",
+    "caption mean": "#c05a9a",
     "held-out rows": "#777777",
 }
 LOG_RANGE = 20

@@ -30,6 +30,7 @@ from trainer.evaluation.referee import open_referee
 from trainer.evaluation.references import (
     RECONSTRUCTIONS,
     Reference,
+    energy_references,
     references,
     retrieve_pairs,
     row_images,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 NUM_SAMPLES = 2000
 CANDIDATES = 100
 """Captions among which a matcher ranks the true one."""
-HELDOUT_ROWS = "held-out rows"
+HELDOUT_ROWS, FORECASTS = "held-out rows", "forecasts"
 NO_IMAGES = "the table stores no images: encode it with --keep-images"
 
 
@@ -141,23 +142,34 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
         candidates=candidates,
         device=device,
     )
-    measured = _measure_references(
-        references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator), evaluator, measurements, out
-    )
+    found = references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator) | {
+        FORECASTS: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
+        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout()),
+    }
+    measured = _measure_references(found, measurements, out)
     left_out = {} if RECONSTRUCTIONS in measured else {RECONSTRUCTIONS: NO_IMAGES}
     if memorization.left_out:
         left_out["copied_rate"] = memorization.left_out
-    itself = measured.pop(HELDOUT_ROWS)
+    forecasts, itself = measured.pop(FORECASTS), measured.pop(HELDOUT_ROWS)
     return Protocol(
-        table, prompts, heldout, pairs, decode, evaluator, measurements, measured, itself, left_out, settings, device
+        table,
+        prompts,
+        heldout,
+        pairs,
+        decode,
+        evaluator,
+        measurements,
+        references=measured,
+        forecasts=forecasts,
+        heldout_metrics=itself,
+        left_out=left_out,
+        referee=settings,
+        device=device,
     )
 
 
-def _measure_references(
-    found: dict[str, Reference], evaluator: Evaluator, measurements: Measurements, out: Path
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of each reference and of the held-out rows; those that are kept are not measured again."""
-    sets = found | {HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout())}
+def _measure_references(sets: dict[str, Reference], measurements: Measurements, out: Path) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each reference; those that are kept are not measured again."""
     kept = {name: measurements.load(reference=name) for name in sets}
     total = sum(each.count for each in sets.values())
     done = sum(sets[name].count for name, each in kept.items() if each is not None)

@@ -92,8 +92,8 @@ class Classifier(ImageTower):
         self, features: Float[Tensor, "N F"], captions: Sequence[str], encode_text: EncodeText, candidates: int
     ) -> dict[str, float]:
         """Return the fraction of images that are classified as their caption."""
-        predicted = self.head(features).argmax(1).cpu()
-        return {"class_accuracy": float((predicted == self._classes(captions)).double().mean())}
+        correct = (self.head(features).argmax(1).cpu() == self._classes(captions)).double()
+        return {"class_accuracy": float(correct.mean()), "class_accuracy_error": standard_error(correct)}
 
     def _classes(self, captions: Sequence[str]) -> Int[Tensor, "B"]:
         """Return class indices; -1, which is never predicted, for a caption without a class."""
@@ -135,7 +135,13 @@ class Matcher(ImageTower):
         ranks = retrieval_ranks(
             self._embed_images(features).cpu(), text.cpu(), torch.from_numpy(target), candidates=candidates
         )
-        return {"caption_rank": float(ranks.mean()), "caption_top1": float((ranks == 1).double().mean())}
+        first, groups = (ranks == 1).double(), torch.from_numpy(target)
+        error = standard_error(first, groups)
+        return {
+            "caption_rank": float(ranks.mean()),
+            "caption_top1": float(first.mean()),
+            "caption_top1_error": error,
+        }
 
     def _embed_images(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B E"]:
         return normalize(self.image_projection(features), dim=1)
@@ -235,6 +241,14 @@ def retrieval_ranks(
     scores = torch.cat([(captions[part] @ image[:, :, None])[..., 0] for part, image in batches])
     own, others = scores[:, :1], scores[:, 1:]
     return 1 + (others > own).double().sum(1) + 0.5 * (others == own).double().sum(1)
+
+
+def standard_error(values: Float[Tensor, "N"], groups: Int[Tensor, "N"] | None = None) -> float:
+    """Return the standard error of the mean; values of one group, such as samples of one caption, may be alike."""
+    deviations = values - values.mean()
+    if groups is not None:
+        deviations = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).index_add(0, groups, deviations)
+    return float(deviations.square().sum().sqrt() / len(values))
 
 
 def _create(settings: dict[str, Any]) -> Classifier | Matcher:

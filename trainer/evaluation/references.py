@@ -12,7 +12,7 @@ of images that are new to it. How well it recognizes new ones is measured of the
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
@@ -23,6 +23,7 @@ from index.table.schema import TRAIN
 from index.table.table import Table
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.images import decode_image
+from trainer.evaluation.energy_score import forecasts
 from trainer.evaluation.evaluator import Evaluator, GetImages
 from trainer.evaluation.samples import Advance, Decode, Prompts, Samples, images_at_once
 from trainer.evaluation.threads import map_batches, split
@@ -32,6 +33,8 @@ SEARCH_BYTES = 2**31
 QUERY_BATCH, THREAD_QUERIES = 4096, 512
 """Queries that are compared at once, and by each thread if the vectors are in memory."""
 RETRIEVED = "retrieved_pairs"
+KEPT_QUERIES = 8
+"""Sets of prompts whose retrieved pairs are kept."""
 CANDIDATES = 20
 """Training rows that are searched for a matching caption, per prompt."""
 TRAIN_ROWS, PAIRS, NOISE, RECONSTRUCTIONS = "train rows", "retrieved pairs", "noise", "train reconstructions"
@@ -42,7 +45,7 @@ class Reference(NamedTuple):
 
     count: int
     """Images to be measured."""
-    measure: Callable[[Advance], dict[str, float]]
+    measure: Callable[[Advance], dict[str, Any]]
     """Returns the metrics."""
 
 
@@ -73,27 +76,32 @@ def row_images(table: Table, positions: Int[np.ndarray, "N"], decode: Decode) ->
 def retrieve_pairs(table: Table, prompts: Prompts, device: str = "cpu") -> Float32[np.ndarray, "Q L"]:
     """Return the latents, in coordinates, that an exact search retrieves for each prompt's caption and noise.
 
-    Their row ids stay in DB/NAME.reports/retrieved_pairs.json, so that the next run of this table version with the same
-    prompts needs no search.
+    Their row ids stay in DB/NAME.reports/retrieved_pairs.json, so that further runs of this table version with the same
+    prompts need no search.
     """
     text = table.take(prompts.positions, "text").astype(np.float32)
     queries = table.meta.geometry.queries(text, prompts.noise)
-    found = {"version": table.version, "queries": hashlib.sha256(queries.tobytes()).hexdigest()}
-    stored = table.report(RETRIEVED)
-    if not (isinstance(stored, dict) and found.items() <= stored.items()):
-        search = ExactSearch(table, device, SEARCH_BYTES)
-
-        def nearest(part: slice) -> Int[np.ndarray, "B"]:
-            return np.asarray(search.row_ids[search.nearest_positions(queries[part])[:, 0]])
-
-        if search.blocks.in_memory:
-            ids = map_batches(nearest, split(len(queries), THREAD_QUERIES), device)
-        else:
-            ids = [nearest(part) for part in split(len(queries), QUERY_BATCH)]
-        stored = found | {"row_ids": np.concatenate(ids).tolist()}
+    digest, stored = hashlib.sha256(queries.tobytes()).hexdigest(), table.report(RETRIEVED)
+    known: dict[str, list[int]] = {}
+    if isinstance(stored, dict) and stored.get("version") == table.version and "by_queries" in stored:
+        known = stored["by_queries"]
+    if digest not in known:
+        known = dict([*known.items()][1 - KEPT_QUERIES :]) | {digest: _search(table, queries, device).tolist()}
         with suppress(CoalescerError):  # a table that may only be read is searched again next time
-            table.write_report(RETRIEVED, stored)
-    return table.meta.geometry.to_coordinates(table.take_row_ids(np.array(stored["row_ids"]), "latent"))
+            table.write_report(RETRIEVED, {"version": table.version, "by_queries": known})
+    return table.meta.geometry.to_coordinates(table.take_row_ids(np.array(known[digest]), "latent"))
+
+
+def _search(table: Table, queries: Float32[np.ndarray, "Q S"], device: str) -> Int[np.ndarray, "Q"]:
+    """Return the row id of the nearest training row of each query."""
+    search = ExactSearch(table, device, SEARCH_BYTES)
+
+    def nearest(part: slice) -> Int[np.ndarray, "B"]:
+        return np.asarray(search.row_ids[search.nearest_positions(queries[part])[:, 0]])
+
+    if search.blocks.in_memory:
+        return np.concatenate(map_batches(nearest, split(len(queries), THREAD_QUERIES), device))
+    return np.concatenate([nearest(part) for part in split(len(queries), QUERY_BATCH)])
 
 
 def references(
@@ -125,6 +133,11 @@ def references(
         NOISE: Reference(prompts.count, points(prompts.noise)),
     }
     return found | ({RECONSTRUCTIONS: Reference(len(positions), reconstructions)} if stores_images(table) else {})
+
+
+def energy_references(table: Table, prompts: Prompts, evaluator: Evaluator) -> dict[str, dict[str, float]]:
+    """Return the energy scores of points that need no network, by name."""
+    return {name: evaluator.measure_energy_score(samples) for name, samples in forecasts(table, prompts)}
 
 
 def match_captions(table: Table, prompts: Prompts) -> Int[np.ndarray, "N"]:

@@ -60,6 +60,8 @@ class Protocol:
     measurements: Measurements
     references: dict[str, dict[str, float]]
     """Metrics by reference."""
+    forecasts: dict[str, dict[str, float]]
+    """Energy scores of points that need no network, by name."""
     heldout_metrics: dict[str, float]
     """Metrics of the held-out rows that do not compare with held-out rows."""
     left_out: dict[str, str]
@@ -151,6 +153,7 @@ class Protocol:
             "device": self.device,
             "referee": self.referee,
             "references": self.references,
+            "forecasts": self.forecasts,
             "heldout": self.heldout_metrics,
             "left_out": dict(self.left_out),
         }

@@ -6,7 +6,7 @@ Everything is in coordinates, the standardized latents in which the network work
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +27,8 @@ DECODE_BATCH = 64
 CPU_PIXELS = 2**18
 """Pixels that a CPU's thread decodes at once."""
 FLOAT16_MAX = 65504.0
-DIVERSITY_SAMPLES, DIVERSITY_CAPTIONS = 256, 32
-"""Size of the diversity set: extra samples, divided among at most this many captions."""
+DIVERSITY_SAMPLES, DIVERSITY_CAPTIONS = 400, 100
+"""Size of the diversity set: extra samples, divided among at most this many captions, which is four for each."""
 
 Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
 """Flattened latents to images."""
@@ -56,6 +56,12 @@ class Prompts:
         """N, the number of prompts before the diversity set."""
         return len(self.captions) - len(self.diversity_group)
 
+    @property
+    def group_captions(self) -> list[str]:
+        """The captions of the diversity set, by number."""
+        first = np.unique(self.diversity_group, return_index=True)[1]
+        return [self.captions[self.count + i] for i in first]
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Samples:
@@ -64,25 +70,30 @@ class Samples:
     x: Float32[np.ndarray, "N L"]
     captions: list[str]
     grouped: Float32[np.ndarray, "P L"]
-    """Points for the diversity metric, which compares those of one group."""
+    """Points for diversity and energy score, which compare those of one caption."""
     group: Int[np.ndarray, "P"]
+    """For each of them the number of its caption."""
+    group_captions: list[str]
 
     @classmethod
     def for_prompts(cls, prompts: Prompts, x: Float32[np.ndarray, "Q L"]) -> "Samples":
         """Split one point per prompt into samples and diversity set."""
         n = prompts.count
-        return cls(x[:n], prompts.captions[:n], x[n:], prompts.diversity_group)
+        return cls(x[:n], prompts.captions[:n], x[n:], prompts.diversity_group, prompts.group_captions)
 
     @classmethod
     def of_rows(cls, x: Float32[np.ndarray, "N L"], captions: list[str]) -> "Samples":
         """Take rows of a table as samples, grouped by equal captions."""
-        return cls(x, captions, x, np.unique(captions, return_inverse=True)[1])
+        names, group = np.unique(captions, return_inverse=True)
+        return cls(x, captions, x, group, names.tolist())
 
     def finite(self) -> "Samples":
         """Return the points that are finite, of both parts."""
         kept, grouped = is_finite(self.x), is_finite(self.grouped)
         captions = [caption for caption, keep in zip(self.captions, kept, strict=True) if keep]
-        return Samples(self.x[kept], captions, self.grouped[grouped], self.group[grouped])
+        return replace(
+            self, x=self.x[kept], captions=captions, grouped=self.grouped[grouped], group=self.group[grouped]
+        )
 
 
 def is_finite(x: Float32[np.ndarray, "N L"]) -> Bool[np.ndarray, "N"]:
