@@ -103,7 +103,7 @@ def test_progress_names_the_run_and_the_terminal_says_what_is_better_next_to_ref
     line = reference_line(report, "class_accuracy")
     for name, row in (report["references"] | {"held-out rows": report["heldout"]}).items():
         assert f"{name} {row['class_accuracy']:.4g} ± {row['class_accuracy_error']:.2g}" in line
-    assert all(f"{name} " in reference_line(report, "energy_score") for name in report["forecasts"])
+    assert all(f"{name} " in reference_line(report, "energy_score") for name in report["energy_score_references"])
 
 
 def test_the_page_is_self_contained_and_shows_groups_references_and_captions(compared):

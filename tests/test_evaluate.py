@@ -19,7 +19,7 @@ from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
 from trainer.evaluation import references, run_evaluation
 from trainer.evaluation.calibration import measure_calibration
-from trainer.evaluation.energy_score import forecasts
+from trainer.evaluation.energy_score import reference_points
 from trainer.evaluation.features import Clip, Inception
 from trainer.evaluation.measurements import Measurements
 from trainer.evaluation.memorization import Memorization
@@ -329,25 +329,25 @@ def test_samples_that_are_not_finite_are_counted_and_the_others_measured(run, tm
     assert "non finite rate" in (tmp_path / "index.html").read_text()
 
 
-def test_forecasts_without_a_network_have_energy_scores(report, colored_report, run, indexed):
+def test_points_without_a_network_have_energy_scores(report, colored_report, run, indexed):
     for each in (report, colored_report):
-        assert each["forecasts"].keys() == {"random rows", "nearest caption", "caption mean"}
+        assert each["energy_score_references"].keys() == {"random rows", "nearest caption", "caption mean"}
         samples = next(iter(each["metrics"].values()))
-        for row in each["forecasts"].values():
+        for row in each["energy_score_references"].values():
             assert row.keys() == {name for name in samples if "energy_score" in name}
             assert row["energy_score"] == pytest.approx(row["energy_score_distance"] - row["energy_score_spread"] / 2)
-        scores = {name: row["energy_score"] for name, row in each["forecasts"].items()}
+        scores = {name: row["energy_score"] for name, row in each["energy_score_references"].items()}
         assert scores["caption mean"] < scores["nearest caption"]  # a point of the same distribution has its distance
-        assert each["forecasts"]["caption mean"]["energy_score_spread"] == 0
+        assert each["energy_score_references"]["caption mean"]["energy_score_spread"] == 0
     # Every caption has many held-out rows here, which is as good as it gets.
-    colors = {name: row["energy_score"] for name, row in colored_report["forecasts"].items()}
+    colors = {name: row["energy_score"] for name, row in colored_report["energy_score_references"].items()}
     assert colored_report["heldout"]["energy_score"] < min(colors.values())
     assert colored_report["references"]["train rows"]["energy_score"] < min(colors.values())
 
 
 def test_the_nearest_caption_is_that_of_the_nearest_text_embedding(run, indexed):
     prompts = draw_prompts(CoalescerPipeline.from_pretrained(run), indexed, 40, seed=0)
-    points = dict(forecasts(indexed, prompts))["nearest caption"]
+    points = dict(reference_points(indexed, prompts))["nearest caption"]
     train = indexed.column("text", TRAIN).astype(np.float32)
     first = prompts.count + np.unique(prompts.diversity_group, return_index=True)[1]
     text = indexed.take(prompts.positions[first], "text").astype(np.float32)

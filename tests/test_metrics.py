@@ -230,7 +230,7 @@ def test_the_energy_score_takes_captions_with_held_out_rows_and_enough_samples()
     group, truth = np.array([0] * 4 + [1] * 3 + [2] + [3] * 2), np.array([0, 0, 1, 2, -1])
     score = energy_score(x, group, real, truth)
     first = pairwise(x[:4], real[:2]).mean() - pairwise(x[:4], x[:4]).sum() / 12 / 2
-    point = np.linalg.norm(x[7] - real[3])  # the forecast of a single point has no spread
+    point = np.linalg.norm(x[7] - real[3])  # a single point has no spread
     assert score.score == pytest.approx((first + point) / 2, rel=1e-5)
     assert score.error == pytest.approx(abs(first - point) / 2, rel=1e-5)
     assert energy_score(x, group, real, np.full(5, -1)) is None

@@ -21,7 +21,7 @@ from trainer.evaluation.metrics import mean_distance, mean_distance_between
 from trainer.evaluation.samples import Prompts, Samples
 
 MIN_DRAWS = 4
-"""Samples of a caption below which its score is too uncertain; a single one is the whole of a forecast of one point."""
+"""Samples of a caption below which its score is too uncertain; a single one predicts one point."""
 REGRESSION_ROWS = 65_536
 """Training rows that the mean image of a caption is regressed on."""
 SCAN_ROWS = 8192
@@ -96,7 +96,7 @@ def number_captions(names: Sequence[str], captions: Iterable[str]) -> Int[np.nda
     return np.array([numbers.get(caption, -1) for caption in captions], np.int64)
 
 
-def forecasts(table: Table, prompts: Prompts) -> Iterator[tuple[str, Samples]]:
+def reference_points(table: Table, prompts: Prompts) -> Iterator[tuple[str, Samples]]:
     """Yield what a score is compared with: for the captions of the diversity set, points that need no network.
 
     random rows       as many training rows as there are samples of a caption, whatever their captions

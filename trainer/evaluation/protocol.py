@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -47,13 +47,10 @@ from trainer.objectives.coalescer import Coalescer
 from trainer.run_folder import EncoderPlaces, find_run, read_config
 from trainer.sampler import CoalescerPipeline
 
-if TYPE_CHECKING:
-    pass
-
 NUM_SAMPLES = 2000
 CANDIDATES = 100
 """Captions among which a matcher ranks the true one."""
-HELDOUT_ROWS, FORECASTS = "held-out rows", "forecasts"
+HELDOUT_ROWS, ENERGY_SCORES = "held-out rows", "energy scores"
 NO_IMAGES = "the table stores no images: encode it with --keep-images"
 
 
@@ -143,14 +140,14 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
         device=device,
     )
     found = references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator) | {
-        FORECASTS: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
+        ENERGY_SCORES: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
         HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout()),
     }
     measured = _measure_references(found, measurements, out)
     left_out = {} if RECONSTRUCTIONS in measured else {RECONSTRUCTIONS: NO_IMAGES}
     if memorization.left_out:
         left_out["copied_rate"] = memorization.left_out
-    forecasts, itself = measured.pop(FORECASTS), measured.pop(HELDOUT_ROWS)
+    energy_scores, itself = measured.pop(ENERGY_SCORES), measured.pop(HELDOUT_ROWS)
     return Protocol(
         table,
         prompts,
@@ -160,7 +157,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
         evaluator,
         measurements,
         references=measured,
-        forecasts=forecasts,
+        energy_score_references=energy_scores,
         heldout_metrics=itself,
         left_out=left_out,
         referee=settings,

@@ -23,7 +23,7 @@ from index.table.schema import TRAIN
 from index.table.table import Table
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.images import decode_image
-from trainer.evaluation.energy_score import forecasts
+from trainer.evaluation.energy_score import reference_points
 from trainer.evaluation.evaluator import Evaluator, GetImages
 from trainer.evaluation.samples import Advance, Decode, Prompts, Samples, images_at_once
 from trainer.evaluation.threads import map_batches, split
@@ -137,7 +137,7 @@ def references(
 
 def energy_references(table: Table, prompts: Prompts, evaluator: Evaluator) -> dict[str, dict[str, float]]:
     """Return the energy scores of points that need no network, by name."""
-    return {name: evaluator.measure_energy_score(samples) for name, samples in forecasts(table, prompts)}
+    return {name: evaluator.measure_energy_score(samples) for name, samples in reference_points(table, prompts)}
 
 
 def match_captions(table: Table, prompts: Prompts) -> Int[np.ndarray, "N"]:

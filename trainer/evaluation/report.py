@@ -130,12 +130,19 @@ def comparison_page(report: dict[str, Any], grids: "Sequence[Image]") -> str:
 
 def all_references(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the metrics of everything that needs no run."""
-    return {**report["references"], **report["forecasts"], "held-out rows": report["heldout"]}
+    return {**report["references"], **report["energy_score_references"], "held-out rows": report["heldout"]}
 
 
-def metrics_by_name(report: dict[str, Any], *, forecasts: bool = False) -> dict[str, dict[str, float]]:
-    """Return a row for each metric of an evaluation: the run by steps, the references, and held-out rows themselves."""
-    columns = {name: row for name, row in _columns(report).items() if forecasts or name not in report["forecasts"]}
+def metrics_by_name(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return a row for each metric of an evaluation: the run by steps, the references, and held-out rows themselves.
+
+    References of the energy score alone are left out.
+    """
+    columns = {name: row for name, row in _columns(report).items() if name not in report["energy_score_references"]}
+    return _rows(columns)
+
+
+def _rows(columns: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     rows = {name: {column: row[name] for column, row in columns.items() if name in row} for name in METRICS}
     return {name: row for name, row in rows.items() if row}
 
@@ -223,7 +230,7 @@ def _metrics_table(report: dict[str, Any]) -> str:
     columns, runs = _columns(report), len(report["metrics"])
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = []
-    for name, row in metrics_by_name(report, forecasts=True).items():
+    for name, row in _rows(columns).items():
         cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
         cells = [f'<td class="run">{cell}</td>' if i < runs else f"<td>{cell}</td>" for i, cell in enumerate(cells)]
         body.append(f'<tr><th>{_title(name)}</th>{"".join(cells)}<td class="meaning">{_meaning(name)}</td></tr>')

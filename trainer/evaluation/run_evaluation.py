@@ -60,7 +60,7 @@ class Protocol:
     measurements: Measurements
     references: dict[str, dict[str, float]]
     """Metrics by reference."""
-    forecasts: dict[str, dict[str, float]]
+    energy_score_references: dict[str, dict[str, float]]
     """Energy scores of points that need no network, by name."""
     heldout_metrics: dict[str, float]
     """Metrics of the held-out rows that do not compare with held-out rows."""
@@ -153,7 +153,7 @@ class Protocol:
             "device": self.device,
             "referee": self.referee,
             "references": self.references,
-            "forecasts": self.forecasts,
+            "energy_score_references": self.energy_score_references,
             "heldout": self.heldout_metrics,
             "left_out": dict(self.left_out),
         }
