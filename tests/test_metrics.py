@@ -228,16 +228,16 @@ def test_the_energy_score_takes_captions_with_held_out_rows_and_enough_samples()
     rng = np.random.default_rng(0)
     x, real = rng.normal(size=(10, 3)), rng.normal(size=(5, 3))
     group, truth = np.array([0] * 4 + [1] * 3 + [2] + [3] * 2), np.array([0, 0, 1, 2, -1])
-    score = energy_score(x, group, real, truth)
     first = pairwise(x[:4], real[:2]).mean() - pairwise(x[:4], x[:4]).sum() / 12 / 2
-    point = np.linalg.norm(x[7] - real[3])  # a single point has no spread
+    assert energy_score(x, group, real, truth).score == pytest.approx(first, rel=1e-5)
+    score, point = energy_score(x, group, real, truth, points=True), np.linalg.norm(x[7] - real[3])
     assert score.score == pytest.approx((first + point) / 2, rel=1e-5)
     assert score.error == pytest.approx(abs(first - point) / 2, rel=1e-5)
     assert energy_score(x, group, real, np.full(5, -1)) is None
-    itself = energy_score_of_rows(real, np.array([0, 0, 1, 2, 2]))
+    itself = energy_score_of_rows(real, np.array([0, 0, -1, 1, 1]), 2)
     halves = [np.linalg.norm(real[i] - real[i + 1]) / 2 for i in (0, 3)]
     assert itself.score == pytest.approx(np.mean(halves), rel=1e-5)
-    assert energy_score_of_rows(real, np.arange(5)) is None
+    assert energy_score_of_rows(real, np.array([0, 0, 1, 2, 2]), 3) is None
 
 
 def test_standard_errors_take_samples_of_one_caption_together():

@@ -21,7 +21,7 @@ from trainer.evaluation.metrics import mean_distance, mean_distance_between
 from trainer.evaluation.samples import Prompts, Samples
 
 MIN_DRAWS = 4
-"""Samples of a caption below which its score is too uncertain; a single one predicts one point."""
+"""Samples of a caption below which it is left out."""
 REGRESSION_ROWS = 65_536
 """Training rows that the mean image of a caption is regressed on."""
 SCAN_ROWS = 8192
@@ -58,26 +58,32 @@ def energy_score(
     group: Int[np.ndarray, "P"],
     real: Float[np.ndarray, "M L"],
     truth: Int[np.ndarray, "M"],
+    *,
+    points: bool = False,
 ) -> EnergyScore | None:
     """Return the score of samples for the held-out rows of their captions, all captions weighted equally.
 
-    `group` and `truth` number the captions. None if no caption has held-out rows and enough samples.
+    `group` and `truth` number the captions. With `points` the only sample of a caption is all that is predicted for it,
+    without any spread. None if no caption has held-out rows and enough samples.
     """
     halves = []
     for number in np.unique(group):
         own, rows = x[group == number], real[truth == number]
-        if len(rows) and (len(own) == 1 or len(own) >= MIN_DRAWS):
+        if len(rows) and (len(own) >= MIN_DRAWS or (points and len(own) == 1)):
             halves.append((mean_distance_between(own, rows), mean_distance(own) if len(own) > 1 else 0.0))
     return _average(halves)
 
 
-def energy_score_of_rows(x: Float[np.ndarray, "M L"], group: Int[np.ndarray, "M"]) -> EnergyScore | None:
+def energy_score_of_rows(x: Float[np.ndarray, "M L"], group: Int[np.ndarray, "M"], captions: int) -> EnergyScore | None:
     """Return the score of held-out rows themselves, each for the others of its caption: the least that is possible.
 
-    None if no caption has two rows.
+    Captions are numbered from 0; rows of others have a negative number. None if one of them has fewer than two rows,
+    since scores of other captions could not be compared.
     """
-    sets = [x[group == number] for number in np.unique(group)]
-    distances = [mean_distance(rows) for rows in sets if len(rows) > 1]
+    sets = [x[group == number] for number in range(captions)]
+    if any(len(rows) < 2 for rows in sets):
+        return None
+    distances = [mean_distance(rows) for rows in sets]
     return _average([(distance, distance) for distance in distances])
 
 

@@ -85,16 +85,20 @@ class Evaluator:
         return Measurement(metrics, seconds / len(kept.x))
 
     def measure_energy_score(self, samples: Samples) -> dict[str, float]:
-        """Compute the energy scores of the points of captions alone."""
+        """Compute the energy scores alone; the only point of a caption is all that is predicted for it."""
         features = self._features_of_groups(samples)
         with single_thread():
-            return self._energy_scores(samples, features)
+            return self._energy_scores(samples, features, points=True)
 
-    def measure_heldout(self) -> dict[str, float]:
-        """Compute the metrics of the held-out rows themselves that do not compare with held-out rows."""
+    def measure_heldout(self, group_captions: Sequence[str]) -> dict[str, float]:
+        """Compute the metrics of the held-out rows themselves that do not compare with held-out rows.
+
+        Their energy score is of the captions that samples are scored for.
+        """
         features, metrics = self._heldout_features[0], self._memorization.metrics(self._heldout.x)
         with single_thread():
-            scores = [energy_score_of_rows(x, self._heldout.group) for x in (self._heldout.x, features)]
+            group = number_captions(group_captions, self._heldout.captions)
+            scores = [energy_score_of_rows(x, group, len(group_captions)) for x in (self._heldout.x, features)]
             metrics |= self._diversity(self._heldout) | named_scores(*scores)
             return metrics | self._referee.adherence(features, self._heldout.captions)
 
@@ -119,12 +123,14 @@ class Evaluator:
             **self._diversity(kept),
         }
 
-    def _energy_scores(self, samples: Samples, features: Float32[np.ndarray, "P F"]) -> dict[str, float]:
+    def _energy_scores(
+        self, samples: Samples, features: Float32[np.ndarray, "P F"], *, points: bool = False
+    ) -> dict[str, float]:
         """Return the energy scores in coordinates and in the referee's features."""
         truth = number_captions(samples.group_captions, self._heldout.captions)
         return named_scores(
-            energy_score(samples.grouped, samples.group, self._heldout.x, truth),
-            energy_score(features, samples.group, self._heldout_features[0], truth),
+            energy_score(samples.grouped, samples.group, self._heldout.x, truth, points=points),
+            energy_score(features, samples.group, self._heldout_features[0], truth, points=points),
         )
 
     def _features_of_groups(self, samples: Samples) -> Float32[np.ndarray, "P F"]:

@@ -141,7 +141,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     )
     found = references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator) | {
         ENERGY_SCORES: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
-        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout()),
+        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout(prompts.group_captions)),
     }
     measured = _measure_references(found, measurements, out)
     left_out = {} if RECONSTRUCTIONS in measured else {RECONSTRUCTIONS: NO_IMAGES}
