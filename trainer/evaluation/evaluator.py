@@ -68,7 +68,7 @@ class Evaluator:
         Samples that are not finite are counted, and the others measured; nothing else if those are fewer than MIN_ROWS.
         """
         finite = is_finite(samples.x)
-        rate = {"non_finite_rate": float(1 - finite.mean())}
+        rate = {"non_finite_rate": float((~finite).mean())}
         if finite.sum() < MIN_ROWS:
             advance(len(finite))
             return Measurement(rate, math.nan)
