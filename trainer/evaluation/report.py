@@ -119,6 +119,7 @@ def comparison_page(report: dict[str, Any], grids: "Sequence[Image]") -> str:
         f"<p>{_sizes(report)} of {html.escape(report['table']['uri'])}. Runs that differ only in their seed are one "
         "group: the mean, with one standard deviation as error bar.</p>",
         f"<p>{_legend(colors)} references: {_legend(reference_colors, '&#9476;')}</p>",
+        *(f'<p class="note">{html.escape(line)}</p>' for line in _runs_by_group(report)),
         f"<h2>Metrics by inference steps, with references</h2><p>{''.join(plots)}</p>",
         f"<h2>Images, {steps_label(report['shown_num_inference_steps'])} each</h2>",
         *(f"<p>{_image(grid, 'samples')}</p>" for grid in grids),
@@ -200,6 +201,11 @@ def _columns(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _is_measured(report: dict[str, Any], name: str) -> bool:
     return any(name in row for group in report["groups"].values() for row in group["metrics"].values())
+
+
+def _runs_by_group(report: dict[str, Any]) -> list[str]:
+    runs = {label: [run["run"] for run in report["runs"] if run["label"] == label] for label in report["groups"]}
+    return [f"{label}: {', '.join(paths)}" for label, paths in runs.items()]
 
 
 def _are_all_finite(report: dict[str, Any]) -> bool:
