@@ -127,14 +127,16 @@ def test_values_are_shown_with_four_digits_and_their_deviation():
 
 
 def test_runs_are_labeled_by_the_settings_that_differ():
-    def config(objective=None, **settings):
+    def config(hyperparameters=None, **settings):
         shared = {"objective": "coalescer", "preset": "default", "seed": 0, "size": "tiny", "hyperparameters": {}}
-        return {"fit": shared | settings, "objective": {"p": 2.0, "dropout": 0.1} | (objective or {})}
+        return {"fit": shared | settings, "objective": {"p": 2.0, "dropout": 0.1} | (hyperparameters or {})}
 
     assert label_runs([config(), config(seed=1)]) == ["coalescer", "coalescer"]
+    typed = config()
+    typed["fit"]["hyperparameters"] = {"p": 2.0}
     # A hyperparameter that was typed with its default makes no other run.
-    assert label_runs([config(), config(hyperparameters={"p": 2.0})]) == ["coalescer", "coalescer"]
-    labels = label_runs([config(), config({"p": 1.0}, hyperparameters={"p": 1.0})])
+    assert label_runs([config(), typed]) == ["coalescer", "coalescer"]
+    labels = label_runs([config(), config({"p": 1.0})])
     assert labels == ["coalescer, p=2.0", "coalescer, p=1.0"]
     labels = label_runs([config(), config(size="small"), config({"p": 1.0}, preset="paper")])
     assert labels == ["coalescer, size=tiny", "coalescer, size=small", "coalescer paper, size=tiny"]

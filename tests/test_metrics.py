@@ -212,7 +212,8 @@ def test_the_energy_score_is_least_for_samples_of_the_distribution_itself():
     real, group = means + rng.normal(size=(captions, size)), np.arange(captions).repeat(draws)
     noise = rng.normal(size=(captions * draws, size))
     scores = {
-        scale: energy_score(means[group] + scale * noise, group, real, np.arange(captions)) for scale in (0.3, 1, 2)
+        scale: energy_score(means[group] + scale * noise, group, real, np.arange(captions), captions)
+        for scale in (0.3, 1, 2)
     }
     best = scores[1]
     # Half the mean distance of two points, sqrt(2) times that of a chi distribution with six degrees of freedom.
@@ -220,7 +221,7 @@ def test_the_energy_score_is_least_for_samples_of_the_distribution_itself():
     assert min(scores.values()) == best
     assert scores[0.3].distance < best.distance < scores[2].distance
     assert scores[0.3].spread < best.spread < scores[2].spread
-    other = energy_score(means[group] + noise, (group + 1) % captions, real, np.arange(captions))
+    other = energy_score(means[group] + noise, (group + 1) % captions, real, np.arange(captions), captions)
     assert other.score > 4 * best.score
 
 
@@ -229,15 +230,16 @@ def test_the_energy_score_takes_captions_with_held_out_rows_and_enough_samples()
     x, real = rng.normal(size=(10, 3)), rng.normal(size=(5, 3))
     group, truth = np.array([0] * 4 + [1] * 3 + [2] + [3] * 2), np.array([0, 0, 1, 2, -1])
     first = pairwise(x[:4], real[:2]).mean() - pairwise(x[:4], x[:4]).sum() / 12 / 2
-    assert energy_score(x, group, real, truth).score == pytest.approx(first, rel=1e-5)
-    score, point = energy_score(x, group, real, truth, points=True), np.linalg.norm(x[7] - real[3])
+    assert energy_score(x, group, real, truth, 2).score == pytest.approx(first, rel=1e-5)
+    assert energy_score(x, group, real, truth, 4) is None  # one of four captions would not tell
+    score, point = energy_score(x, group, real, truth, 4, points=True), np.linalg.norm(x[7] - real[3])
     assert score.score == pytest.approx((first + point) / 2, rel=1e-5)
     assert score.error == pytest.approx(abs(first - point) / 2, rel=1e-5)
-    assert energy_score(x, group, real, np.full(5, -1)) is None
-    itself = energy_score_of_rows(real, np.array([0, 0, -1, 1, 1]), 2)
+    assert energy_score(x, group, real, np.full(5, -1), 4) is None
+    itself = energy_score_of_rows(real, np.array([0, 0, 2, 1, 1]), 3)
     halves = [np.linalg.norm(real[i] - real[i + 1]) / 2 for i in (0, 3)]
     assert itself.score == pytest.approx(np.mean(halves), rel=1e-5)
-    assert energy_score_of_rows(real, np.array([0, 0, 1, 2, 2]), 3) is None
+    assert energy_score_of_rows(real, np.array([0, 0, 2, 1, 1]), 5) is None
 
 
 def test_standard_errors_take_samples_of_one_caption_together():

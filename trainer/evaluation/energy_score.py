@@ -58,37 +58,36 @@ def energy_score(
     group: Int[np.ndarray, "P"],
     real: Float[np.ndarray, "M L"],
     truth: Int[np.ndarray, "M"],
+    captions: int,
     *,
     points: bool = False,
 ) -> EnergyScore | None:
     """Return the score of samples for the held-out rows of their captions, all captions weighted equally.
 
-    `group` and `truth` number the captions. With `points` the only sample of a caption is all that is predicted for it,
-    without any spread. None if no caption has held-out rows and enough samples.
+    `group` and `truth` number the captions, from 0 to `captions` - 1; others have negative numbers. With `points` the
+    only sample of a caption is all that is predicted for it, without any spread. None if less than half of the
+    captions have held-out rows and enough samples: scores of a few other captions could not be compared.
     """
     halves = []
-    for number in np.unique(group):
+    for number in range(captions):
         own, rows = x[group == number], real[truth == number]
         if len(rows) and (len(own) >= MIN_DRAWS or (points and len(own) == 1)):
             halves.append((mean_distance_between(own, rows), mean_distance(own) if len(own) > 1 else 0.0))
-    return _average(halves)
+    return _average(halves, captions)
 
 
 def energy_score_of_rows(x: Float[np.ndarray, "M L"], group: Int[np.ndarray, "M"], captions: int) -> EnergyScore | None:
     """Return the score of held-out rows themselves, each for the others of its caption: the least that is possible.
 
-    Captions are numbered from 0; rows of others have a negative number. None if one of them has fewer than two rows,
-    since scores of other captions could not be compared.
+    None if less than half of the captions have two rows.
     """
     sets = [x[group == number] for number in range(captions)]
-    if any(len(rows) < 2 for rows in sets):
-        return None
-    distances = [mean_distance(rows) for rows in sets]
-    return _average([(distance, distance) for distance in distances])
+    distances = [mean_distance(rows) for rows in sets if len(rows) > 1]
+    return _average([(distance, distance) for distance in distances], captions)
 
 
-def _average(halves: Sequence[tuple[float, float]]) -> EnergyScore | None:
-    if not halves:
+def _average(halves: Sequence[tuple[float, float]], captions: int) -> EnergyScore | None:
+    if not halves or 2 * len(halves) < captions:
         return None
     distance, spread = np.array(halves).T
     scores = distance - spread / 2

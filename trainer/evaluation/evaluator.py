@@ -52,12 +52,16 @@ class Evaluator:
         pretrained: Sequence[FeatureExtractor] = (),
         *,
         memorization: Memorization,
+        scored: Sequence[str],
         device: str = "cpu",
     ) -> None:
-        """Keep what samples are compared with; `images` are those of `heldout`, in order."""
+        """Keep what samples are compared with; `images` are those of `heldout`, in order.
+
+        The energy score is of the captions in `scored`, whatever set is measured.
+        """
         self._geometry, self._decode, self._heldout, self._images = table.meta.geometry, decode, heldout, images
         self._referee, self.extractors = referee, [referee, *pretrained]
-        self._memorization, self._device = memorization, device
+        self._memorization, self._scored, self._device = memorization, scored, device
         self._at_once = images_at_once(table.meta.image_size, device)
 
     def measure(
@@ -90,15 +94,12 @@ class Evaluator:
         with single_thread():
             return self._energy_scores(samples, features, points=True)
 
-    def measure_heldout(self, group_captions: Sequence[str]) -> dict[str, float]:
-        """Compute the metrics of the held-out rows themselves that do not compare with held-out rows.
-
-        Their energy score is of the captions that samples are scored for.
-        """
+    def measure_heldout(self) -> dict[str, float]:
+        """Compute the metrics of the held-out rows themselves that do not compare with held-out rows."""
         features, metrics = self._heldout_features[0], self._memorization.metrics(self._heldout.x)
         with single_thread():
-            group = number_captions(group_captions, self._heldout.captions)
-            scores = [energy_score_of_rows(x, group, len(group_captions)) for x in (self._heldout.x, features)]
+            group, count = number_captions(self._scored, self._heldout.captions), len(self._scored)
+            scores = [energy_score_of_rows(x, group, count) for x in (self._heldout.x, features)]
             metrics |= self._diversity(self._heldout) | named_scores(*scores)
             return metrics | self._referee.adherence(features, self._heldout.captions)
 
@@ -127,10 +128,11 @@ class Evaluator:
         self, samples: Samples, features: Float32[np.ndarray, "P F"], *, points: bool = False
     ) -> dict[str, float]:
         """Return the energy scores in coordinates and in the referee's features."""
-        truth = number_captions(samples.group_captions, self._heldout.captions)
+        truth, count = number_captions(self._scored, self._heldout.captions), len(self._scored)
+        group = number_captions(self._scored, [samples.group_captions[number] for number in samples.group])
         return named_scores(
-            energy_score(samples.grouped, samples.group, self._heldout.x, truth, points=points),
-            energy_score(features, samples.group, self._heldout_features[0], truth, points=points),
+            energy_score(samples.grouped, group, self._heldout.x, truth, count, points=points),
+            energy_score(features, group, self._heldout_features[0], truth, count, points=points),
         )
 
     def _features_of_groups(self, samples: Samples) -> Float32[np.ndarray, "P F"]:

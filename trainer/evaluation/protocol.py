@@ -129,6 +129,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
         referee,
         pretrained,
         memorization=memorization,
+        scored=prompts.group_captions,
         device=device,
     )
     measurements = Measurements(
@@ -141,7 +142,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     )
     found = references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator) | {
         ENERGY_SCORES: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
-        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout(prompts.group_captions)),
+        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout()),
     }
     measured = _measure_references(found, measurements, out)
     left_out = {} if RECONSTRUCTIONS in measured else {RECONSTRUCTIONS: NO_IMAGES}
@@ -168,8 +169,8 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
 def _measure_references(sets: dict[str, Reference], measurements: Measurements, out: Path) -> dict[str, dict[str, Any]]:
     """Return the metrics of each reference; those that are kept are not measured again."""
     kept = {name: measurements.load(reference=name) for name in sets}
-    total = sum(each.count for each in sets.values())
-    done = sum(sets[name].count for name, each in kept.items() if each is not None)
+    total = sum(each.images for each in sets.values())
+    done = sum(sets[name].images for name, each in kept.items() if each is not None)
     with Progress("measure references", total=total, unit="images", log=out / "log.jsonl", done=done) as bar:
         for name, each in sets.items():
             kept[name] = kept[name] or measurements.save(each.measure(bar.advance), reference=name)

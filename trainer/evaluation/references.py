@@ -43,7 +43,7 @@ TRAIN_ROWS, PAIRS, NOISE, RECONSTRUCTIONS = "train rows", "retrieved pairs", "no
 class Reference(NamedTuple):
     """A set of samples of known quality."""
 
-    count: int
+    images: int
     """Images to be measured."""
     measure: Callable[[Advance], dict[str, Any]]
     """Returns the metrics."""

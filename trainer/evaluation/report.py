@@ -150,7 +150,8 @@ def _rows(columns: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def metrics_with_goals(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `metrics_by_name` with a column that says which values are good."""
-    return {name: {"best": METRICS[name].goal or "-", **row} for name, row in metrics_by_name(report).items()}
+    goals = {LOWER: "lower", HIGHER: "higher", HALF: "0.5", REAL: "as real", "": "-"}
+    return {name: {"best": goals[METRICS[name].goal], **row} for name, row in metrics_by_name(report).items()}
 
 
 def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
