@@ -319,7 +319,8 @@ def test_samples_that_are_not_finite_are_counted_and_the_others_measured(run, in
     if every == 1:
         assert metrics.keys() == {"non_finite_rate", "network_evaluations", "ms_per_latent"}
     else:
-        assert metrics.keys() >= report["references"]["noise"].keys()
+        # Of five samples of a caption so few may be left that it has no energy score.
+        assert metrics.keys() >= {name for name in report["references"]["noise"] if "energy_score" not in name}
         assert np.isfinite(list(metrics.values())).all()
         real = indexed.meta.geometry.to_coordinates(indexed.take(positions, "latent"))
         assert metrics["frechet"] == pytest.approx(frechet(x[finite], real), rel=1e-5)
