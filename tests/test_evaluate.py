@@ -17,9 +17,12 @@ from index.table.table import open_table, reports_of
 from pipeline.images import decode_image
 from trainer.config import FitConfig
 from trainer.evaluation import referee as referee_module
-from trainer.evaluation import references
+from trainer.evaluation import references, run_evaluation
 from trainer.evaluation.calibration import measure_calibration
+from trainer.evaluation.energy_score import reference_points
 from trainer.evaluation.features import Clip, Inception
+from trainer.evaluation.measurements import Measurements
+from trainer.evaluation.memorization import Memorization
 from trainer.evaluation.metrics import frechet
 from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.evaluation.referee import Classifier, class_labels, open_referee
@@ -122,6 +125,7 @@ def test_copied_rate_is_one_for_copies_and_near_zero_for_other_points(report):
     assert references["retrieved pairs"]["copied_rate"] == 1
     assert references["retrieved pairs"]["nearest_ratio"] < 1e-3
     assert references["train rows"]["copied_rate"] == 1
+    assert all(row["non_finite_rate"] == 0 for row in references.values())
     assert report["heldout"]["copied_rate"] < 0.05
     assert references["noise"]["copied_rate"] == 0
 
@@ -137,7 +141,7 @@ def test_a_matcher_ranks_true_captions_better_than_chance(report, indexed):
 
 
 def test_what_is_left_out_has_a_reason(report, colored_report):
-    assert report["left_out"] == {"reconstructions": "the table stores no images: encode it with --keep-images"}
+    assert report["left_out"] == {"train reconstructions": "the table stores no images: encode it with --keep-images"}
     assert report["heldout_images"] == "decoded latents"
     assert colored_report["left_out"] == {"calibration": "flow_matching trains no confidence"}
     assert colored_report["heldout_images"] == "originals"
@@ -169,13 +173,13 @@ def test_a_table_with_classes_and_images_has_class_accuracy_and_reconstructions(
     assert colored_report["referee"]["type"] == "classifier"
     assert colored_report["referee"]["labels"] == ["blue", "green", "red"]
     references = colored_report["references"]
-    assert references.keys() == {"train rows", "retrieved pairs", "noise", "reconstructions"}
-    assert references["reconstructions"].keys() == references["train rows"].keys()
+    assert references.keys() == {"train rows", "retrieved pairs", "noise", "train reconstructions"}
+    assert references["train reconstructions"].keys() == references["train rows"].keys()
     assert colored_report["heldout"].keys() >= {"class_accuracy", "diversity", "copied_rate"}
     # The autoencoder has fresh weights: its images show which class a latent is of, but do not look like originals.
     assert references["retrieved pairs"]["class_accuracy"] > 0.8
     assert references["noise"]["class_accuracy"] < 0.7
-    assert references["train rows"]["feature_frechet"] < references["reconstructions"]["feature_frechet"]
+    assert references["train rows"]["feature_frechet"] < references["train reconstructions"]["feature_frechet"]
 
 
 def test_train_rows_have_the_captions_of_the_prompts_while_there_are_any(flow, colored, indexed, run):
@@ -240,12 +244,131 @@ def without_times(report):
     return content
 
 
+class Stopped(BaseException):
+    """In place of a kill."""
+
+
+def test_an_evaluation_that_is_stopped_anywhere_goes_on_to_the_same_report(run, tmp_path, monkeypatch):
+    config = EvaluationConfig(num_inference_steps=[1, 2], num_samples=16)
+    whole = evaluate(run, config, tmp_path / "whole")
+    saved, sampled, save = [0], [], Measurements.save
+
+    def stop_at_the_next(self, *args, **depends_on):
+        if saved[0]:
+            raise Stopped
+        saved[0] = 1
+        return save(self, *args, **depends_on)
+
+    def count(*args):
+        sampled.append(args[3])
+        return sample_prompts(*args)
+
+    monkeypatch.setattr(Measurements, "save", stop_at_the_next)
+    monkeypatch.setattr(run_evaluation, "sample_prompts", count)
+    stops, report = 0, None
+    while report is None:
+        saved[0] = 0
+        try:
+            report = evaluate(run, config, tmp_path / "stopped")
+        except Stopped:
+            stops += 1
+    assert stops == len(list((tmp_path / "stopped" / "measurements").iterdir())) - 1 == 7
+    assert sorted(sampled) == [1, 1, 2, 2]  # each was stopped once before it was kept
+    assert without_times(report) == without_times(whole)
+    assert (tmp_path / "stopped" / "index.html").is_file()
+    sampled.clear()
+    assert without_times(evaluate(run, config, tmp_path / "stopped")) == without_times(whole)
+    assert sampled == []
+
+
+def test_measurements_are_taken_up_only_for_what_they_depend_on(tmp_path):
+    kept = Measurements(tmp_path, seed=0)
+    shown = np.arange(6, dtype=np.float32).reshape(2, 3)
+    kept.save({"frechet": 0.1, "bins": [1, {"a": 2.5}]}, shown, run="a", num_inference_steps=2)
+    found = Measurements(tmp_path, seed=0).load(run="a", num_inference_steps=2)
+    assert found.content == {"frechet": 0.1, "bins": [1, {"a": 2.5}]}
+    assert np.array_equal(found.shown, shown)
+    assert kept.load(run="a", num_inference_steps=1) is None
+    assert kept.load(run="b", num_inference_steps=2) is None
+    assert Measurements(tmp_path, seed=1).load(run="a", num_inference_steps=2) is None
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    assert kept.load(run="a", num_inference_steps=2) is None
+
+
+@pytest.mark.parametrize("every", [3, 1])
+def test_samples_that_are_not_finite_are_counted_and_the_others_measured(run, indexed, tmp_path, monkeypatch, every):
+    outputs, sample_latents, positions = [], CoalescerPipeline.sample_latents, indexed.positions(HELDOUT)
+
+    def diverge(self, *args, **kwargs):
+        x, confidence = sample_latents(self, *args, **kwargs)
+        for start, value in enumerate((np.nan, np.inf, -1e30)):
+            x[start * every :: 3 * every, 0] = value
+        return x, confidence
+
+    def keep(*args):
+        outputs.append(sample_prompts(*args))
+        return outputs[-1]
+
+    monkeypatch.setattr(CoalescerPipeline, "sample_latents", diverge)
+    monkeypatch.setattr(run_evaluation, "sample_prompts", keep)
+    report = evaluate(run, EvaluationConfig(num_inference_steps=[2], num_samples=len(positions)), tmp_path)
+    metrics, x = report["metrics"]["2"], outputs[0].x[: len(positions)]
+    finite = np.isfinite(x).all(1) & (x[:, 0] > -1e9)
+    assert metrics["non_finite_rate"] == (~finite).mean() == pytest.approx(1 / every, abs=0.02)
+    if every == 1:
+        assert metrics.keys() == {"non_finite_rate", "network_evaluations", "ms_per_latent"}
+    else:
+        # Of five samples of a caption so few may be left that it has no energy score.
+        assert metrics.keys() >= {name for name in report["references"]["noise"] if "energy_score" not in name}
+        assert np.isfinite(list(metrics.values())).all()
+        real = indexed.meta.geometry.to_coordinates(indexed.take(positions, "latent"))
+        assert metrics["frechet"] == pytest.approx(frechet(x[finite], real), rel=1e-5)
+    assert "non finite rate" in (tmp_path / "index.html").read_text()
+
+
+def test_points_without_a_network_have_energy_scores(report, colored_report, run, indexed):
+    for each in (report, colored_report):
+        assert each["energy_score_references"].keys() == {"random rows", "nearest caption", "caption mean"}
+        samples = next(iter(each["metrics"].values()))
+        for row in each["energy_score_references"].values():
+            assert row.keys() == {name for name in samples if "energy_score" in name}
+            assert row["energy_score"] == pytest.approx(row["energy_score_distance"] - row["energy_score_spread"] / 2)
+        assert each["energy_score_references"]["caption mean"]["energy_score_spread"] == 0
+    # Every caption has many held-out rows here, which is as good as it gets.
+    colors = {name: row["energy_score"] for name, row in colored_report["energy_score_references"].items()}
+    assert colors["caption mean"] < colors["nearest caption"]
+    assert colored_report["heldout"]["energy_score"] < min(colors.values())
+    assert colored_report["references"]["train rows"]["energy_score"] < min(colors.values())
+
+
+def test_the_nearest_caption_is_that_of_the_nearest_text_embedding(run, indexed):
+    prompts = draw_prompts(CoalescerPipeline.from_pretrained(run), indexed, 40, seed=0)
+    points = dict(reference_points(indexed, prompts))["nearest caption"]
+    train = indexed.column("text", TRAIN).astype(np.float32)
+    first = prompts.count + np.unique(prompts.diversity_group, return_index=True)[1]
+    text = indexed.take(prompts.positions[first], "text").astype(np.float32)
+    cosine = (text @ train.T) / np.linalg.norm(text, axis=1)[:, None] / np.linalg.norm(train, axis=1)
+    latents = indexed.meta.geometry.to_coordinates(indexed.column("latent", TRAIN))
+    top = np.sort(cosine, axis=1)
+    clear = top[:, -1] - top[:, -2] > 1e-5
+    assert clear.any()
+    assert np.allclose(points.grouped[clear], latents[cosine.argmax(1)][clear])
+
+
+def test_comparing_with_all_rows_is_left_out_with_a_reason_if_it_takes_too_long(indexed):
+    assert Memorization(indexed, 1000, "cpu").left_out is None
+    memorization = Memorization(indexed, 10**12, "cpu")
+    assert "1,000,000,000,000 samples with all" in memorization.left_out
+    assert memorization.metrics(np.zeros((8, 32), np.float32)) == {}
+
+
 def test_the_page_is_self_contained_and_shows_every_metric_and_reference(run, tmp_path):
     report = evaluate(run, EvaluationConfig(num_inference_steps=[1], num_samples=16), tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert len(re.findall("<img", page)) == 1
-    assert "Left out: reconstructions, because the table stores no images" in page
+    assert "Left out: train reconstructions, because the table stores no images" in page
     for name in ("1 step", "train rows", "retrieved pairs", "noise", "held-out rows"):
         assert f"<th>{name}</th>" in page
     for name in report["metrics"]["1"]:
@@ -258,7 +381,7 @@ def test_the_page_is_self_contained_and_shows_every_metric_and_reference(run, tm
 def test_the_table_of_metrics_has_a_row_for_each_metric_and_a_column_for_each_reference(report, colored_report):
     assert metrics_by_name(report).keys() == report["metrics"]["1"].keys()
     rows = metrics_by_name(colored_report)
-    assert rows["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "noise", "reconstructions"}
+    assert rows["frechet"].keys() == {"2 steps", "train rows", "retrieved pairs", "noise", "train reconstructions"}
     assert rows["class_accuracy"]["held-out rows"] == colored_report["heldout"]["class_accuracy"]
     assert rows["network_evaluations"] == {"2 steps": 2.0}
 
@@ -358,7 +481,7 @@ def test_pairs_are_retrieved_once_per_table_version_and_prompts(run, indexed, mo
     monkeypatch.setattr(references, "ExactSearch", Counted)
     first, other = (draw_prompts(pipeline, indexed, 12, seed=seed) for seed in (11, 12))
     pairs = [retrieve_pairs(indexed, prompts) for prompts in (first, first, other, other, first)]
-    assert len(searches) == 3
+    assert len(searches) == 2
     assert np.array_equal(pairs[0], pairs[1])
     assert np.array_equal(pairs[0], pairs[4])
     assert not np.array_equal(pairs[0], pairs[2])

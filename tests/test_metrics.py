@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from trainer.evaluation.calibration import calibrate
+from trainer.evaluation.energy_score import energy_score, energy_score_of_rows
+from trainer.evaluation.memorization import COPY_RATIO, nearest_ratio
 from trainer.evaluation.metrics import (
-    COPY_RATIO,
     diversity,
     energy_distance,
     frechet,
     kernel_mmd,
     mean_distance,
-    nearest_ratio,
     prdc,
     sliced_wasserstein,
     two_sample_accuracy,
 )
-from trainer.evaluation.referee import retrieval_ranks
+from trainer.evaluation.referee import retrieval_ranks, standard_error
 
 
 def pairwise(a, b):
@@ -184,12 +184,71 @@ def test_nearest_ratio_separates_copies_of_training_rows_from_new_points():
     train, fresh = rng.normal(size=(3000, 16)) * 3, rng.normal(size=(200, 16)) * 3
     blocks = [train[:1700], train[1700:1701], train[1701:]]
     near = np.sort(pairwise(fresh, train), axis=1)
-    assert np.allclose(nearest_ratio(fresh, blocks), near[:, 0] / near[:, 1], atol=1e-4)
-    assert (nearest_ratio(fresh, blocks) < COPY_RATIO).mean() == 0
-    copied = nearest_ratio(train[::20] + 1e-3 * rng.normal(size=(150, 16)), blocks)
+    assert np.allclose(nearest_ratio(fresh, lambda: blocks), near[:, 0] / near[:, 1], atol=1e-4)
+    assert (nearest_ratio(fresh, lambda: blocks) < COPY_RATIO).mean() == 0
+    copied = nearest_ratio(train[::20] + 1e-3 * rng.normal(size=(150, 16)), lambda: blocks)
     assert copied.max() < 0.01
-    # Both distances to a row that is stored twice are zero.
-    assert (nearest_ratio(train[:5], [train, train]) == 0).all()
+
+
+@pytest.mark.parametrize("difference", [0.0, 2e-3])
+def test_copies_of_images_that_are_stored_several_times_are_copies(difference):
+    """An image with several captions has a row for each; encoded in other batches their latents differ a little."""
+    rng = np.random.default_rng(0)
+    images, fresh = rng.normal(size=(2, 400, 16))
+    train = images.repeat(5, axis=0)[rng.permutation(2000)]
+    train += difference * rng.normal(size=train.shape)
+    blocks = [train[:700], train[700:]]
+    assert (nearest_ratio(images[:300] + 1e-3 * rng.normal(size=(300, 16)), lambda: blocks) < 0.02).all()
+    once = np.sort(pairwise(fresh, images), axis=1)
+    ratio = nearest_ratio(fresh, lambda: blocks)
+    assert np.allclose(ratio, once[:, 0] / once[:, 1], atol=1e-4 + 10 * difference)
+    assert (ratio < COPY_RATIO).mean() < 0.01
+    assert np.isnan(nearest_ratio(fresh, lambda: [images[:1].repeat(7, axis=0)])).all()  # there is no other image
+
+
+def test_the_energy_score_is_least_for_samples_of_the_distribution_itself():
+    rng = np.random.default_rng(0)
+    captions, draws, size = 300, 8, 6
+    means = 5 * rng.normal(size=(captions, size))
+    real, group = means + rng.normal(size=(captions, size)), np.arange(captions).repeat(draws)
+    noise = rng.normal(size=(captions * draws, size))
+    scores = {
+        scale: energy_score(means[group] + scale * noise, group, real, np.arange(captions), captions)
+        for scale in (0.3, 1, 2)
+    }
+    best = scores[1]
+    # Half the mean distance of two points, sqrt(2) times that of a chi distribution with six degrees of freedom.
+    assert best.score == pytest.approx(2**0.5 * 2.35 / 2, abs=3 * best.error)
+    assert min(scores.values()) == best
+    assert scores[0.3].distance < best.distance < scores[2].distance
+    assert scores[0.3].spread < best.spread < scores[2].spread
+    other = energy_score(means[group] + noise, (group + 1) % captions, real, np.arange(captions), captions)
+    assert other.score > 4 * best.score
+
+
+def test_the_energy_score_takes_captions_with_held_out_rows_and_enough_samples():
+    rng = np.random.default_rng(0)
+    x, real = rng.normal(size=(10, 3)), rng.normal(size=(5, 3))
+    group, truth = np.array([0] * 4 + [1] * 3 + [2] + [3] * 2), np.array([0, 0, 1, 2, -1])
+    first = pairwise(x[:4], real[:2]).mean() - pairwise(x[:4], x[:4]).sum() / 12 / 2
+    assert energy_score(x, group, real, truth, 2).score == pytest.approx(first, rel=1e-5)
+    assert energy_score(x, group, real, truth, 4) is None  # one of four captions would not tell
+    score, point = energy_score(x, group, real, truth, 4, points=True), np.linalg.norm(x[7] - real[3])
+    assert score.score == pytest.approx((first + point) / 2, rel=1e-5)
+    assert score.error == pytest.approx(abs(first - point) / 2, rel=1e-5)
+    assert energy_score(x, group, real, np.full(5, -1), 4) is None
+    itself = energy_score_of_rows(real, np.array([0, 0, 2, 1, 1]), 3)
+    halves = [np.linalg.norm(real[i] - real[i + 1]) / 2 for i in (0, 3)]
+    assert itself.score == pytest.approx(np.mean(halves), rel=1e-5)
+    assert energy_score_of_rows(real, np.array([0, 0, 2, 1, 1]), 5) is None
+
+
+def test_standard_errors_take_samples_of_one_caption_together():
+    rng = np.random.default_rng(0)
+    alike = torch.from_numpy(rng.integers(2, size=400)).double().repeat_interleave(5)
+    captions = torch.arange(400).repeat_interleave(5)
+    assert standard_error(alike, captions) == pytest.approx(0.5 / 20, rel=0.02)
+    assert standard_error(alike) == pytest.approx(0.5 / 2000**0.5, rel=0.02)
 
 
 @pytest.mark.slow

@@ -363,8 +363,8 @@ def evaluate(
 ) -> None:
     r"""Measure a run against held-out rows.
 
-    Each metric is reported next to its references: train rows, retrieved pairs, reconstructions, noise.
-    Nothing is downloaded.
+    Each metric is reported next to its references: train rows and their reconstructions, retrieved
+    pairs, noise. Nothing is downloaded. Stopped and typed again, it goes on.
 
     Examples:
       trainer evaluate runs/shapes
@@ -374,7 +374,7 @@ def evaluate(
     print_status(f"trainer evaluate: opening {run}")
     from index.errors import OptionError
     from trainer.evaluation.protocol import evaluate as run_evaluate
-    from trainer.evaluation.report import metrics_by_name
+    from trainer.evaluation.report import ERRORS_KNOWN, metrics_with_goals, reference_line
     from trainer.run_folder import may_be_hub_id
 
     if out is None and may_be_hub_id(run):
@@ -387,7 +387,10 @@ def evaluate(
     report, page = run_evaluate(run, config, out), out / "index.html"
     if as_json:
         return print_json(report | {"page": str(page)})
-    print_columns(str(run), metrics_by_name(report))
+    print_columns(str(run), metrics_with_goals(report))
+    for name in ERRORS_KNOWN:
+        if line := reference_line(report, name):
+            print(f"{name}: {line}")
     print(f"\npage: {page}")
     return None
 
@@ -413,7 +416,8 @@ def compare(
 ) -> None:
     r"""Compare runs that were trained on the same table.
 
-    Runs that differ in their seed alone are averaged.
+    Runs that differ in their seed alone are averaged. Stopped and typed again, or typed with more
+    runs, it measures what is missing.
 
     Examples:
       trainer compare runs/coalescer runs/flow --out reports/both \
@@ -424,7 +428,7 @@ def compare(
     """
     print_status(f"trainer compare: opening {len(run)} runs")
     from trainer.evaluation.compare import compare as run_compare
-    from trainer.evaluation.report import main_metrics
+    from trainer.evaluation.report import main_metrics, metric_title, reference_line
 
     config = _evaluation(
         num_inference_steps, num_samples, clip, inception, seed, device, image_encoder, text_encoder, storage_option
@@ -434,7 +438,8 @@ def compare(
     if as_json:
         return print_json(report | {"page": str(page)})
     for name, rows in main_metrics(report).items():
-        print_columns(name, rows)
+        print_columns(f"\n{metric_title(report, name)}", rows)
+        print(f"references: {reference_line(report, name) or '-'}")
     print(f"\npage: {page}")
     return None
 

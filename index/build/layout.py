@@ -261,7 +261,7 @@ def _fit_balance(
     with Progress("balance", total=100, unit="% of the time limit", log=log) as bar:
         for potentials in fit_potentials(sample, queries, start=first, time_limit=time_limit):
             percent = min(100, round(100 * (time.monotonic() - began) / time_limit))
-            bar.advance(max(0, percent - bar.done), steps=potentials.step, chi_square=potentials.chi_square)
+            bar.advance(max(0, percent - bar.done), steps=potentials.step, fit_chi_square=potentials.chi_square)
     g = potentials.g
     if stride > 1:
         blocks = VectorBlocks(table, memory=memory // 2, device=device, balance=False)

@@ -38,7 +38,12 @@ def measure_calibration(
             predicted["direction_length"].append(prediction.direction.norm(dim=1).cpu().numpy())
     if not objective.confidence_weight:
         del predicted["confidence"]
-    return {name: calibrate(np.concatenate(parts), np.concatenate(observed)) for name, parts in predicted.items()}
+    cosine = np.concatenate(observed)
+    joined = {name: np.concatenate(parts) for name, parts in predicted.items()}
+    finite = {name: np.isfinite(cosine) & np.isfinite(each) for name, each in joined.items()}
+    return {
+        name: calibrate(each[finite[name]], cosine[finite[name]]) for name, each in joined.items() if finite[name].any()
+    }
 
 
 def calibrate(

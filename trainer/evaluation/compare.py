@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHOWN_STEPS = 2
 """Images are shown for the number of inference steps nearest to this."""
+APART = ("objective", "preset", "seed", "hyperparameters")
+"""Settings that labels show elsewhere or not at all."""
 TRAINING = ("parameters", "images", "seconds")
 """Entries of a run's result.json that say what training cost."""
 
@@ -30,7 +32,8 @@ TRAINING = ("parameters", "images", "seconds")
 def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate all runs, write OUT/report.json and OUT/index.html, and return the report.
 
-    The page shows images of `captions` from each group. Raises RunError unless all runs are complete and of one table.
+    The page shows images of `captions` from each group. Called again after it was stopped, or with more runs, it takes
+    up what was measured. Raises RunError unless all runs are complete and of one table.
     """
     folders = [find_run(run) for run in runs]
     configs = [read_config(folder) for folder in folders]
@@ -38,60 +41,86 @@ def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: 
     began = time.perf_counter()
     first = CoalescerPipeline.from_pretrained(folders[0], device=config.device, encoders=config.encoders)
     protocol = open_protocol(folders[0], first, config, out)
-    labels = label_runs(configs)
-    shown = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
+    labels, names = label_runs(configs), short_names(runs)
+    steps = min(config.num_inference_steps, key=lambda n: abs(n - SHOWN_STEPS))
     evaluated: list[dict[str, Any]] = []
-    samples, images = {}, {}
-    for run, folder, label in zip(runs, folders, labels, strict=True):
+    shown, images = {}, {}
+    for number, (run, folder, label) in enumerate(zip(runs, folders, labels, strict=True)):
         pipeline = CoalescerPipeline.from_pretrained(folder, device=config.device, encoders=config.encoders)
-        result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl")
-        evaluated.append({"run": str(run), "label": label, "metrics": result.metrics, "training": _training(folder)})
-        if label not in samples:
-            samples[label] = result.samples[shown].x
+        title = f"{names[number]} ({number + 1}/{len(runs)})"
+        result = protocol.evaluate(pipeline, config.num_inference_steps, out / "log.jsonl", title=title)
+        settings = {"label": label, "seed": configs[number]["fit"]["seed"]}
+        evaluated.append({"run": str(run), **settings, "metrics": result.metrics, "training": _training(folder)})
+        if label not in shown:
+            shown[label] = result.shown[steps]
             if captions:
-                images[label] = pipeline(captions, num_inference_steps=shown, seed=config.seed).images
+                images[label] = pipeline(captions, num_inference_steps=steps, seed=config.seed).images
     report = {
         **protocol.summary(),
         "num_inference_steps": config.num_inference_steps,
-        "shown_num_inference_steps": shown,
+        "shown_num_inference_steps": steps,
         "runs": evaluated,
-        "groups": {label: summarize([run for run in evaluated if run["label"] == label]) for label in samples},
+        "groups": {label: summarize([run for run in evaluated if run["label"] == label]) for label in shown},
         "captions": list(captions),
         "seconds": round(time.perf_counter() - began, 1),
     }
     write_json(out / "report.json", report)
-    grids = [protocol.image_grid(samples), *([_caption_grid(captions, images)] if captions else [])]
+    grids = [protocol.image_grid(shown), *([_caption_grid(captions, images)] if captions else [])]
     write_text(out / "index.html", comparison_page(report, grids))
     return report
 
 
 def label_runs(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a label for each run: its objective, and the settings other than the seed in which runs differ."""
-    settings = [_settings(config) for config in configs]
-    names = dict.fromkeys(name for each in settings for name in each)
-    differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings}) > 1]
+    """Return a label for each run: its objective, and the settings other than the seed in which runs differ.
+
+    Hyperparameters are those of the objective, typed or not, and tell runs of one objective and preset apart.
+    """
+    names = [_objective_name(config) for config in configs]
+    fits = [{name: value for name, value in config["fit"].items() if name not in APART} for config in configs]
     labels = []
-    for config, each in zip(configs, settings, strict=True):
-        objective, preset = config["fit"]["objective"], config["fit"]["preset"]
-        values = [f"{name}={each[name]}" for name in differing if name in each]
-        labels.append(", ".join([objective if preset == "default" else f"{objective} {preset}", *values]))
+    for name, fit, config in zip(names, fits, configs, strict=True):
+        alike = [other["objective"] for other, other_name in zip(configs, names, strict=True) if other_name == name]
+        labels.append(", ".join([name, *_differing(fit, fits), *_differing(config["objective"], alike)]))
     return labels
 
 
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """Return the names of run folders, with as many folders before them as tell them apart."""
+    parts = [run.parts for run in runs]
+    deepest = max(map(len, parts))
+    depth = next((n for n in range(1, deepest) if len({each[-n:] for each in parts}) == len(set(parts))), deepest)
+    return [str(Path(*each[-depth:])) for each in parts]
+
+
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return [mean, standard deviation] of each metric of a group of runs; the deviation of a single run is 0."""
+    """Return [mean, standard deviation] of each metric of a group of runs; the deviation of a single run is 0.
+
+    A metric that one of them lacks, because too few of its samples are finite, is left out.
+    """
     metrics = {
-        n: {name: _mean_and_deviation([run["metrics"][n][name] for run in runs]) for name in row}
+        n: {
+            name: _mean_and_deviation([run["metrics"][n][name] for run in runs])
+            for name in row
+            if all(name in run["metrics"][n] for run in runs)
+        }
         for n, row in runs[0]["metrics"].items()
     }
     training = {name: _mean_and_deviation([run["training"][name] for run in runs]) for name in runs[0]["training"]}
     return {"runs": len(runs), "metrics": metrics, "training": training}
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings of a run, its hyperparameters among them, that its label does not always show."""
-    apart = ("objective", "preset", "seed", "hyperparameters")
-    return {**{k: v for k, v in config["fit"].items() if k not in apart}, **config["fit"]["hyperparameters"]}
+def _objective_name(config: dict[str, Any]) -> str:
+    objective, preset = str(config["fit"]["objective"]), str(config["fit"]["preset"])
+    return objective if preset == "default" else f"{objective} {preset}"
+
+
+def _differing(settings: dict[str, Any], all_settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return NAME=VALUE of the settings in which not all agree."""
+    return [
+        f"{name}={value}"
+        for name, value in settings.items()
+        if len({json.dumps(each.get(name)) for each in all_settings}) > 1
+    ]
 
 
 def _mean_and_deviation(values: Sequence[float]) -> list[float]:

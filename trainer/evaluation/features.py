@@ -4,6 +4,8 @@ The referee (`referee.py`) is trained on the table's own images. Inception and C
 has; nothing is downloaded.
 """
 
+import hashlib
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +16,19 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from index.errors import OptionError, one_line
-from pipeline.encoders.files import quiet_libraries
+from pipeline.encoders.files import digest_of, quiet_libraries
 from trainer.evaluation.metrics import frechet, kernel_mmd
 
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """An extractor of image features, with the metrics that are computed from them."""
+    """An extractor of image features, with the metrics that are computed from them.
+
+    Several threads may call it at a time.
+    """
+
+    digest: str
+    """Tells its weights from others'."""
 
     def extract(self, images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """Return the features of images that were generated for these captions."""
@@ -44,6 +52,8 @@ class Inception:
         if not path.is_file():
             raise OptionError(f"--inception {path} is not a file: pass a TorchScript such as inception-2015-12-05.pt")
         self._device = device
+        with path.open("rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         try:
             with warnings.catch_warnings():
                 # TorchScript is deprecated, but this network is distributed in no other format.
@@ -93,13 +103,16 @@ class Clip:
             missing = sorted(info["missing_keys"])[0]
             raise OptionError(f"--clip {folder} lacks weights such as {missing}: pass a complete CLIPModel")
         self._model, self._device = model.to(device).eval(), device
+        self.digest = digest_of(model)
+        self._tokenizing = threading.Lock()  # a tokenizer that sets its padding refuses a second thread
 
     def extract(self, images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """Return 100 times the cosine similarity of image and caption, as the only feature."""
         limit = self._model.config.text_config.max_position_embeddings
-        tokens: Any = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
+        with self._tokenizing:
+            tokens: Any = self._tokenizer(
+                list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            )
         pixels = self._processor(images=list(images), return_tensors="pt")
         with torch.inference_mode():
             out = self._model(

@@ -1,11 +1,11 @@
-"""Metrics of point sets: distances between distributions, overlap of neighborhoods, memorization.
+"""Metrics of point sets: distances between distributions, overlap of neighborhoods.
 
 A set is an array with one point per row. Pairwise distances are computed for a block of rows at a time, so memory grows
 with the sizes of the sets and not with their product.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 BLOCK = 1024
 """Rows whose distances to all others are held at once."""
-COPY_RATIO = 1 / 3
-"""A sample counts as a copy if its nearest training row is closer than this times the second nearest."""
 MMD_SUBSET, MMD_SUBSETS = 4000, 10
 """Points of each set in one estimate of the kernel distance; of larger sets the mean over ten random subsets."""
 
@@ -80,7 +78,12 @@ def sliced_wasserstein(
 
 def energy_distance(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
     """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: zero on average for equal distributions, so maybe below."""
-    return 2 * _sum_distances(a, b) / (len(a) * len(b)) - mean_distance(a) - mean_distance(b)
+    return 2 * mean_distance_between(a, b) - mean_distance(a) - mean_distance(b)
+
+
+def mean_distance_between(a: Float[np.ndarray, "N L"], b: Float[np.ndarray, "M L"]) -> float:
+    """Return E|X - Y| over all pairs of a point of one set and a point of the other."""
+    return _sum_distances(a, b) / (len(a) * len(b))
 
 
 def mean_distance(a: Float[np.ndarray, "N L"]) -> float:
@@ -130,29 +133,6 @@ def prdc(real: Float[np.ndarray, "N L"], samples: Float[np.ndarray, "M L"], *, k
         density=float(containing.double().mean()) / k,
         coverage=covered / len(real),
     )
-
-
-def nearest_ratio(x: Float[np.ndarray, "N L"], blocks: Iterable[Float[np.ndarray, "_ L"]]) -> Float32[np.ndarray, "N"]:
-    """Return the distance to the nearest row of all blocks over that to the second nearest.
-
-    Near 0 for a copy, near 1 for a point between rows. Of a row that is stored twice both distances are zero, and so is
-    the ratio.
-    """
-    points = torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    nearest = torch.full((len(points), 2), torch.inf)
-    for block in blocks:
-        rows = torch.from_numpy(np.ascontiguousarray(block, np.float32))
-        squares = rows.square().sum(1)
-        for start in range(0, len(points), BLOCK):
-            part = points[start : start + BLOCK]
-            # |x|^2 is the same for all rows, so the order does not need it.
-            candidates = torch.addmm(squares, part, rows.T, alpha=-2).topk(min(2, len(rows)), largest=False).indices
-            # Differences, not products: only they separate a copy's distance from rounding.
-            exact = (rows[candidates] - part[:, None]).norm(dim=2)
-            merged = torch.cat([nearest[start : start + BLOCK], exact], 1)
-            nearest[start : start + BLOCK] = merged.topk(2, largest=False).values
-    ratio = nearest[:, 0] / nearest[:, 1].clamp(min=1e-12)
-    return np.asarray(ratio.clamp(max=1))
 
 
 def pairwise_distances(

@@ -11,8 +11,11 @@ COLORS = {
     "run": "#1f4e8c",
     "train rows": "#2e8b57",
     "retrieved pairs": "#d08020",
-    "reconstructions": "#8a5aa8",
+    "train reconstructions": "#8a5aa8",
     "noise": "#b03030",
+    "random rows": "#a07040",
+    "nearest caption": "#20908d",
+    "caption mean": "#c05a9a",
     "held-out rows": "#777777",
 }
 LOG_RANGE = 20

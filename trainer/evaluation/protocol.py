@@ -6,13 +6,15 @@ autoencoder counts, and otherwise their decoded latents. References are measured
 options and seed give the same report, except for times.
 """
 
+import contextlib
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, UInt8
 
 from index.errors import RunError, TableError
 from index.ranges import COUNT, MACHINE_LIMIT, SEED, Range, check_ranges
@@ -20,36 +22,35 @@ from index.table.schema import HELDOUT, TRAIN
 from index.table.storage import Storage, write_json, write_text
 from index.table.table import READ_COLUMNS, Table, open_table
 from index.terminal import Progress
-from trainer.evaluation.calibration import measure_calibration
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.features import load_extractors
+from trainer.evaluation.measurements import Measurements
+from trainer.evaluation.memorization import Memorization
 from trainer.evaluation.referee import open_referee
-from trainer.evaluation.references import measure_references, retrieve_pairs, row_images, row_samples, stores_images
-from trainer.evaluation.report import evaluation_page, steps_label
-from trainer.evaluation.samples import (
-    BATCH,
-    Decode,
-    Prompts,
-    SamplerOutput,
-    Samples,
-    draw_prompts,
-    encode_captions,
-    sample_prompts,
+from trainer.evaluation.references import (
+    RECONSTRUCTIONS,
+    Reference,
+    energy_references,
+    references,
+    retrieve_pairs,
+    row_images,
+    row_samples,
 )
-from trainer.grid import draw_grid
+from trainer.evaluation.report import evaluation_page, steps_label
+from trainer.evaluation.run_evaluation import Protocol
+from trainer.evaluation.samples import (
+    MIN_ROWS,
+    Decode,
+    draw_prompts,
+)
+from trainer.objectives.coalescer import Coalescer
 from trainer.run_folder import EncoderPlaces, find_run, read_config
 from trainer.sampler import CoalescerPipeline
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 NUM_SAMPLES = 2000
-MIN_ROWS = 8
-"""Rows of a split, and samples, below which metrics mean nothing."""
 CANDIDATES = 100
 """Captions among which a matcher ranks the true one."""
-GRID_ROWS = 10
-"""Captions whose images are shown on the page."""
+HELDOUT_ROWS, ENERGY_SCORES = "held-out rows", "energy scores"
 NO_IMAGES = "the table stores no images: encode it with --keep-images"
 
 
@@ -80,93 +81,11 @@ class EvaluationConfig:
         check_ranges(self)
 
 
-class RunEvaluation(NamedTuple):
-    """Samples of one run and what was measured of them."""
-
-    metrics: dict[str, dict[str, float]]
-    """By num_inference_steps."""
-    samples: dict[int, SamplerOutput]
-    """By num_inference_steps."""
-    calibration: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Protocol:
-    """What all evaluations of a table share; made by `open_protocol`."""
-
-    table: Table
-    prompts: Prompts
-    heldout: Int[np.ndarray, "M"]
-    """Table positions of the held-out rows, in the order of the prompts."""
-    pairs: Float32[np.ndarray, "Q L"]
-    """The retrieved pair of each prompt, which a perfect network would sample."""
-    decode: Decode
-    evaluator: Evaluator
-    references: dict[str, dict[str, float]]
-    """Metrics by reference."""
-    referee: dict[str, Any]
-    """Settings of the referee."""
-    device: str
-
-    def evaluate(self, pipeline: CoalescerPipeline, num_inference_steps: list[int], log: Path) -> RunEvaluation:
-        """Sample from a run and compute its metrics."""
-        prompts, text = self.prompts, encode_captions(pipeline, self.prompts.captions)
-        metrics, samples = {}, {}
-        total = len(num_inference_steps) * len(prompts.captions)
-        with Progress("evaluate", total=total, unit="samples", log=log) as bar:
-            for n in num_inference_steps:
-                samples[n] = sample_prompts(pipeline, prompts, text, n, bar.advance)
-                metrics[str(n)] = self._measure(samples[n])
-        return RunEvaluation(metrics, samples, measure_calibration(pipeline, prompts, text, self.pairs))
-
-    def _measure(self, output: SamplerOutput) -> dict[str, float]:
-        """Return the metrics of samples and their cost."""
-        metrics, seconds_per_image = self.evaluator.measure(Samples.for_prompts(self.prompts, output.x))
-        if not np.isnan(output.confidence).all():
-            metrics["confidence"] = float(output.confidence.mean())
-        return metrics | {
-            "network_evaluations": output.network_evaluations,
-            "ms_per_latent": output.seconds / len(output.x) * 1e3,
-            "ms_per_decoding": seconds_per_image * 1e3,
-        }
-
-    def image_grid(self, samples: dict[str, Float32[np.ndarray, "Q L"]]) -> "Image":
-        """Draw a row for each of some captions: samples of the same noise, the retrieved pair, the held-out row."""
-        from PIL import Image
-
-        prompts, geometry = self.prompts, self.table.meta.geometry
-        shown = prompts.count + np.unique(prompts.diversity_group, return_index=True)[1][:GRID_ROWS]
-        columns = samples | {"retrieved pair": self.pairs}
-        images = {name: self.decode(geometry.to_latent(x[shown])) for name, x in columns.items()}
-        heldout = np.concatenate([*row_images(self.table, prompts.positions[shown], self.decode)])
-        tiles = []
-        for row, prompt in enumerate(shown):
-            tiles += [(column[row], name) for name, column in images.items()]
-            tiles.append((heldout[row], prompts.captions[prompt]))
-        return draw_grid(
-            [Image.fromarray(image) for image, _ in tiles], [label for _, label in tiles], columns=len(columns) + 1
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """Return the part of a report that all runs share."""
-        return {
-            "table": {"uri": self.table.uri, "version": self.table.version},
-            "seed": self.prompts.seed,
-            "num_samples": self.prompts.count,
-            "heldout_rows": len(self.heldout),
-            "heldout_images": "originals" if stores_images(self.table) else "decoded latents",
-            "train_rows_compared": self.evaluator.train_rows,
-            "batch_size": BATCH,
-            "device": self.device,
-            "referee": self.referee,
-            "references": self.references,
-            "heldout": self.evaluator.measure_heldout(),
-            "left_out": {} if "reconstructions" in self.references else {"reconstructions": NO_IMAGES},
-        }
-
-
 def evaluate(run: str | Path, config: EvaluationConfig, out: Path) -> dict[str, Any]:
-    """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report."""
+    """Evaluate a run, write OUT/report.json and OUT/index.html, and return the report.
+
+    Called again after it was stopped, it goes on from what it had measured, in OUT/measurements.
+    """
     folder = find_run(run)
     objective = read_config(folder)["fit"]["objective"]
     began = time.perf_counter()
@@ -177,10 +96,12 @@ def evaluate(run: str | Path, config: EvaluationConfig, out: Path) -> dict[str, 
     report |= {"num_inference_steps": config.num_inference_steps, "metrics": result.metrics}
     report["calibration"] = result.calibration
     if not result.calibration:
-        report["left_out"]["calibration"] = f"{objective} trains no confidence"
+        measured = isinstance(pipeline.objective, Coalescer)
+        reason = "none of its predictions is finite" if measured else f"{objective} trains no confidence"
+        report["left_out"]["calibration"] = reason
     report["seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / "report.json", report)
-    grid = protocol.image_grid({steps_label(n): output.x for n, output in result.samples.items()})
+    grid = protocol.image_grid({steps_label(n): x for n, x in result.shown.items()})
     write_text(out / "index.html", evaluation_page(report, grid))
     return report
 
@@ -190,24 +111,70 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
 
     Raises OptionError, RunError or TableError if extractors, run or table do not allow an evaluation.
     """
-    pretrained = load_extractors(config.clip, config.inception, pipeline.device)
+    pretrained, device = load_extractors(config.clip, config.inception, pipeline.device), pipeline.device
     table = _open_table(run, config.storage)
     num_samples = config.num_samples or min(NUM_SAMPLES, 4 * len(table.positions(HELDOUT)))
     prompts, decode = draw_prompts(pipeline, table, num_samples, config.seed), _decoder(pipeline)
     candidates, encode_text = min(CANDIDATES, len(set(prompts.captions))), pipeline.text_encoder.encode
-    referee, settings = open_referee(table, decode, encode_text, candidates=candidates, out=out, device=pipeline.device)
-    pairs = retrieve_pairs(table, prompts, pipeline.device)
+    referee, settings = open_referee(table, decode, encode_text, candidates=candidates, out=out, device=device)
+    pairs = retrieve_pairs(table, prompts, device)
     # In the order of the prompts: the two-sample test relies on samples and rows that correspond.
     heldout = np.array(list(dict.fromkeys(prompts.positions.tolist())))
-    images = row_images(table, heldout, decode)
-    evaluator = Evaluator(table, row_samples(table, heldout), images, decode, referee, pretrained)
-    references = {}
-    total = 3 + stores_images(table)
-    with Progress("measure references", total=total, unit="references", log=out / "log.jsonl") as bar:
-        for name, metrics in measure_references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator):
-            references[name] = metrics
-            bar.advance()
-    return Protocol(table, prompts, heldout, pairs, decode, evaluator, references, settings, pipeline.device)
+    images, memorization = row_images(table, heldout, decode), Memorization(table, num_samples, device)
+    evaluator = Evaluator(
+        table,
+        row_samples(table, heldout),
+        images,
+        decode,
+        referee,
+        pretrained,
+        memorization=memorization,
+        scored=prompts.group_captions,
+        device=device,
+    )
+    measurements = Measurements(
+        out / "measurements",
+        table=[table.uri, table.version, table.meta.to_json()],
+        prompts=[num_samples, config.seed],
+        extractors=[extractor.digest for extractor in evaluator.extractors],
+        candidates=candidates,
+        device=device,
+    )
+    found = references(table, prompts, pairs, pipeline.image_encoder, decode, evaluator) | {
+        ENERGY_SCORES: Reference(0, lambda _: energy_references(table, prompts, evaluator)),
+        HELDOUT_ROWS: Reference(0, lambda _: evaluator.measure_heldout()),
+    }
+    measured = _measure_references(found, measurements, out)
+    left_out = {} if RECONSTRUCTIONS in measured else {RECONSTRUCTIONS: NO_IMAGES}
+    if memorization.left_out:
+        left_out["copied_rate"] = memorization.left_out
+    energy_scores, itself = measured.pop(ENERGY_SCORES), measured.pop(HELDOUT_ROWS)
+    return Protocol(
+        table,
+        prompts,
+        heldout,
+        pairs,
+        decode,
+        evaluator,
+        measurements,
+        references=measured,
+        energy_score_references=energy_scores,
+        heldout_metrics=itself,
+        left_out=left_out,
+        referee=settings,
+        device=device,
+    )
+
+
+def _measure_references(sets: dict[str, Reference], measurements: Measurements, out: Path) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each reference; those that are kept are not measured again."""
+    kept = {name: measurements.load(reference=name) for name in sets}
+    total = sum(each.images for each in sets.values())
+    done = sum(sets[name].images for name, each in kept.items() if each is not None)
+    with Progress("measure references", total=total, unit="images", log=out / "log.jsonl", done=done) as bar:
+        for name, each in sets.items():
+            kept[name] = kept[name] or measurements.save(each.measure(bar.advance), reference=name)
+    return {name: each.content for name, each in kept.items() if each is not None}
 
 
 def _open_table(run: Path, storage: Storage) -> Table:
@@ -227,5 +194,12 @@ def _open_table(run: Path, storage: Storage) -> Table:
 
 
 def _decoder(pipeline: CoalescerPipeline) -> Decode:
-    shape = pipeline.meta.latent_shape
-    return lambda latents: pipeline.image_encoder.decode(latents.reshape(-1, *shape))
+    shape, encoder = pipeline.meta.latent_shape, pipeline.image_encoder
+    # Those that decode with a fixed seed set it for all threads.
+    alone = threading.Lock() if encoder.kind.alone else contextlib.nullcontext()
+
+    def decode(latents: Float32[np.ndarray, "B L"]) -> UInt8[np.ndarray, "B H W 3"]:
+        with alone:
+            return encoder.decode(latents.reshape(-1, *shape))
+
+    return decode

@@ -30,8 +30,10 @@ from index.table.schema import TRAIN
 from index.table.storage import is_local, write_json
 from index.table.table import Table, reports_of
 from index.terminal import Progress
+from pipeline.encoders.files import digest_of
 from trainer.evaluation.metrics import frechet, kernel_mmd
-from trainer.evaluation.samples import DECODE_BATCH, Decode
+from trainer.evaluation.samples import Advance, Decode, images_at_once
+from trainer.evaluation.threads import map_batches, single_thread, split
 
 BUDGET = {
     "format": 3,
@@ -90,8 +92,8 @@ class Classifier(ImageTower):
         self, features: Float[Tensor, "N F"], captions: Sequence[str], encode_text: EncodeText, candidates: int
     ) -> dict[str, float]:
         """Return the fraction of images that are classified as their caption."""
-        predicted = self.head(features).argmax(1).cpu()
-        return {"class_accuracy": float((predicted == self._classes(captions)).double().mean())}
+        correct = (self.head(features).argmax(1).cpu() == self._classes(captions)).double()
+        return {"class_accuracy": float(correct.mean()), "class_accuracy_error": standard_error(correct)}
 
     def _classes(self, captions: Sequence[str]) -> Int[Tensor, "B"]:
         """Return class indices; -1, which is never predicted, for a caption without a class."""
@@ -133,7 +135,13 @@ class Matcher(ImageTower):
         ranks = retrieval_ranks(
             self._embed_images(features).cpu(), text.cpu(), torch.from_numpy(target), candidates=candidates
         )
-        return {"caption_rank": float(ranks.mean()), "caption_top1": float((ranks == 1).double().mean())}
+        first, groups = (ranks == 1).double(), torch.from_numpy(target)
+        error = standard_error(first, groups)
+        return {
+            "caption_rank": float(ranks.mean()),
+            "caption_top1": float(first.mean()),
+            "caption_top1_error": error,
+        }
 
     def _embed_images(self, features: Float[Tensor, "B F"]) -> Float[Tensor, "B E"]:
         return normalize(self.image_projection(features), dim=1)
@@ -148,7 +156,7 @@ class Referee:
     def __init__(self, network: Classifier | Matcher, encode_text: EncodeText, candidates: int, device: str) -> None:
         """Move the network to the device; a matcher ranks the true caption among `candidates`."""
         self._network, self._encode_text, self._device = network.to(device).eval(), encode_text, device
-        self._candidates = candidates
+        self._candidates, self.digest = candidates, digest_of(network)
 
     def extract(self, images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str]) -> Float32[np.ndarray, "B F"]:
         """Return the features before the head."""
@@ -235,6 +243,14 @@ def retrieval_ranks(
     return 1 + (others > own).double().sum(1) + 0.5 * (others == own).double().sum(1)
 
 
+def standard_error(values: Float[Tensor, "N"], groups: Int[Tensor, "N"] | None = None) -> float:
+    """Return the standard error of the mean; values of one group, such as samples of one caption, may be alike."""
+    deviations = values - values.mean()
+    if groups is not None:
+        deviations = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).index_add(0, groups, deviations)
+    return float(deviations.square().sum().sqrt() / len(values))
+
+
 def _create(settings: dict[str, Any]) -> Classifier | Matcher:
     return Classifier(settings["labels"]) if settings["type"] == "classifier" else Matcher(settings["text_dim"])
 
@@ -250,9 +266,14 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     settings |= {"text_dim": text.shape[1], "train_rows": len(positions)}
     batch_size = min(int(BUDGET["batch_size"]), len(positions))
     steps = min(int(BUDGET["max_steps"]), int(BUDGET["max_epochs"]) * len(positions) // batch_size)
-    with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):
+    with Progress("decode for the referee", total=len(positions), unit="images", log=log) as bar:
+        images = _decode_rows(table, positions, decode, device, bar.advance)
+    with (
+        Progress("train referee", total=steps, unit="steps", log=log) as bar,
+        torch.random.fork_rng(devices=[]),
+        single_thread(),
+    ):
         torch.manual_seed(seed)
-        images = _decode_rows(table, positions, decode)
         network = _create(settings).to(device).train()
         adam = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, BUDGET["learning_rate"], total_steps=steps)
@@ -269,10 +290,17 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     return network, settings | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def _decode_rows(table: Table, positions: Int[np.ndarray, "N"], decode: Decode) -> UInt8[Tensor, "N H W 3"]:
+def _decode_rows(
+    table: Table, positions: Int[np.ndarray, "N"], decode: Decode, device: str, advance: Advance
+) -> UInt8[Tensor, "N H W 3"]:
     latents = table.take(positions, "latent").astype(np.float32)
-    parts = np.array_split(latents, -(-len(latents) // DECODE_BATCH))
-    return torch.cat([downscale(torch.from_numpy(decode(part))) for part in parts])
+    parts = map_batches(
+        lambda part: downscale(torch.from_numpy(decode(latents[part]))),
+        split(len(latents), images_at_once(table.meta.image_size, device)),
+        device,
+        done=lambda part: advance(part.stop - part.start),
+    )
+    return torch.cat(parts)
 
 
 def _translate(images: UInt8[Tensor, "B H W 3"], rng: np.random.Generator) -> UInt8[Tensor, "B H W 3"]:

@@ -12,7 +12,7 @@ from trainer.evaluation.plots import COLORS, Curve, plot_calibration, plot_metri
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LOWER, HIGHER, HALF, REAL = "lower is better", "higher is better", "0.5 is best", "best as real rows"
+LOWER, HIGHER, HALF, REAL = "lower is better", "higher is better", "0.5 is best", "best as of real rows"
 
 
 class Metric(NamedTuple):
@@ -24,6 +24,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "non_finite_rate": Metric("fraction of samples that are not finite; the other metrics are of the finite ones"),
     "frechet": Metric("Frechet distance of Gaussians fitted to both sets, in coordinates", LOWER),
     "sliced_wasserstein": Metric("root mean square over random directions", LOWER),
     "energy_distance": Metric("2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased, so possibly below 0", LOWER),
@@ -33,13 +34,23 @@ METRICS = {
     "density": Metric("neighborhoods of held-out rows per sample; 1 for equal distributions", REAL),
     "coverage": Metric("fraction of held-out rows with a sample in their neighborhood", HIGHER),
     "diversity": Metric("distance of two samples of one caption, relative to two held-out rows", REAL),
-    "nearest_ratio": Metric("median distance to the nearest training row, relative to the second nearest", REAL),
+    "energy_score": Metric("distance to a caption's held-out rows, less half the spread, in coordinates", LOWER),
+    "energy_score_error": Metric("its standard error over captions"),
+    "energy_score_distance": Metric("mean distance of samples to the held-out rows of their caption"),
+    "energy_score_spread": Metric("mean distance of two samples of one caption"),
+    "nearest_ratio": Metric("median distance to the nearest training row, relative to that of another image", REAL),
     "copied_rate": Metric("fraction of samples with a ratio below 1/3", REAL),
     "feature_frechet": Metric("Frechet distance of the referee's image features", LOWER),
     "feature_mmd": Metric("squared kernel distance of the same features", LOWER),
+    "feature_energy_score": Metric("the energy score in the same features", LOWER),
+    "feature_energy_score_error": Metric("its standard error over captions"),
+    "feature_energy_score_distance": Metric("mean distance to the held-out images of the caption, in features"),
+    "feature_energy_score_spread": Metric("mean distance of two images of one caption, in features"),
     "class_accuracy": Metric("fraction of images that the referee classifies as their caption", HIGHER),
+    "class_accuracy_error": Metric("its standard error"),
     "caption_rank": Metric("mean rank of the true caption among candidates, by the referee", LOWER),
     "caption_top1": Metric("fraction of images whose true caption ranks first", HIGHER),
+    "caption_top1_error": Metric("its standard error, samples of one caption taken together"),
     "fid": Metric("Frechet distance of Inception features", LOWER),
     "kid": Metric("squared kernel distance of Inception features", LOWER),
     "clip_score": Metric("100 times the cosine similarity of image and caption", HIGHER),
@@ -49,8 +60,19 @@ METRICS = {
     "ms_per_decoding": Metric("milliseconds to decode a latent"),
 }
 """All metrics, in the order of the pages."""
-MAIN = ("frechet", "feature_frechet", "two_sample_accuracy", "recall", "coverage", "class_accuracy", "caption_top1")
+MAIN = (
+    "non_finite_rate",
+    "frechet",
+    "feature_frechet",
+    "two_sample_accuracy",
+    "recall",
+    "coverage",
+    "class_accuracy",
+    "caption_top1",
+)
 """Metrics of a comparison that are shown on the terminal."""
+ERRORS_KNOWN = tuple(name.removesuffix("_error") for name in METRICS if name.endswith("_error"))
+"""Metrics whose references are shown with their standard errors."""
 GROUP_COLORS = (
     "#1f4e8c",
     "#c0392b",
@@ -70,7 +92,7 @@ tr:nth-child(even){background:#8882}.note{opacity:.8;font-size:13px}b{white-spac
 
 def evaluation_page(report: dict[str, Any], grid: "Image") -> str:
     """Return the page of an evaluation, with a grid of images."""
-    references = report["references"] | {"held-out rows": report["heldout"]}
+    references = all_references(report)
     curves = {name: _run_curve(report, name) for name in METRICS}
     plots = [_plot(name, [curve], references) for name, curve in curves.items() if curve.points and METRICS[name].goal]
     diagrams = [svg(plot_calibration(_title(name), content)) for name, content in report["calibration"].items()]
@@ -90,14 +112,14 @@ def comparison_page(report: dict[str, Any], grids: "Sequence[Image]") -> str:
     """Return the page of a comparison, with grids of images."""
     colors = dict(zip(report["groups"], itertools.cycle(GROUP_COLORS), strict=False))
     names = [name for name in METRICS if _is_measured(report, name)]
-    reference_colors = {name: COLORS[name] for name in report["references"]}
-    plots = [
-        _plot(name, _group_curves(report, name, colors), report["references"]) for name in names if METRICS[name].goal
-    ]
+    references = {name: row for name, row in all_references(report).items() if name != "held-out rows"}
+    reference_colors = {name: COLORS[name] for name in references}
+    plots = [_plot(name, _group_curves(report, name, colors), references) for name in names if METRICS[name].goal]
     body = [
         f"<p>{_sizes(report)} of {html.escape(report['table']['uri'])}. Runs that differ only in their seed are one "
         "group: the mean, with one standard deviation as error bar.</p>",
         f"<p>{_legend(colors)} references: {_legend(reference_colors, '&#9476;')}</p>",
+        *(f'<p class="note">{html.escape(line)}</p>' for line in _runs_by_group(report)),
         f"<h2>Metrics by inference steps, with references</h2><p>{''.join(plots)}</p>",
         f"<h2>Images, {steps_label(report['shown_num_inference_steps'])} each</h2>",
         *(f"<p>{_image(grid, 'samples')}</p>" for grid in grids),
@@ -107,11 +129,29 @@ def comparison_page(report: dict[str, Any], grids: "Sequence[Image]") -> str:
     return page("Comparison of runs", "\n".join(body), style=STYLE)
 
 
+def all_references(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics of everything that needs no run."""
+    return {**report["references"], **report["energy_score_references"], "held-out rows": report["heldout"]}
+
+
 def metrics_by_name(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return a row for each metric of an evaluation: the run by steps, the references, and held-out rows themselves."""
-    columns = _columns(report)
+    """Return a row for each metric of an evaluation: the run by steps, the references, and held-out rows themselves.
+
+    References of the energy score alone are left out.
+    """
+    columns = {name: row for name, row in _columns(report).items() if name not in report["energy_score_references"]}
+    return _rows(columns)
+
+
+def _rows(columns: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     rows = {name: {column: row[name] for column, row in columns.items() if name in row} for name in METRICS}
     return {name: row for name, row in rows.items() if row}
+
+
+def metrics_with_goals(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `metrics_by_name` with a column that says which values are good."""
+    goals = {LOWER: "lower", HIGHER: "higher", HALF: "0.5", REAL: "as real", "": "-"}
+    return {name: {"best": goals[METRICS[name].goal], **row} for name, row in metrics_by_name(report).items()}
 
 
 def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
@@ -122,8 +162,26 @@ def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]
             for label, group in report["groups"].items()
         }
         for name in MAIN
-        if _is_measured(report, name)
+        if _is_measured(report, name) and not (name == "non_finite_rate" and _are_all_finite(report))
     }
+
+
+def metric_title(report: dict[str, Any], name: str) -> str:
+    """Return the name of a metric, which values are good, and the largest standard error of a run of a comparison."""
+    rows = [row for run in report["runs"] for row in run["metrics"].values()]
+    errors = [row[f"{name}_error"] for row in rows if f"{name}_error" in row]
+    notes = [METRICS[name].goal, f"standard error of a run up to {max(errors):.2g}" if errors else ""]
+    shown = "; ".join(note for note in notes if note)
+    return f"{name} ({shown})" if shown else name
+
+
+def reference_line(report: dict[str, Any], name: str) -> str:
+    """Return a metric of all references as one line, with standard errors where they are known."""
+    parts = []
+    for reference, row in all_references(report).items():
+        error = f" ± {row[f'{name}_error']:.2g}" if f"{name}_error" in row else ""
+        parts += [f"{reference} {row[name]:.4g}{error}"] if name in row else []
+    return ", ".join(parts)
 
 
 def steps_label(n: int) -> str:
@@ -139,11 +197,21 @@ def format_value(mean: float, deviation: float) -> str:
 
 def _columns(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     run = {steps_label(int(n)): row for n, row in report["metrics"].items()}
-    return {**run, **report["references"], "held-out rows": report["heldout"]}
+    return {**run, **all_references(report)}
 
 
 def _is_measured(report: dict[str, Any], name: str) -> bool:
     return any(name in row for group in report["groups"].values() for row in group["metrics"].values())
+
+
+def _runs_by_group(report: dict[str, Any]) -> list[str]:
+    runs = {label: [run["run"] for run in report["runs"] if run["label"] == label] for label in report["groups"]}
+    return [f"{label}: {', '.join(paths)}" for label, paths in runs.items()]
+
+
+def _are_all_finite(report: dict[str, Any]) -> bool:
+    rows = [row for group in report["groups"].values() for row in group["metrics"].values()]
+    return not any(row["non_finite_rate"][0] for row in rows if "non_finite_rate" in row)
 
 
 def _plot(name: str, curves: Sequence[Curve], references: dict[str, dict[str, float]]) -> str:
@@ -158,9 +226,9 @@ def _run_curve(report: dict[str, Any], name: str) -> Curve:
 
 def _group_curves(report: dict[str, Any], name: str, colors: dict[str, str]) -> list[Curve]:
     return [
-        Curve(colors[label], {int(n): tuple(row[name]) for n, row in group["metrics"].items()})
+        Curve(colors[label], {int(n): tuple(row[name]) for n, row in group["metrics"].items() if name in row})
         for label, group in report["groups"].items()
-        if all(name in row for row in group["metrics"].values())
+        if any(name in row for row in group["metrics"].values())
     ]
 
 
@@ -169,7 +237,7 @@ def _metrics_table(report: dict[str, Any]) -> str:
     columns, runs = _columns(report), len(report["metrics"])
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = []
-    for name, row in metrics_by_name(report).items():
+    for name, row in _rows(columns).items():
         cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
         cells = [f'<td class="run">{cell}</td>' if i < runs else f"<td>{cell}</td>" for i, cell in enumerate(cells)]
         body.append(f'<tr><th>{_title(name)}</th>{"".join(cells)}<td class="meaning">{_meaning(name)}</td></tr>')
@@ -183,8 +251,9 @@ def _group_table(report: dict[str, Any], name: str) -> str:
         _table_row(label, [group["metrics"][str(n)].get(name) for n in steps])
         for label, group in report["groups"].items()
     ]
-    references = report["references"] | {"held-out rows": report["heldout"]}
-    rows += [_table_row(reference, [[row[name], 0.0]]) for reference, row in references.items() if name in row]
+    rows += [
+        _table_row(reference, [[row[name], 0.0]]) for reference, row in all_references(report).items() if name in row
+    ]
     head = "".join(f"<th>{n}</th>" for n in steps)
     title = f'<h3>{_title(name)}</h3><p class="note">{_meaning(name)}</p>'
     return f"{title}<table><tr><th>inference steps</th>{head}</tr>{''.join(rows)}</table>"

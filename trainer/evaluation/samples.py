@@ -6,26 +6,34 @@ Everything is in coordinates, the standardized latents in which the network work
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 from torch import nn
 
 from index.table.schema import HELDOUT
 from index.table.table import Table
+from trainer.evaluation.threads import map_batches, split
 from trainer.sampler import CoalescerPipeline
 
+MIN_ROWS = 8
+"""Rows of a split, and samples, below which metrics mean nothing."""
 BATCH = 256
 """Prompts that are sampled at once."""
 DECODE_BATCH = 64
 """Latents that are decoded at once."""
-DIVERSITY_SAMPLES, DIVERSITY_CAPTIONS = 256, 32
-"""Size of the diversity set: extra samples, divided among at most this many captions."""
+CPU_PIXELS = 2**18
+"""Pixels that a CPU's thread decodes at once."""
+FLOAT16_MAX = 65504.0
+DIVERSITY_SAMPLES, DIVERSITY_CAPTIONS = 400, 100
+"""Size of the diversity set: extra samples, divided among at most this many captions, which is four for each."""
 
 Decode = Callable[[Float32[np.ndarray, "B L"]], UInt8[np.ndarray, "B H W 3"]]
 """Flattened latents to images."""
+Advance = Callable[[int], object]
+"""Counts samples as done."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,6 +56,12 @@ class Prompts:
         """N, the number of prompts before the diversity set."""
         return len(self.captions) - len(self.diversity_group)
 
+    @property
+    def group_captions(self) -> list[str]:
+        """The captions of the diversity set, by number."""
+        first = np.unique(self.diversity_group, return_index=True)[1]
+        return [self.captions[self.count + i] for i in first]
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Samples:
@@ -56,19 +70,38 @@ class Samples:
     x: Float32[np.ndarray, "N L"]
     captions: list[str]
     grouped: Float32[np.ndarray, "P L"]
-    """Points for the diversity metric, which compares those of one group."""
+    """Points for diversity and energy score, which compare those of one caption."""
     group: Int[np.ndarray, "P"]
+    """For each of them the number of its caption."""
+    group_captions: list[str]
 
     @classmethod
     def for_prompts(cls, prompts: Prompts, x: Float32[np.ndarray, "Q L"]) -> "Samples":
         """Split one point per prompt into samples and diversity set."""
         n = prompts.count
-        return cls(x[:n], prompts.captions[:n], x[n:], prompts.diversity_group)
+        return cls(x[:n], prompts.captions[:n], x[n:], prompts.diversity_group, prompts.group_captions)
 
     @classmethod
     def of_rows(cls, x: Float32[np.ndarray, "N L"], captions: list[str]) -> "Samples":
         """Take rows of a table as samples, grouped by equal captions."""
-        return cls(x, captions, x, np.unique(captions, return_inverse=True)[1])
+        names, group = np.unique(captions, return_inverse=True)
+        return cls(x, captions, x, group, names.tolist())
+
+    def finite(self) -> "Samples":
+        """Return the points that are finite, of both parts."""
+        kept, grouped = is_finite(self.x), is_finite(self.grouped)
+        captions = [caption for caption, keep in zip(self.captions, kept, strict=True) if keep]
+        return replace(
+            self, x=self.x[kept], captions=captions, grouped=self.grouped[grouped], group=self.group[grouped]
+        )
+
+
+def is_finite(x: Float32[np.ndarray, "N L"]) -> Bool[np.ndarray, "N"]:
+    """Return which points have neither infinite coordinates nor any that a latent of a table, in float16, cannot have.
+
+    Distances between larger ones are infinite in float32.
+    """
+    return np.asarray((np.abs(x) <= FLOAT16_MAX).all(1))  # NaN is not
 
 
 class TextEmbeddings(NamedTuple):
@@ -90,7 +123,7 @@ class SamplerOutput:
     x: Float32[np.ndarray, "Q L"]
     confidence: Float32[np.ndarray, "Q"]
     seconds: float
-    """Wall clock for all prompts, text encoding and image decoding excluded."""
+    """For all prompts, text encoding and image decoding excluded; on a CPU those of one core, otherwise wall clock."""
     network_evaluations: float
     """Per sample."""
 
@@ -125,40 +158,40 @@ def encode_captions(pipeline: CoalescerPipeline, captions: Sequence[str]) -> Tex
 
 
 def sample_prompts(
-    pipeline: CoalescerPipeline,
-    prompts: Prompts,
-    text: TextEmbeddings,
-    num_inference_steps: int,
-    advance: Callable[[int], object],
+    pipeline: CoalescerPipeline, prompts: Prompts, text: TextEmbeddings, num_inference_steps: int, advance: Advance
 ) -> SamplerOutput:
     """Sample all prompts in batches; one more batch before them warms up and is not timed."""
-    starts = range(0, len(prompts.captions), BATCH)
-    parts, seconds = [], 0.0
+
+    def sample(batch: slice) -> tuple[Float32[np.ndarray, "B L"], Float32[np.ndarray, "B"], float]:
+        embeddings, began = text.batch(batch), clock(pipeline.device)
+        x, confidence = pipeline.sample_latents(
+            embeddings, prompts.noise_ids[batch], num_inference_steps=num_inference_steps, seed=prompts.seed
+        )
+        return x, confidence, clock(pipeline.device) - began
+
+    batches = split(len(prompts.captions), BATCH)
+    map_batches(sample, batches[:1], pipeline.device)
     with _count_calls(pipeline.network) as calls:
-        for start in (0, *starts):
-            batch = slice(start, start + BATCH)
-            embeddings, began = text.batch(batch), time.perf_counter()
-            part = pipeline.sample_latents(
-                embeddings, prompts.noise_ids[batch], num_inference_steps=num_inference_steps, seed=prompts.seed
-            )
-            elapsed = time.perf_counter() - began
-            parts.append(part)
-            if len(parts) > 1:
-                seconds += elapsed
-                advance(len(embeddings))
-    x, confidence = (np.concatenate(column) for column in zip(*parts[1:], strict=True))
-    return SamplerOutput(x, confidence, seconds, calls[0] / len(parts))
+        parts = map_batches(sample, batches, pipeline.device, done=lambda batch: advance(len(prompts.noise_ids[batch])))
+    x, confidence, seconds = zip(*parts, strict=True)
+    return SamplerOutput(np.concatenate(x), np.concatenate(confidence), sum(seconds), len(calls) / len(batches))
+
+
+def clock(device: str) -> float:
+    """Return seconds that time work: of this thread's processor if a CPU computes, else of the wall."""
+    return time.thread_time() if device == "cpu" else time.perf_counter()
+
+
+def images_at_once(side: int, device: str) -> int:
+    """Return how many images of a side to decode at once: the fewer the larger they are on a CPU, for each thread."""
+    return DECODE_BATCH if device != "cpu" else max(1, min(DECODE_BATCH, CPU_PIXELS // side**2))
 
 
 @contextmanager
-def _count_calls(network: nn.Module) -> Iterator[list[int]]:
-    """Count the forward passes of a network."""
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
-    hook = network.register_forward_hook(count)
+def _count_calls(network: nn.Module) -> Iterator[list[None]]:
+    """Return a list that grows by one with each forward pass of a network."""
+    calls: list[None] = []
+    hook = network.register_forward_hook(lambda *_: calls.append(None))
     try:
         yield calls
     finally:
