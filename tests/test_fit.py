@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,11 +330,8 @@ def test_options_are_checked(options, said):
         {"preset": "paper"},
         {"preset": "paper", "search": "exact"},
         {"objective": "endpoint", "search": "exact"},
-        {"objective": "mean_flow"},
-        {"objective": "mean_flow", "network": "transformer", "num_tokens": 6},
         {"objective": "shortcut", "coupling": "independent"},
         {"objective": "consistency", "coupling": "independent"},
-        {"objective": "imle", "hyperparameters": {"pool_size": 3.0}},
     ],
 )
 def test_every_objective_trains_and_samples(indexed, tmp_path, options):
@@ -398,13 +396,13 @@ def test_a_table_without_index_is_not_trained_on(encoded):
         open_table(encoded.uri, indexed=True)
 
 
-def test_a_training_step_calls_nothing_of_cuda_alone(indexed, tmp_path, monkeypatch):
-    """As on an Apple GPU: CUDA cannot be synchronized, and gradients cannot be clipped with foreach=True."""
+def test_a_training_step_calls_nothing_that_an_apple_gpu_lacks(indexed, tmp_path, monkeypatch):
+    """CUDA cannot be synchronized there, and gradients cannot be clipped with foreach=True."""
     from accelerate import Accelerator
 
     from trainer.training_loop import Trainer
 
-    clip, synchronized = torch.nn.utils.clip_grad_norm_, []
+    clip = torch.nn.utils.clip_grad_norm_
 
     def clip_as_mps_does(parameters, norm, foreach=None):
         assert not foreach
@@ -412,10 +410,70 @@ def test_a_training_step_calls_nothing_of_cuda_alone(indexed, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_as_mps_does)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: pytest.fail("CUDA is synchronized"))
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *a: synchronized.append(a))
     trainer = Trainer(Accelerator(cpu=True), indexed, replace(SHORT, reuse=1), tmp_path / "run", RuntimeConfig())
     trainer.open_stream()
     _, batch = next(iter(trainer.stream))
-    trainer._train_alone(batch)
-    assert synchronized == [()]
     trainer._step(trainer.network, 0, batch)
+
+
+def test_training_that_waits_long_says_so_once(indexed, tmp_path, monkeypatch, capsys):
+    from trainer import loop
+    from trainer.stream import NeighborStream
+
+    batches = NeighborStream.batches
+    monkeypatch.setattr(NeighborStream, "batches", lambda *given: time.sleep(0.3) or batches(*given))
+    monkeypatch.setattr("index.search.pairs.QUERIES_PER_SEARCH", 64)
+    monkeypatch.setattr("trainer.stream.QUERIES_PER_SEARCH", 64)
+    config = FitConfig(size="tiny", images=81 * 32, batch_size=32, reuse=1)
+    fit(indexed, config, tmp_path / "short")
+    assert "training waits" not in capsys.readouterr().err  # for less than ten seconds
+    monkeypatch.setattr(loop, "MIN_SECONDS", 0.5)
+    fit(indexed, config, tmp_path / "run")
+    said = r"warning: training waits \d+% of the time for its batches, more than 5%: .* --reuse above 1\n"
+    assert len(re.findall(said, capsys.readouterr().err)) == 1
+
+
+def test_the_data_type_of_a_run_is_chosen_when_it_begins(traced, indexed, tmp_path, monkeypatch):
+    assert read_config(traced)["fit"]["dtype"] == "float32"
+    monkeypatch.setattr("trainer.fit.default_dtype", lambda device: "bfloat16")  # as on CUDA
+    fit(indexed, replace(SHORT, images=64), tmp_path / "half")
+    assert read_config(tmp_path / "half")["fit"]["dtype"] == "bfloat16"
+    fit(indexed, SHORT, killed(traced, tmp_path / "run", after=38), resume=True)
+    assert same_weights(traced, tmp_path / "run")
+
+
+def test_cuda_multiplies_in_tf32_and_only_while_it_trains(tmp_path, monkeypatch):
+    from trainer.process import open_accelerator
+
+    before = torch.get_float32_matmul_precision()
+    with open_accelerator("cpu", "float32", tmp_path):
+        assert torch.get_float32_matmul_precision() == before
+    monkeypatch.setattr("trainer.process.resolve_device", lambda device: "cuda")
+    with open_accelerator("auto", "float32", tmp_path):
+        assert torch.get_float32_matmul_precision() == "high" != before
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+def test_gradients_of_recomputed_activations_are_the_same(indexed, tmp_path, network):
+    config = replace(SHORT, images=3 * 32, network=network, num_tokens=0, reuse=1)
+    for name, recomputed in (("kept", False), ("recomputed", True)):
+        fit(indexed, config, tmp_path / name, runtime=RuntimeConfig(gradient_checkpointing=recomputed))
+    assert same_weights(tmp_path / "kept", tmp_path / "recomputed")
+
+
+def test_activations_are_recomputed_by_default_for_large_networks_on_an_accelerator(indexed, tmp_path, monkeypatch):
+    from trainer.training_loop import Trainer
+
+    def recomputes(device: str, size: str, wanted: bool | None = None) -> bool:
+        accelerator = type("Accelerator", (), {"device": torch.device(device)})
+        runtime = RuntimeConfig(gradient_checkpointing=wanted)
+        network = Trainer(accelerator, indexed, replace(SHORT, size=size), tmp_path, runtime).network
+        return network.is_gradient_checkpointing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to", lambda module, device: module)
+        patch.setattr("trainer.training_loop.Trainer._make_optimizer", lambda self: None)
+        assert recomputes("cuda", "large")
+        assert recomputes("cpu", "tiny", True)
+        assert not any((recomputes("cuda", "tiny"), recomputes("cpu", "large"), recomputes("cuda", "large", False)))

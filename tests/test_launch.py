@@ -103,3 +103,15 @@ def test_bfloat16_trains_nearly_as_float32_does(gentle, indexed, tmp_path):
     assert half == pytest.approx(whole, rel=0.02)
     weights = load_file(tmp_path / "run" / "network/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_a_compiled_network_trains_as_it_does_uncompiled(indexed, tmp_path):
+    options = [*GENTLE, "--images", "192"]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        subprocess.run(command(indexed, tmp_path / name, *options, *more), check=True, capture_output=True)
+    plain, compiled = ([line["loss"] for line in curve(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    weights, same = (
+        load_file(tmp_path / name / "network/diffusion_pytorch_model.safetensors") for name in ("plain", "compiled")
+    )
+    assert all(torch.allclose(weights[name], same[name], atol=1e-4) for name in weights)

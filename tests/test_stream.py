@@ -16,7 +16,7 @@ from index.search.pairs import sample_neighbor
 from index.table.schema import TRAIN
 from index.table.table import open_table
 from pipeline.encoders.text import TransformersTextEncoder
-from trainer.stream import NeighborStream, StreamConfig, measure_reuse, plan_reuse
+from trainer.stream import TENSORS, NeighborStream, StreamConfig, plan_reuse
 
 
 def stream(table, search=None, *, start=0, process=0, processes=1, encode_tokens=None, **options) -> NeighborStream:
@@ -33,7 +33,7 @@ def stream(table, search=None, *, start=0, process=0, processes=1, encode_tokens
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
 def test_iterating_gives_the_batches_of_the_steps_in_order(indexed):
@@ -54,7 +54,7 @@ def test_a_stream_that_starts_later_has_the_same_batches(indexed):
 
 def test_a_larger_batch_begins_with_the_smaller_one(indexed):
     (small,), (large,) = stream(indexed).batches(9, 1), stream(indexed, batch_size=40).batches(9, 1)
-    for name in small.__slots__:
+    for name in TENSORS:
         assert torch.equal(getattr(small, name), getattr(large, name)[:16])
 
 
@@ -62,7 +62,7 @@ def test_a_larger_batch_begins_with_the_smaller_one(indexed):
 def test_processes_divide_the_slots_of_a_step(indexed, processes):
     (whole,) = stream(indexed).batches(5, 1)
     parts = [stream(indexed, process=index, processes=processes).batches(5, 1)[0] for index in range(processes)]
-    for name in whole.__slots__:
+    for name in TENSORS:
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
     with pytest.raises(OptionError, match="--batch-size 16 cannot be divided among 3 processes: use a multiple of 3"):
         stream(indexed, processes=3)
@@ -80,24 +80,6 @@ def test_a_reused_pair_comes_with_other_uniforms(indexed):
     later = list(itertools.islice(stream(indexed, reuse=3, start=37), 23))
     assert [step for step, _ in later] == list(range(37, 60))
     assert all(same(a, b) for a, (_, b) in zip(steps[37:], later, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("searching", "training", "reuse"), [(0.01, 0.1, 1), (0.1, 0.1, 2), (0.1, 0.03, 4), (10.0, 0.01, 16)]
-)
-def test_measured_reuse_is_how_much_longer_searching_takes(searching, training, reuse):
-    """With a tenth to spare, and at most 16."""
-    seconds = [0.0]
-
-    def batches():
-        for step in itertools.count():
-            seconds[0] += searching
-            yield step, None
-
-    def train(batch):
-        seconds[0] += training
-
-    assert measure_reuse(batches(), train, clock=lambda: seconds[0]) == reuse
 
 
 def test_planned_reuse_grows_with_the_search_and_falls_with_the_network(indexed, encoded):

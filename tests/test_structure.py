@@ -22,7 +22,8 @@ ORDER = {
         *("beam", "encode", "estimate", "targets", "demo", "cli"),
     ],
     "trainer": [
-        *("models", "optimizer", "run_folder", "checkpoints", "stream", "objectives", "config", "targets", "resume"),
+        *("models", "optimizer", "run_folder", "checkpoints", "stream", "tokens"),
+        *("objectives", "config", "targets", "resume"),
         *("grid", "sampler", "tracking", "process", "loop", "training_loop", "autoencoders", "fit"),
         *("evaluation", "demo", "cli"),
     ],

@@ -37,7 +37,7 @@ from trainer.checkpoints import checkpoints
 from trainer.config import FitConfig
 from trainer.config import RuntimeConfig as FitRuntimeConfig
 from trainer.fit import fit
-from trainer.stream import NeighborStream, StreamConfig, searched_steps
+from trainer.stream import TENSORS, NeighborStream, StreamConfig, searched_steps
 from trainer.targets import check_targets
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def stream(table, source=None, *, start=0, process=0, processes=1, encode_tokens
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
 def equal_streams(online, ahead, count: int) -> bool:

@@ -43,7 +43,7 @@ Coupling = Literal["nearest", "independent"]
 Network = Literal["auto", "mlp", "transformer"]
 Search = Literal["ann", "exact"]
 Condition = Literal["retrieved", "query"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote, or hub id.")]
 CheckpointSecondsOption = Annotated[
@@ -201,7 +201,7 @@ def fit(
         int | None,
         COUNT,
         typer.Option(
-            metavar="N", help="Steps that use each retrieved pair.", show_default="as many as hide the search time"
+            metavar="N", help="Steps that use each retrieved pair.", show_default="by network and index, at most 16"
         ),
     ] = None,
     num_neighbors: NeighborsOption = 1,
@@ -215,12 +215,17 @@ def fit(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Data type that the network computes in; weights stay float32.")
-    ] = "float32",
+        Dtype,
+        typer.Option(help="Data type that the network computes in; auto is bfloat16 on CUDA. Weights stay float32."),
+    ] = "auto",
     gradient_accumulation_steps: Annotated[
         int, COUNT, typer.Option(metavar="N", help="Micro-batches per training step, to save memory.")
     ] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(help="Recompute activations to save memory.", show_default="for --size large on a GPU"),
+    ] = None,
     checkpoint_seconds: CheckpointSecondsOption = 120.0,
     keep_checkpoints: KeepCheckpointsOption = 2,
     resume: ResumeOption = False,

@@ -13,7 +13,8 @@ from trainer.run_folder import EncoderPlaces
 from trainer.stream import StreamConfig
 
 SEARCHES = ("ann", "exact")
-DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class FitConfig:
     search: str = "ann"
     """ann: the table's LanceDB index. exact: brute force over vectors that are held on the device."""
     reuse: Annotated[int | None, COUNT] = None
-    """Training steps that each retrieved pair serves. None: as many as keep training from waiting for searches."""
+    """Training steps that each retrieved pair serves. None: the rule of trainer.stream.plan_reuse."""
     num_neighbors: Annotated[int, COUNT] = 1
     """k: each pair is sampled from the k nearest neighbors of its query."""
     temperature: Annotated[float, POSITIVE] = 1.0
@@ -54,8 +55,9 @@ class FitConfig:
     """Condition the network on the retrieved pair's text embedding (retrieved) or on the query's own (query)."""
     jitter: Annotated[float, NOT_NEGATIVE] = 0.0
     """Length of the Gaussian noise on query embeddings, as a fraction of their norm."""
-    dtype: str = "float32"
-    """bfloat16: forward and backward passes run under autocast; weights stay float32."""
+    dtype: str = AUTO
+    """bfloat16: forward and backward passes run under autocast; weights stay float32. auto, until a run begins:
+    bfloat16 on CUDA and float32 elsewhere."""
 
     def __post_init__(self) -> None:
         """Raise OptionError for values that cannot be trained with; no file is read."""
@@ -100,6 +102,8 @@ class RuntimeConfig:
     """Parts that each batch is split into to save memory; their gradients are accumulated."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations twice instead of keeping them for the gradient. None: for size large on an accelerator."""
     checkpoint_seconds: Annotated[float, NOT_NEGATIVE] = 120.0
     """Seconds between two checkpoints."""
     keep_checkpoints: Annotated[int, COUNT] = 2

@@ -15,9 +15,10 @@ from index.table.readers import needed_by
 from index.table.schema import TableMeta
 from index.table.table import READ_COLUMNS, Table
 from index.terminal import print_status
+from pipeline.encoders.devices import default_dtype, resolve_device
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder
 from trainer.checkpoints import checkpoints
-from trainer.config import FitConfig, RuntimeConfig
+from trainer.config import AUTO, FitConfig, RuntimeConfig
 from trainer.process import open_accelerator
 from trainer.resume import check_resumed, open_run_table, settings_of
 from trainer.run_folder import (
@@ -58,6 +59,8 @@ def fit(
     else:
         check_is_new(out)
     table.hold_remote(READ_COLUMNS)
+    if config.dtype == AUTO:
+        config = replace(config, dtype=default_dtype(resolve_device(runtime.device)))
     with open_accelerator(runtime.device, config.dtype, out) as accelerator:
         main = accelerator.is_main_process
         trainer = Trainer(accelerator, table, config, out, runtime)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from index.errors import RunError
+from index.terminal import print_status
 from trainer.checkpoints import TrainingRecord, checkpoints, load_checkpoint, save_checkpoint
 from trainer.objectives.base import Loss
 from trainer.optimizer import Optimizer
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG_STEPS = 20
 """Training steps between two lines of the log."""
+MAX_WAITING, MIN_SECONDS = 0.05, 10.0
+"""Fraction of the time that training may wait for batches without a warning, and seconds before which none is given."""
 
 
 class TrainingLoop(ABC):
@@ -71,6 +74,10 @@ class TrainingLoop(ABC):
         """Return how long this session has waited for batches."""
         return 0.0
 
+    def waiting_advice(self) -> str:
+        """Return what to do about waiting for batches."""
+        return "read from a faster disk"
+
     def position(self, step: int) -> dict[str, int]:
         """Return where the batch of a step is read, if its number does not tell."""
         return {}
@@ -108,6 +115,7 @@ class TrainingLoop(ABC):
         """Run the remaining training steps, the last of which ends with a checkpoint; others with one are previewed."""
         before = self.record
         divergence, metrics, saved = Divergence(self.accelerator.device), before.metrics, log.seconds
+        waiting = WaitingWarning(self.waiting_advice())
         model = self._prepare_model()
         for step, batch in itertools.islice(self.batches(), self.steps - self.start):
             losses, norm = self._step(model, step, batch)
@@ -120,6 +128,8 @@ class TrainingLoop(ABC):
             waited = before.waiting_seconds + self.waiting_seconds()
             if logged:
                 metrics = self._metrics(losses) | {"gradient_norm": norm.item()}
+                if self.accelerator.is_main_process:
+                    waiting.check(self.waiting_seconds(), log.seconds - before.seconds)
             fraction = {"waiting_fraction": waited / max(log.seconds, 1e-9)}
             log.advance(self.batch_size, **(metrics | fraction if logged else {}))
             if due:
@@ -158,6 +168,27 @@ class TrainingLoop(ABC):
         names = ["loss", *losses[0].parts]
         values = torch.stack([torch.stack([loss.total, *loss.parts.values()]) for loss in losses]).sum(0).detach()
         return dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+class WaitingWarning:
+    """Says once if a session waits long for its batches; what it waits before the first check is not counted."""
+
+    def __init__(self, advice: str) -> None:
+        """Say what to do about it."""
+        self._advice, self._said = advice, False
+        self._first: tuple[float, float] | None = None
+
+    def check(self, waited: float, seconds: float) -> None:
+        """Warn if more than MAX_WAITING of the seconds since the first check were waited; both are of the session."""
+        self._first = self._first or (waited, seconds)
+        waited, seconds = waited - self._first[0], seconds - self._first[1]
+        if self._said or seconds < MIN_SECONDS or waited <= MAX_WAITING * seconds:
+            return
+        self._said = True
+        print_status(
+            f"warning: training waits {waited / seconds:.0%} of the time for its batches, more than "
+            f"{MAX_WAITING:.0%}: {self._advice}"
+        )
 
 
 class Divergence:

@@ -1,11 +1,12 @@
 """The update of a training step: AdamW with clipped gradients, a one-cycle learning rate, averaged weights."""
 
+import copy
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 EMA_WINDOW = 0.1
 """Default window of the averaged weights, as a fraction of the training steps done."""
@@ -30,18 +31,13 @@ class Optimizer:
         self.parameters = list(model.parameters())
         self._model, self._steps, self._learning_rate = model, steps, learning_rate
         self._ema_window, self._ema_decay = ema_window, ema_decay
-        foreach = self.parameters[0].device.type != "mps"
-        self.adam = torch.optim.AdamW(
-            self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=foreach
-        )
+        device = self.parameters[0].device.type
+        kernels = {"fused": True} if device == "cuda" else {"foreach": device != "mps"}
+        self.adam = torch.optim.AdamW(self.parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, **kernels)
         self._schedule = self._make_schedule(0)
-        self._average = AveragedModel(model, multi_avg_fn=self._update_average)
-        self._average.requires_grad_(False)
-
-    @property
-    def averaged_model(self) -> Any:
-        """Return the averaged model: a module like the one in training, to preview, to save and to sample with."""
-        return self._average.module
+        self.averaged_model: Any = copy.deepcopy(model).requires_grad_(False)
+        """A module like the one in training, to preview, to save and to sample with."""
+        self._num_averaged = 0
 
     def teacher(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged model without a gradient, for objectives that learn from their own average."""
@@ -59,13 +55,21 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad()
         self._schedule.step()
-        self._average.update_parameters(self._model)
+        self._update_average()
         return norm
 
-    def _update_average(self, averaged: Any, current: Any, _count: Tensor | int) -> None:
-        # Read the count on the CPU: reading the argument, a copy on the device, would wait for the device.
-        decay = min(ema_decay(int(self._average.n_averaged), self._ema_window), self._ema_decay)
-        get_ema_multi_avg_fn(decay)(averaged, current, _count)  # type: ignore[no-untyped-call]
+    def _update_average(self) -> None:
+        """Move the averaged weights toward those in training; the first update copies them.
+
+        torch's AveragedModel copies its counter to the device each time, and waits for the device to do so.
+        """
+        decay = min(ema_decay(self._num_averaged, self._ema_window), self._ema_decay)
+        averaged = [each.detach() for each in self.averaged_model.parameters()]
+        current = [each.detach() for each in self._model.parameters()]
+        get_ema_multi_avg_fn(decay)(averaged, current, self._num_averaged)  # type: ignore[no-untyped-call]
+        for kept, buffer in zip(self.averaged_model.buffers(), self._model.buffers(), strict=True):
+            kept.copy_(buffer)
+        self._num_averaged += 1
 
     def _make_schedule(self, step: int) -> torch.optim.lr_scheduler.OneCycleLR:
         """Return the learning rate's schedule at a step; it depends on step and length alone, not on the past."""
@@ -85,7 +89,7 @@ class Optimizer:
             for index, state in self.adam.state_dict()["state"].items()
             for name, value in state.items()
         }
-        return tensors, {"num_updates": self._schedule.last_epoch, "num_averaged": int(self._average.n_averaged)}
+        return tensors, {"num_updates": self._schedule.last_epoch, "num_averaged": self._num_averaged}
 
     def load_state(self, tensors: dict[str, Tensor], average: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Restore what `state` has returned, and the averaged weights.
@@ -100,7 +104,7 @@ class Optimizer:
         self.adam.load_state_dict(adam)
         self._schedule = self._make_schedule(counters["num_updates"])
         self.averaged_model.load_state_dict(average)
-        self._average.n_averaged.fill_(counters["num_averaged"])
+        self._num_averaged = int(counters["num_averaged"])
 
 
 def ema_decay(updates: int, window: float) -> float:

@@ -1,6 +1,6 @@
-"""What training needs of its process, and gives back: Accelerate's state, torch's threads.
+"""What training needs of its process, and gives back: Accelerate's state, torch's threads and precision.
 
-Whoever calls `fit` as a function, several times or next to other work, finds both as they were.
+Whoever calls `fit` as a function, several times or next to other work, finds them as they were.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 def open_accelerator(device: str, dtype: str, folder: Path, *, searches: bool = True) -> Iterator["Accelerator"]:
     """Make an Accelerator of its own for a block; on a CPU, leave half of the threads to `searches` ahead.
 
+    On CUDA float32 matrices are multiplied in TF32.
+
     Raises OptionError if the device does not exist, or the launcher asks for another precision than `dtype`.
     """
     from accelerate import Accelerator
@@ -35,11 +37,14 @@ def open_accelerator(device: str, dtype: str, folder: Path, *, searches: bool = 
     _check_launcher(dtype)
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     saved, threads = [dict(state) for state in states], torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     for state in states:
         state.clear()
     try:
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
+        if device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # TF32
         accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[dtype], cpu=device == "cpu", log_with=TRACKER, project_dir=folder
         )
@@ -48,6 +53,7 @@ def open_accelerator(device: str, dtype: str, folder: Path, *, searches: bool = 
         yield accelerator
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         for state, content in zip(states, saved, strict=True):
             state.clear()
             state.update(content)

@@ -10,7 +10,7 @@ from index.ranges import option_of
 from index.table.schema import TableMeta
 from index.table.storage import Storage
 from index.table.table import Table, open_table
-from trainer.config import FitConfig, RuntimeConfig
+from trainer.config import AUTO, FitConfig, RuntimeConfig
 from trainer.objectives.registry import make_objective
 from trainer.run_folder import NETWORK, RESULT, EncoderPlaces, read_config
 
@@ -58,7 +58,7 @@ def resumed_config(folder: Path, typed: Mapping[str, Any]) -> FitConfig:
     config, objective = FitConfig(**saved["fit"]), saved["objective"]
     for name, value in typed.items():
         before = getattr(config, name)
-        allowed = value == before or name == "hyperparameters" or (name == "images" and value > before)
+        allowed = value in (before, AUTO) or name == "hyperparameters" or (name == "images" and value > before)
         if not allowed:
             raise _contradiction(folder, f"{option_of(name)} {before}", str(value))
     hyperparameters = {**config.hyperparameters, **typed.get("hyperparameters", {})}
@@ -84,6 +84,8 @@ def check_resumed(folder: Path, config: FitConfig) -> FitConfig:
     chosen = FitConfig(**saved["fit"])
     if config.reuse is None:
         config = replace(config, reuse=chosen.reuse)
+    if config.dtype == AUTO:
+        config = replace(config, dtype=chosen.dtype)
     resumed_config(folder, {name: value for name, value in asdict(config).items() if name != "hyperparameters"})
     objective = asdict(make_objective(config.objective, config.preset, **config.hyperparameters))
     _check_objective(folder, saved["objective"], objective)

@@ -100,9 +100,11 @@ def open_encoders(
     return image, open_run_text_encoder(folder, meta, places, device)
 
 
-def open_run_text_encoder(folder: Path, meta: TableMeta, places: EncoderPlaces, device: str) -> TransformersTextEncoder:
+def open_run_text_encoder(
+    folder: Path, meta: TableMeta, places: EncoderPlaces, device: str, dtype: str = "float32"
+) -> TransformersTextEncoder:
     """Open the text encoder of a run. Raises EncoderError if it is not that of its table."""
-    return open_text_encoder(meta.text_encoder, places.text_encoder or _copy(folder, "text_encoder"), device)
+    return open_text_encoder(meta.text_encoder, places.text_encoder or _copy(folder, "text_encoder"), device, dtype)
 
 
 def _copy(folder: Path, name: str) -> str | None:

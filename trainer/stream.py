@@ -6,14 +6,14 @@ threads, and the time that training waits for them is measured. Targets that `pi
 take the place of the searches: then rows are read, those of many steps at once, and the table needs no index.
 
 Where a search costs more than a training step, each retrieved pair can serve several steps (reuse), each time with
-other uniforms. On a CPU the reuse is planned from counts alone, so the same seed gives the same result on every
-machine; on an accelerator, whose speed is unknown, it is measured when training starts and stored with the run.
+other uniforms. Without --reuse a rule of counts alone decides how many, so the same seed gives the same result on every
+machine; an accelerator may train faster than that, and then says so.
 """
 
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -65,19 +65,37 @@ class Batch:
     uniforms: Float[Tensor, "B 8"]
     """Numbers uniform in [0, 1) for the random choices of an objective; the last is reserved for the stream."""
 
+    on_host: Float[Tensor, "B 8"] | None = None
+    """The uniforms on the CPU if the batch is elsewhere: a choice that decides shapes is made there, as reading it from
+    the device would wait for all that was computed before."""
+
+    @property
+    def host_uniforms(self) -> Float[Tensor, "B 8"]:
+        """Return the uniforms on the CPU."""
+        return self.uniforms if self.on_host is None else self.on_host
+
     def normal(self, column: int) -> Float[Tensor, "B"]:
-        """Return one column of the uniforms as standard normal numbers, by the inverse of the normal CDF."""
-        normal: Tensor = torch.special.ndtri(self.uniforms[:, column].clamp(2**-25, 1 - 2**-24))
-        return normal
+        """Return one column of the uniforms as standard normal numbers, by the inverse of the normal CDF.
+
+        It is computed on the CPU: Apple GPUs have no such function.
+        """
+        normal: Tensor = torch.special.ndtri(self.host_uniforms[:, column].clamp(2**-25, 1 - 2**-24))
+        return send(normal, self.uniforms.device)
 
     def to(self, device: str | torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in self.__slots__})
+        """Return the batch on a device; copies from pinned memory do not wait for it."""
+        moved = {name: send(getattr(self, name), device) for name in TENSORS}
+        return replace(self, **moved, on_host=None if torch.device(device).type == "cpu" else self.host_uniforms)
 
     def split(self, parts: int) -> "list[Batch]":
         """Split the batch into `parts` parts of equal size."""
-        chunks = [getattr(self, name).chunk(parts) for name in self.__slots__]
-        return [Batch(*tensors) for tensors in zip(*chunks, strict=True)]
+        names = TENSORS if self.on_host is None else (*TENSORS, "on_host")
+        chunks = [getattr(self, name).chunk(parts) for name in names]
+        return [Batch(**dict(zip(names, tensors, strict=True))) for tensors in zip(*chunks, strict=True)]
+
+
+TENSORS = ("r", "text", "y", "uniforms")
+"""Fields of a batch that training computes with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +127,13 @@ class NeighborStream:
         process_index: int = 0,
         num_processes: int = 1,
         encode_tokens: EncodeTokens | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """Draw queries from the training rows of `table`; their pairs are searched, or read from targets drawn ahead.
 
         Each of several processes gets an equal range of the slots of a batch. `encode_tokens` adds token embeddings to
-        the conditioning. Raises OptionError if the batch size is not a multiple of the number of processes.
+        the conditioning; `pin_memory` is for batches that a GPU copies without waiting. Raises OptionError if the batch
+        size is not a multiple of the number of processes.
         """
         if config.batch_size % num_processes:
             raise OptionError(
@@ -129,7 +149,7 @@ class NeighborStream:
         if self._asks_captions:
             self.queries.positions  # noqa: B018  read here, not by several threads
         self._rows = RowReader(table)
-        self._encode_tokens = encode_tokens
+        self._encode_tokens, self._pin_memory = encode_tokens, pin_memory
         self.waiting_seconds = 0.0
         """Seconds that the consumer has waited for batches so far."""
 
@@ -141,8 +161,10 @@ class NeighborStream:
         pairs = self._pairs(steps, captions, r, uniforms)
         y = self._table.meta.geometry.to_coordinates(pairs.latent)
         arrays = (r, self._conditioning(captions, pairs, count), y, uniforms)
-        parts = [torch.split(torch.from_numpy(array), self._count) for array in arrays]
-        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        whole = [torch.from_numpy(array) for array in arrays]
+        if self._pin_memory:
+            whole = [each.pin_memory() for each in whole]
+        return [Batch(*tensors) for tensors in zip(*(torch.split(each, self._count) for each in whole), strict=True)]
 
     def _pairs(
         self,
@@ -232,6 +254,36 @@ class NeighborStream:
         return max(1, QUERIES_PER_SEARCH // self._count)
 
 
+def send(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting for it where that is safe: Apple GPUs may read the memory too late."""
+    return tensor.to(device, non_blocking=torch.device(device).type not in ("cpu", "mps"))
+
+
+def sent_ahead(batches: Iterator[tuple[int, Batch]], device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Yield batches on a device, each sent there before the one that precedes it is trained on.
+
+    CUDA copies on a stream of its own, so that the copy of a batch runs beside the training on the one before.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    sent: tuple[int, Batch] | None = None
+    for step, batch in batches:
+        with torch.cuda.stream(copies) if copies else nullcontext():
+            following = step, batch.to(device)
+        if sent is not None:
+            yield sent
+        if copies:
+            training = torch.cuda.current_stream(device)
+            training.wait_stream(copies)
+            for name in TENSORS:
+                getattr(following[1], name).record_stream(training)
+        sent = following
+    if sent is not None:
+        yield sent
+
+
 def searched_steps(steps: int, reuse: int) -> int:
     """Return how many steps are searched for to train a number of steps, of which each serves `reuse`."""
     groups, rest = divmod(steps, REUSE_GROUP * reuse)
@@ -239,7 +291,10 @@ def searched_steps(steps: int, reuse: int) -> int:
 
 
 def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:
-    """Return the reuse on a CPU for a network whose forward pass takes `flops` operations per image."""
+    """Return the reuse with which searches keep up with training on a CPU, from counts alone.
+
+    So it is the same on every device and machine, and at every moment. `flops` are the network's operations per image.
+    """
     index, rows, dim = table.meta.index, len(table.positions(TRAIN)), table.meta.geometry.vector_dim
     training = 3 * flops
     if exact or index is None or index.num_partitions is None:
@@ -247,30 +302,4 @@ def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:
     else:
         scanned = rows * (index.nprobes or 1) / index.num_partitions
         searching = FLOPS_PER_QUERY + FLOPS_PER_SCANNED_ENTRY * scanned * dim
-    return _clip_reuse(searching / training)
-
-
-def measure_reuse(
-    stream: Iterable[tuple[int, Batch]],
-    train: Callable[[Batch], None],
-    *,
-    steps: int = 16,
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """Return the reuse with which `stream` keeps up with `train`, from the seconds that steps of each take alone."""
-    batches = iter(stream)
-    _, batch = next(batches)
-    began = clock()
-    for _ in range(steps):
-        next(batches)
-    searching = clock() - began
-    train(batch)
-    began = clock()
-    for _ in range(steps):
-        train(batch)
-    training = clock() - began
-    return _clip_reuse(1.1 * searching / training)
-
-
-def _clip_reuse(ratio: float) -> int:
-    return int(np.clip(np.ceil(ratio), 1, MAX_REUSE))
+    return int(np.clip(np.ceil(searching / training), 1, MAX_REUSE))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from index.search.ann import open_search
 from index.search.neighbors import NeighborSearch
 from index.table.table import Table
 from index.table.targets import Targets
+from pipeline.encoders.devices import default_dtype
 from trainer.checkpoints import checked, open_network
 from trainer.config import FitConfig, RuntimeConfig
 from trainer.loop import TrainingLoop
@@ -24,8 +26,9 @@ from trainer.objectives.base import Loss, Training
 from trainer.objectives.registry import make_objective
 from trainer.optimizer import Optimizer
 from trainer.run_folder import open_run_text_encoder
-from trainer.stream import Batch, EncodeTokens, NeighborStream, measure_reuse, plan_reuse
+from trainer.stream import Batch, EncodeTokens, NeighborStream, plan_reuse, sent_ahead
 from trainer.targets import check_targets, open_run_targets
+from trainer.tokens import TokenEncoder
 from trainer.tracking import Preview
 
 if TYPE_CHECKING:
@@ -62,7 +65,13 @@ class Trainer(TrainingLoop):
             keep_checkpoints=runtime.keep_checkpoints,
             resume_command=f"trainer fit --resume --out {out}",
         )
+        if self._checkpoints_gradients():
+            self.network.enable_gradient_checkpointing()
         self._make_optimizer()
+
+    def _checkpoints_gradients(self) -> bool:
+        wanted = self.runtime.gradient_checkpointing
+        return self.config.size == "large" and self.accelerator.device.type != "cpu" if wanted is None else wanted
 
     def _make_optimizer(self) -> None:
         config = self.config
@@ -105,11 +114,18 @@ class Trainer(TrainingLoop):
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Yield (step, batch) of this process from step `start` on."""
-        return iter(self.stream)
+        return sent_ahead(islice(self.stream, self.steps - self.start), self.accelerator.device)
 
     def waiting_seconds(self) -> float:
         """Return how long this session has waited for batches."""
         return self.stream.waiting_seconds
+
+    def waiting_advice(self) -> str:
+        """Return what to do about waiting for batches."""
+        reuse = f"train a new run with a --reuse above {self.config.reuse}"
+        if isinstance(self.source, Targets):
+            return reuse
+        return f"draw targets ahead with `pipeline draw-targets`, or {reuse}"
 
     def result(self) -> dict[str, Any]:
         """Return what training came to, over all sessions of the run."""
@@ -123,10 +139,9 @@ class Trainer(TrainingLoop):
         """Return the encoder of token embeddings; None if the network attends to none."""
         if not self.network.num_tokens:
             return None
-        encoder = open_run_text_encoder(self.out, self.table.meta, self.runtime.encoders, self.device)
-        encode_tokens = partial(encoder.encode_tokens, num_tokens=self.network.num_tokens)
-        encode_tokens(["a"])  # refused here rather than by a search ahead, if the encoder gives no such tokens
-        return encode_tokens
+        device = self.device
+        encoder = open_run_text_encoder(self.out, self.table.meta, self.runtime.encoders, device, default_dtype(device))
+        return TokenEncoder(partial(encoder.encode_tokens, num_tokens=self.network.num_tokens), device)
 
     def _make_stream(self, start: int = 0) -> NeighborStream:
         return NeighborStream(
@@ -137,28 +152,17 @@ class Trainer(TrainingLoop):
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             encode_tokens=self.encode_tokens,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def _choose_reuse(self) -> int:
-        """Return how many steps each retrieved pair serves; the same for all processes."""
+        """Return how many steps each retrieved pair serves; the same on every device and in every process."""
         config = self.config
         if config.reuse is not None:
             return config.reuse
         if config.coupling == "independent" or isinstance(self.source, Targets):
             return 1
-        if self.accelerator.device.type == "cpu":
-            return plan_reuse(self.table, count_flops(self.network), exact=config.search == "exact")
-        from accelerate.utils import broadcast_object_list
-
-        (reuse,) = broadcast_object_list([measure_reuse(self._make_stream(), self._train_alone)])
-        return int(reuse)
-
-    def _train_alone(self, batch: Batch) -> None:
-        """Compute the gradients of a batch and discard them, to measure how long a training step takes."""
-        loss = self.objective.loss(self.network, batch.to(self.accelerator.device), Training(0.0, self.network)).total
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.network.zero_grad()
-        torch.accelerator.synchronize()
+        return plan_reuse(self.table, count_flops(self.network), exact=config.search == "exact")
 
     def _prepare_model(self) -> nn.Module:
         """Return the network as the processes train it."""

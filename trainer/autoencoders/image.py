@@ -26,6 +26,7 @@ from trainer.autoencoders.run import fit_autoencoder
 from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.grid import draw_grid
 from trainer.objectives.base import Loss
+from trainer.stream import send
 from trainer.tracking import RunLog
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class ImageAutoencoderLoop(AutoencoderLoop[Pixels]):
         x = to_signal(batch, self.device)
         model: Any = self.model
         posterior = model.encode(x).latent_dist
-        y = model.decode(posterior.sample(generator)).sample
+        # As posterior.sample(generator) does it, which waits for the device.
+        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=posterior.mean.dtype)
+        y = model.decode(posterior.mean + posterior.std * send(noise, self.device)).sample
         mse, kl = (y - x).square().mean(), posterior.kl().mean() / x[0].numel()
         return Loss(mse + self.config.kl_weight * kl, {"mse": mse, "kl": kl})
 
@@ -181,7 +184,7 @@ def to_signal(pixels: Sequence[Pixels], device: str) -> Float[Tensor, "B 3 H W"]
     """Scale pixels to [-1, 1], on the device."""
     batch = torch.from_numpy(np.stack(pixels))
     batch = batch.pin_memory() if device.startswith("cuda") else batch
-    x = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = send(batch, device).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -25,6 +25,7 @@ from trainer.autoencoders.data import CAPTION_BYTES, Samples, decode_text, windo
 from trainer.autoencoders.run import fit_autoencoder
 from trainer.autoencoders.train import MEASURED, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.objectives.base import Loss
+from trainer.stream import send
 from trainer.tracking import RunLog
 
 SHAPES = {"tiny": (64, 2), "small": (128, 3), "base": (256, 4), "large": (512, 6)}
@@ -108,7 +109,7 @@ class TextAutoencoderLoop(AutoencoderLoop[str]):
         model: Any = self.model
         ids, mask = tokenize(self.tokenizer, batch, self.device)
         text = embed(model.encoder, ids, mask)
-        noise = torch.randn(text.shape, generator=generator).to(self.device, non_blocking=True)
+        noise = send(torch.randn(text.shape, generator=generator), self.device)
         noisy = text + self.config.noise * noise / math.sqrt(text.shape[1])
         logits = model.decoder(noisy, ids.shape[1])
         error = cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
@@ -227,7 +228,7 @@ def tokenize(
     ids, mask = (tokens[name] for name in ("input_ids", "attention_mask"))
     if device.startswith("cuda"):
         ids, mask = ids.pin_memory(), mask.pin_memory()
-    return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    return send(ids, device), send(mask, device)
 
 
 def embed(encoder: Any, ids: Int[Tensor, "B length"], mask: Int[Tensor, "B length"]) -> Float[Tensor, "B T"]:

@@ -39,6 +39,7 @@ class Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Peak learning rate of a run that sets none."""
     num_tokens: int = 0
     """Token embeddings that the network reads next to the pooled one."""
+    _supports_gradient_checkpointing = True
 
     def __init__(self, latent_shape: Sequence[int], text_dim: int) -> None:
         """Draw fresh weights, here and in the subclasses, from torch's global generator.

@@ -33,6 +33,7 @@ class LatentMLP(Network):
         self.blocks = nn.Sequential(*(Block(hidden_dim) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(hidden_dim)
         self.head = nn.Linear(hidden_dim, 2 + self.latent_dim)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -48,8 +49,10 @@ class LatentMLP(Network):
         path = torch.stack([zero if time is None else time, zero if step_size is None else step_size], 1)  # B 2
         pooled = self.condition(text[:, :1], cond_mask)[:, 0]  # B T
         h = self.embed(torch.cat([x, pooled, path], 1))  # B D
-        h = self.norm(self.blocks(h))  # B D
-        distance, confidence, direction = self.head(h).split([1, 1, x.shape[1]], 1)
+        for block in self.blocks:
+            recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
+            h = self._gradient_checkpointing_func(block, h) if recomputed else block(h)  # B D
+        distance, confidence, direction = self.head(self.norm(h)).split([1, 1, x.shape[1]], 1)
         return self.prediction(distance[:, 0], direction, confidence[:, 0])
 
 

@@ -18,7 +18,7 @@ from trainer.models.base import Prediction
 from trainer.objectives.base import Loss, Training
 from trainer.objectives.flow_matching import Euler
 from trainer.objectives.hyperparameters import fraction, positive
-from trainer.stream import Batch
+from trainer.stream import Batch, send
 
 HALVINGS = 7
 """From the whole path to the smallest step, 2^-7 = 1/128."""
@@ -41,9 +41,11 @@ class Shortcut(Euler):
         time = (position / size).floor() * size
         target = batch.y - batch.r
         x = batch.r + time[:, None] * target
-        if bootstrap.any():
-            rows = (each[bootstrap] for each in (x, batch.text, cond_mask, time, size))
-            target[bootstrap] = self.two_half_steps(training.teacher, *rows)
+        (chosen,) = torch.nonzero(batch.host_uniforms[:, 2] < self.bootstrap_fraction, as_tuple=True)
+        if len(chosen):
+            chosen = send(chosen, x.device)
+            rows = (each.index_select(0, chosen) for each in (x, batch.text, cond_mask, time, size))
+            target.index_copy_(0, chosen, self.two_half_steps(training.teacher, *rows))
         prediction = network(x, batch.text, cond_mask=cond_mask, time=time, step_size=log_size(size))
         error = (prediction.direction - target).square().mean(1)
         parts = {"velocity": (error * ~bootstrap).mean(), "self_consistency": (error * bootstrap).mean()}
