@@ -48,8 +48,8 @@ MIN_ROWS = 8
 """Rows of a split, and samples, below which metrics mean nothing."""
 CANDIDATES = 100
 """Captions among which a matcher ranks the true one."""
-GRID_ROWS = 10
-"""Captions whose images are shown on the page."""
+GRID_CAPTIONS, GRID_NOISES = 6, 3
+"""Captions whose images are shown on the page, and the images of each, from different noise."""
 NO_IMAGES = "the table stores no images: encode it with --keep-images"
 
 
@@ -131,11 +131,12 @@ class Protocol:
         }
 
     def image_grid(self, samples: dict[str, Float32[np.ndarray, "Q L"]]) -> "Image":
-        """Draw a row for each of some captions: samples of the same noise, the retrieved pair, the held-out row."""
+        """Draw some rows for each of some captions: samples of one noise, its retrieved pair, the held-out row."""
         from PIL import Image
 
         prompts, geometry = self.prompts, self.table.meta.geometry
-        shown = prompts.count + np.unique(prompts.diversity_group, return_index=True)[1][:GRID_ROWS]
+        first = np.unique(prompts.diversity_group, return_index=True)[1][:GRID_CAPTIONS]
+        shown = prompts.count + (first[:, None] + np.arange(GRID_NOISES)).ravel()
         columns = samples | {"retrieved pair": self.pairs}
         images = {name: self.decode(geometry.to_latent(x[shown])) for name, x in columns.items()}
         heldout = np.concatenate([*row_images(self.table, prompts.positions[shown], self.decode)])
