@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -155,6 +155,21 @@ def opened_formats() -> tuple[str, ...]:
 
         formats.append("JXL")
     return tuple(formats)
+
+
+@contextlib.contextmanager
+def pillow_kept() -> Iterator[None]:
+    """Give Pillow's settings and the filters of warnings back as they were before the block."""
+    from PIL import Image
+
+    core: Any = Image.core
+    before = Image.MAX_IMAGE_PIXELS, core.get_block_size()
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before[0]
+            core.set_block_size(before[1])
 
 
 def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,20 +277,41 @@ def test_mistakes_are_found_before_the_search_is_opened(whole, indexed, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_process_as_it_was(indexed, tmp_path):
+def library_logging() -> list:
+    """What libraries print of their own: levels, progress bars, filters of warnings."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    libraries = [diffusers.utils.logging, transformers.utils.logging, huggingface_hub.utils.logging]
+    bars = [each.is_progress_bar_enabled() for each in libraries[:2]]
+    bars.append(not huggingface_hub.utils.are_progress_bars_disabled())
+    return [[each.get_verbosity() for each in libraries], bars, list(warnings.filters)]
+
+
+def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_process_as_it_was(
+    indexed, tmp_path, monkeypatch, three_threads
+):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # with it fit chooses no number of threads
     AcceleratorState._reset_state(reset_partial_state=True)
     mine = Accelerator(cpu=True)
     threads, drawn, environment = torch.get_num_threads(), torch.random.get_rng_state(), dict(os.environ)
+    logging = library_logging()
+    np.random.seed(7)
+    drawn_by_numpy = np.random.get_state()[1].tolist()
     short = replace(CONFIG, images=2 * 32)
     losses = [fit(indexed, replace(short, dtype=name), tmp_path / name)["loss"] for name in ("float32", "bfloat16")]
     assert fit(indexed, short, tmp_path / "again")["loss"] == losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert dict(os.environ) == environment
+    CoalescerPipeline.from_pretrained(tmp_path / "again")(CAPTIONS)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), drawn)
-    assert dict(os.environ) == environment
+    assert np.random.get_state()[1].tolist() == drawn_by_numpy
+    assert library_logging() == logging
     assert mine.state.mixed_precision == "no"
     assert Accelerator(cpu=True).state.mixed_precision == "no"
 

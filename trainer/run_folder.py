@@ -26,6 +26,7 @@ from typing import Any
 
 from index.errors import EncoderError, RunError
 from index.table.schema import EncoderRef, TableMeta
+from pipeline.encoders.files import quiet_libraries
 from pipeline.encoders.hub import fetch, open_snapshot
 from pipeline.encoders.hub_names import RUN, HubName
 from pipeline.encoders.image import DiffusersAutoencoder
@@ -213,10 +214,11 @@ def write_export(
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    network.save_pretrained(temporary / NETWORK)
     image_encoder, text_encoder = encoders
-    image_encoder.save(temporary / "image_encoder")
-    text_encoder.save(temporary / "text_encoder")
+    with quiet_libraries():
+        network.save_pretrained(temporary / NETWORK)
+        image_encoder.save(temporary / "image_encoder")
+        text_encoder.save(temporary / "text_encoder")
     # Where the originals were on this machine tells others nothing; hub ids do.
     refs: dict[str, Any] = {name: _in_export(getattr(meta, name), name) for name in ENCODER_FOLDERS}
     table = settings.get("table", {}) | {"meta": replace(meta, **refs).to_json()}

@@ -68,6 +68,18 @@ def encoding(ref: EncoderRef, task: str = "encode") -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch's number of threads back as it was before the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
     """Move a model to a device for inference, and return its torch dtype."""
     import torch

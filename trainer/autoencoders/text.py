@@ -90,9 +90,9 @@ def fit_text_autoencoder(sources: list[str], config: TextAutoencoderConfig, out:
 
     averaged, seconds = train("text", model, loss, config, out)
     encoder, heldout = averaged["encoder"], captions.heldout
-    quiet_libraries()
-    encoder.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet_libraries():
+        encoder.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     return {
         **(token_accuracy(averaged, *tokenize(tokenizer, heldout)) if heldout else {"token_accuracy": None}),
         "heldout_captions": len(heldout),
