@@ -218,6 +218,26 @@ def test_a_preview_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_preview_is_decoded_in_parts_that_fit_and_in_half_precision_on_a_gpu(whole, indexed, tmp_path, monkeypatch):
+    decode, seen = DiffusersAutoencoder._decode, []
+
+    def cramped(self, latent):
+        seen.append((len(latent), self.dtype))
+        if len(latent) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
+        return decode(self, latent)
+
+    monkeypatch.setattr(DiffusersAutoencoder, "_decode", cramped)
+    fit(indexed, CONFIG, tmp_path / "full", runtime=EVERY_STEP)
+    assert_same_run(whole, tmp_path / "full")
+    assert {size for size, _ in seen} == {32, 16, 8, 4}
+    monkeypatch.setattr(tracking_module, "default_dtype", lambda device: "bfloat16")
+    seen.clear()
+    fit(indexed, CONFIG, tmp_path / "half", runtime=EVERY_STEP)
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert result(tmp_path / "half") == result(whole)
+
+
 @pytest.mark.parametrize("name", ["init_trackers", "log"])
 def test_a_tracker_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch, name):
     from accelerate import Accelerator

@@ -139,7 +139,7 @@ run(app)
 """
     output = on_terminal(code, 80)
     assert re.search(r"opening\s+0:0[12] elapsed.*done", CONTROL.sub("", output), re.DOTALL)
-    assert output.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
     silent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (silent.stdout, silent.stderr) == ("done\n", "opening\n")
 
