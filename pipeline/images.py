@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -162,7 +162,7 @@ def pillow_kept() -> Iterator[None]:
     """Give Pillow's settings and the filters of warnings back as they were before the block."""
     from PIL import Image
 
-    core: Any = Image.core
+    core = Image.core  # type: ignore[attr-defined]
     before = Image.MAX_IMAGE_PIXELS, core.get_block_size()
     with warnings.catch_warnings():
         try:

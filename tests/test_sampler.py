@@ -12,6 +12,7 @@ from index.errors import EncoderError, OptionError, RunError
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.text import TransformersTextEncoder
 from trainer.config import FitConfig, RuntimeConfig
+from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.fit import fit
 from trainer.grid import draw_grid, wrap_caption
 from trainer.models.registry import make_network
@@ -305,6 +306,9 @@ def test_a_pipeline_of_any_components_can_be_saved(make_pipeline, objective, tmp
     saved = CoalescerPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     assert saved.objective == pipe.objective
     assert np.array_equal(saved(PROMPTS).latents, pipe(PROMPTS).latents)
+    config = EvaluationConfig(num_inference_steps=[1], num_samples=16, device="cpu")
+    with pytest.raises(RunError, match=r"the table of .*saved cannot be opened: '' is not the name of a table"):
+        evaluate(tmp_path / "saved", config, tmp_path / "report")
 
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):

@@ -125,7 +125,7 @@ class CoalescerPipeline:
         empty.
         """
         fit = {"objective": name_of(self.objective), "preset": "default", **self._settings.get("fit", {})}
-        table = self._settings.get("table", {})
+        table = self._settings.get("table", {"uri": "", "version": None})
         settings = {"fit": fit, "objective": asdict(self.objective), "table": table}
         write_export(Path(folder), settings, self.meta, self.network, (self.image_encoder, self.text_encoder))
 

@@ -251,7 +251,7 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
     batch_size = min(int(BUDGET["batch_size"]), len(positions))
     steps = min(int(BUDGET["max_steps"]), int(BUDGET["max_epochs"]) * len(positions) // batch_size)
     with Progress("train referee", total=steps, unit="steps", log=log) as bar, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         images = _decode_rows(table, positions, decode)
         network = _create(settings).to(device).train()
         adam = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
