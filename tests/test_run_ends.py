@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killed_runs import killed
+from PIL import Image
 from safetensors.torch import load_file
 
 import trainer.fit as fit_module
@@ -229,7 +230,9 @@ def test_a_preview_is_decoded_in_parts_that_fit_and_in_half_precision_on_a_gpu(w
 
     monkeypatch.setattr(DiffusersAutoencoder, "_decode", cramped)
     fit(indexed, CONFIG, tmp_path / "full", runtime=EVERY_STEP)
-    assert_same_run(whole, tmp_path / "full")
+    assert result(tmp_path / "full") == result(whole)
+    images = [np.asarray(Image.open(run / "samples.png")).astype(int) for run in (whole, tmp_path / "full")]
+    assert np.abs(images[0] - images[1]).max() <= 1  # a decoder's last bits depend on how many images it is given
     assert {size for size, _ in seen} == {32, 16, 8, 4}
     monkeypatch.setattr(tracking_module, "default_dtype", lambda device: "bfloat16")
     seen.clear()
@@ -258,7 +261,7 @@ def test_a_log_that_cannot_be_written_costs_no_run(whole, indexed, tmp_path):
 
 
 def test_ctrl_c_in_a_preview_still_ends_the_run(indexed, tmp_path, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tracking_module, "draw_grid", interrupt)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from index.errors import EncoderError, OptionError, one_line
 from index.table.schema import EncoderRef
+from pipeline.encoders.files import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,9 @@ def prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    model.to(device, torch_dtype).eval().requires_grad_(False)
+    with quiet_libraries():  # diffusers warns of any change of the data type, also of none
+        model.to(device, torch_dtype)
+    model.eval().requires_grad_(False)
     return torch_dtype
 
 

@@ -111,9 +111,13 @@ def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub in a block."""
+    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub in a block.
+
+    Random numbers that they draw, as initial weights that are then loaded, leave torch's generator as it was.
+    """
     import diffusers
     import huggingface_hub
+    import torch
     import transformers
 
     hub, libraries = huggingface_hub.utils, [diffusers.utils.logging, transformers.utils.logging]
@@ -125,7 +129,7 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity_error()
             library.disable_progress_bar()
         hub.logging.set_verbosity_error()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
             yield
     finally:
