@@ -49,15 +49,15 @@ class _Clock:
     """
 
     def __init__(self) -> None:
-        self.is_on = False
+        self.is_on, self.bars = False, 0
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._live: Live | None = None
 
     def start(self) -> None:
-        """Show the clock from now on, in a command whose standard error is a terminal."""
+        """Show the clock from now on, in a command whose standard error is a terminal, unless it draws a bar."""
         self.stop()
-        if self.is_on and sys.stderr.isatty():
+        if self.is_on and not self.bars and sys.stderr.isatty():
             self._timer = threading.Timer(TICK_SECONDS, self._show, [time.monotonic()])
             self._timer.daemon = True
             self._timer.start()
@@ -280,6 +280,7 @@ class Progress:
         self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal and not self._silent
         self._live = Live(get_renderable=self._line, console=self._console)
         if self._drawn:
+            _silence.bars += 1
             _silence.stop()
             self._live.start()
         return self
@@ -361,7 +362,8 @@ class Progress:
         """Log the last tick and, if no bar was drawn, print one line about the step."""
         self._tick()
         self._live.stop()
-        if self._drawn and kind is None:
+        if self._drawn:
+            _silence.bars -= 1
             _silence.start()
         if not (self._silent or self._drawn) and kind is None:
             metrics = "  ".join(f"{name} {_short(value)}" for name, value in self.metrics.items())

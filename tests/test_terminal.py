@@ -127,21 +127,31 @@ def test_a_command_that_is_silent_shows_that_it_is_at_work():
     code = """
 import sys, time
 from index.options import Command, make_app
-from index.terminal import print_status, run
+from index.terminal import Progress, print_status, run
 app = make_app("Test.")
 @app.command(cls=Command)
 def wait() -> None:
     print_status("opening")
     time.sleep(2.3)
+    with Progress("work", total=10, unit="rows") as bar:
+        bar.advance(5)
+        print_status("warning: on the way")
+        time.sleep(1.5)
     print("done")
 sys.argv = ["test", "wait"]
 run(app)
 """
     output = on_terminal(code, 80)
-    assert re.search(r"opening\s+0:0[12] elapsed.*done", CONTROL.sub("", output), re.DOTALL)
+    lines = [line for line in re.split(r"[\r\n]+", CONTROL.sub("", output)) if line]
+    clock = [line for line in lines if re.fullmatch(r"\d:\d\d elapsed", line)]
+    assert clock
+    bar = lines[lines.index("warning: on the way") + 1 : lines.index("done")]
+    assert lines[: -len(bar) - 2] == ["opening", *clock], "the clock stops where a bar begins"
+    assert all(line.startswith("work ") for line in bar)
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
     silent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (silent.stdout, silent.stderr) == ("done\n", "opening\n")
+    assert silent.stdout == "done\n"
+    assert silent.stderr.startswith("opening\nwarning: on the way\nwork ")
 
 
 def test_a_bar_without_a_total_shows_the_time_elapsed():
