@@ -258,14 +258,17 @@ def test_a_run_of_an_earlier_version_has_its_encoders_inside(run, image_encoder,
 
 
 def test_a_resumed_run_remembers_where_its_encoders_are_now(run, models, indexed, tmp_path, changed_encoder):
-    def resume(**places):
-        runtime = RuntimeConfig(encoders=EncoderPlaces(**places))
-        return fit(indexed, FitConfig(size="tiny", images=3 * 32, batch_size=32), moved, resume=True, runtime=runtime)
+    def resume(images=3 * 32, **places):
+        config = FitConfig(size="tiny", images=images, batch_size=32)
+        return fit(indexed, config, moved, resume=True, runtime=RuntimeConfig(encoders=EncoderPlaces(**places)))
 
     moved = point_to(run, tmp_path / "moved", image_encoder="/nowhere/gone")
     with pytest.raises(EncoderError, match="are not those that the table is encoded with"):
         resume(image_encoder=changed_encoder)
-    assert resume(image_encoder=models.image_encoder)["left_out"] == {}
+    # Training itself reads no images: without the encoder it goes on, and says what it leaves out and what to type.
+    assert "name its folder or hub id by --image-encoder" in resume()["left_out"]["samples.png"]
+    resume(4 * 32, image_encoder=models.image_encoder)
+    assert (moved / "samples.png").exists()
     pipe = CoalescerPipeline.from_pretrained(moved)
     assert (pipe.image_encoder.ref.name, pipe.text_encoder.ref.name) == (models.image_encoder, models.text_encoder)
 
