@@ -329,14 +329,15 @@ def export(
     text_encoder: TextEncoderOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a folder with all that sampling needs: network, encoders and settings.
+    r"""Write a folder that has all that sampling needs.
 
-    It needs no run, table or other encoders, and can be moved, or uploaded with
-    `hf upload ORG/NAME DIR`.
+    Network, encoders and settings: it needs no run, table or other encoder, and can be moved, or
+    uploaded with `hf upload ORG/NAME DIR`.
 
     Examples:
       trainer export runs/shapes --out shapes
-      trainer sample shapes "a small red circle above a large blue square" --out circle.png
+      trainer export runs/shapes --out shapes --image-encoder models/image \
+        --text-encoder models/text
     """
     print_status(f"trainer export: opening {run}")
     from trainer.run_folder import EncoderPlaces
