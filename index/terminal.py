@@ -24,6 +24,7 @@ from index.errors import CoalescerError
 from index.reach import WAITS, describe, is_store_failure
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.text import Text
 
 TICK_SECONDS = 1.0
@@ -41,6 +42,55 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command; its exit code is 128 and their number, as in a shell."""
 
 
+class _Clock:
+    """The seconds since a command has printed something: on a terminal a line that moves until it prints again.
+
+    Models and libraries take many seconds to load, and nothing else tells that the command is at work.
+    """
+
+    def __init__(self) -> None:
+        self.is_on, self.bars = False, 0
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        """Show the clock from now on, in a command whose standard error is a terminal, unless it draws a bar."""
+        self.stop()
+        if self.is_on and not self.bars and sys.stderr.isatty():
+            self._timer = threading.Timer(TICK_SECONDS, self._show, [time.monotonic()])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _show(self, started: float) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        def line() -> Text:
+            return Text(f"{_clock(time.monotonic() - started)} elapsed")
+
+        console = Console(stderr=True)
+        with self._lock:
+            if threading.current_thread() is self._timer and not console.is_dumb_terminal:
+                redirect = sys.stdout.isatty()
+                self._live = Live(get_renderable=line, console=console, transient=True, redirect_stdout=redirect)
+                self._live.start()
+
+    def stop(self) -> None:
+        """Remove the line."""
+        with self._lock:
+            timer, live = self._timer, self._live
+            self._timer = self._live = None
+        if timer is not None:
+            timer.cancel()
+        if live is not None:
+            live.stop()
+
+
+_silence = _Clock()
+
+
 class Stopped(KeyboardInterrupt):
     """Raised in the main thread by a signal that ends the command."""
 
@@ -54,10 +104,17 @@ def run(app: Callable[..., Any]) -> NoReturn:
     caller = sys._getframe(1)
     is_program = any(frame and frame.f_globals.get("__name__") == "__main__" for frame in (caller, caller.f_back))
     logging.getLogger().setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # before they are imported, and in worker processes
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     stops = _raise_on_signals()
     try:
-        with _shown_waits():
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        _silence.is_on = True
+        try:
+            with _shown_waits():
+                code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        finally:
+            _silence.is_on = False
+            _silence.stop()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         # After a signal, an error is only what became of it on its way.
@@ -179,7 +236,9 @@ def _fail(message: str) -> int:
 def print_status(text: str) -> None:
     """Say on standard error what a command is about to do; of several processes only the first one does."""
     if os.environ.get("RANK", "0") == "0":
+        _silence.stop()
         print(text, file=sys.stderr, flush=True)
+        _silence.start()
 
 
 class Progress:
@@ -221,6 +280,8 @@ class Progress:
         self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal and not self._silent
         self._live = Live(get_renderable=self._line, console=self._console)
         if self._drawn:
+            _silence.bars += 1
+            _silence.stop()
             self._live.start()
         return self
 
@@ -273,7 +334,7 @@ class Progress:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _line(self) -> "Text":
-        """Return the bar as one line: title, rate and time left always, the rest as far as it fits."""
+        """Return the bar as one line: title, rate and time left always, the rest as far as it fits, metrics last."""
         from rich.text import Text
 
         width, left = self._console.width - 1, self.seconds_left
@@ -281,7 +342,8 @@ class Progress:
         required = f"{_rate(self.rate)} {clock}"
         title = _cropped(self.title, width - len(required) - 1)
         before = [title, f"{self.done:,}/{self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"]
-        after = [f"{name} {_short(value)}" for name, value in self.metrics.items()]
+        after = [] if left is None else [f"{_clock(self.seconds)} elapsed"]
+        after += [f"{name} {_short(value)}" for name, value in self.metrics.items()]
         if self.total:
             before.insert(1, _bar(self.done / self.total, ascii_only=self._console.options.ascii_only))
         used = len(title) + 1 + len(required)
@@ -300,6 +362,9 @@ class Progress:
         """Log the last tick and, if no bar was drawn, print one line about the step."""
         self._tick()
         self._live.stop()
+        if self._drawn:
+            _silence.bars -= 1
+            _silence.start()
         if not (self._silent or self._drawn) and kind is None:
             metrics = "  ".join(f"{name} {_short(value)}" for name, value in self.metrics.items())
             done, rate = f"{self.done:>10,} {self.unit}", f"{self.rate:10,.1f}/s"
@@ -335,6 +400,7 @@ def _short(value: Any) -> str:
 
 def print_json(content: Any) -> None:
     """Print JSON on standard output; numbers that are not finite become null, which every JSON parser reads."""
+    _silence.stop()
     print(json.dumps(_finite(content), indent=2, default=str))
 
 
@@ -357,6 +423,7 @@ def print_columns(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    _silence.stop()
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     wide = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if wide else PIPE_WIDTH, highlight=False)

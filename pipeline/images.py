@@ -157,6 +157,21 @@ def opened_formats() -> tuple[str, ...]:
     return tuple(formats)
 
 
+@contextlib.contextmanager
+def pillow_kept() -> Iterator[None]:
+    """Give Pillow's settings and the filters of warnings back as they were before the block."""
+    from PIL import Image
+
+    core = Image.core  # type: ignore[attr-defined]
+    before = Image.MAX_IMAGE_PIXELS, core.get_block_size()
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before[0]
+            core.set_block_size(before[1])
+
+
 def quiet_pillow(max_pixels: int = MAX_PIXELS) -> None:
     """Set up Pillow in this process: silence its warnings, since those that matter become reject reasons.
 

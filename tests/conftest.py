@@ -165,6 +165,14 @@ def write_tar():
     return write
 
 
+@pytest.fixture
+def three_threads():
+    """Torch with another number of threads than anything of ours chooses."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def colored(tmp_path_factory, write_tar, encode_shapes):
     """A table of noisy images in three colors, which are their captions; the image bytes are kept."""

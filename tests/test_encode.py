@@ -11,6 +11,7 @@ import pytest
 
 from index.errors import EncoderError, OptionError, SourceError
 from index.table.table import rejects_uri
+from pipeline.beam.log import LOGGERS
 from pipeline.config import EncodeConfig
 from pipeline.demo.shapes import write_demo_data
 from pipeline.encoders.image import DiffusersAutoencoder
@@ -98,6 +99,26 @@ def test_an_empty_source_is_refused(tmp_path, encode_shapes):
     with pytest.raises(SourceError, match="no samples"):
         encode_shapes(tmp_path / "empty.tar", tmp_path / "t.lance")
     assert not (tmp_path / "t.lance").exists()
+
+
+def test_encoding_in_this_process_leaves_it_as_it_was(shapes, encode_shapes, tmp_path, three_threads):
+    import logging
+    import warnings
+
+    import torch
+    from PIL import Image
+
+    def state():
+        levels = {name: logging.getLogger(name).level for name in LOGGERS}
+        drawn = np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+        limits = Image.MAX_IMAGE_PIXELS, Image.core.get_block_size()
+        return torch.get_num_threads(), drawn, limits, levels, list(warnings.filters)
+
+    before = state()
+    encode_shapes(shapes, tmp_path / "t.lance", limit=20, dry_run=True)
+    assert state() == before
+    encode_shapes(shapes, tmp_path / "t.lance", limit=20)
+    assert state() == before
 
 
 def test_a_dry_run_writes_nothing_and_returns_the_plan(shapes, encode_shapes, tmp_path):

@@ -14,8 +14,10 @@ from killed_runs import killed
 from PIL import Image
 from safetensors.torch import load_file
 
+import trainer.training_loop as loop_module
 from index.build.build_index import BuildConfig, build_index
 from index.errors import EncoderError, OptionError, RunError, TableError
+from index.table.schema import HELDOUT
 from index.table.table import open_table
 from trainer.checkpoints import checkpoints
 from trainer.config import FitConfig, RuntimeConfig
@@ -25,6 +27,7 @@ from trainer.objectives.coalescer import Coalescer
 from trainer.objectives.registry import OBJECTIVES, PRESETS
 from trainer.run_folder import read_config
 from trainer.sampler import CoalescerPipeline
+from trainer.tracking import choose_captions
 
 CONFIG = FitConfig(size="tiny", images=300 * 64, batch_size=64)
 SHORT = FitConfig(size="tiny", images=40 * 32, batch_size=32)
@@ -368,6 +371,26 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     with pytest.raises(RunError, match="flow is not a training run"):
         fit(indexed, config, tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_independent_pairs_need_no_index_and_open_no_search(encoded, tmp_path, monkeypatch, capsys):
+    def opened(*arguments, **options):
+        raise AssertionError("the search was opened")
+
+    monkeypatch.setattr(loop_module, "open_search", opened)
+    config = FitConfig(
+        objective="flow_matching", size="tiny", images=4 * 32, batch_size=32, coupling="independent", search="exact"
+    )
+    fit(encoded, config, tmp_path / "whole", runtime=EVERY_STEP)
+    assert "trains each caption on its own latent: nothing is searched" in capsys.readouterr().err
+    fit(encoded, config, killed(tmp_path / "whole", tmp_path / "run", after=2), resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_previews_show_distinct_captions(colored, tmp_path):
+    """Of a table that has few captions, each many times, in the order of its rows."""
+    captions = choose_captions(colored)
+    assert sorted(captions) == sorted(set(colored.take(colored.positions(HELDOUT), "caption").tolist()))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from trainer.config import FitConfig
 from trainer.evaluation.protocol import EvaluationConfig, evaluate
 from trainer.fit import fit
 from trainer.run_folder import find_run
-from trainer.sampler import CoalescerPipeline
+from trainer.sampler import CoalescerPipeline, export_run
 
 VAE = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"weights"}
 TEXT = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}
@@ -301,6 +301,8 @@ RUN = {
     "text_encoder/config.json": b"{}",
     "text_encoder/model.safetensors": b"w",
     "text_encoder/tokenizer.json": b"{}",
+    "text_encoder/1_Pooling/config.json": b"{}",
+    "text_encoder/2_Dense/model.safetensors": b"w",
 }
 
 
@@ -357,7 +359,6 @@ def test_a_table_and_its_runs_keep_to_their_commits(
     hub.commit("org/text", {"README.md": b"gone"})
     opened = build_index(open_table(table.uri), BuildConfig(index_type="none")).table
     fit(opened, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")
-    assert not (tmp_path / "run" / "image_encoder").exists()
     pipe = CoalescerPipeline.from_pretrained(tmp_path / "run", device="cpu")
     assert pipe.image_encoder.ref == table.meta.image_encoder
     images = pipe("a small red circle").latents
@@ -368,6 +369,12 @@ def test_a_table_and_its_runs_keep_to_their_commits(
     uploaded = CoalescerPipeline.from_pretrained(f"org/run@{run}", device="cpu")
     assert np.array_equal(uploaded("a small red circle").latents, images)
     assert not [each for each in hub.take_requests() if "checkpoints" in each or "org/vae" in each]
+    export_run(tmp_path / "run", tmp_path / "exported")
+    hub.commit("org/exported", tmp_path / "exported")
+    hub.take_requests()
+    exported = CoalescerPipeline.from_pretrained("org/exported", device="cpu")
+    assert np.array_equal(exported("a small red circle").latents, images)
+    assert not [each for each in hub.take_requests() if "org/exported" not in each]
     report = evaluate(
         "org/run", EvaluationConfig(num_inference_steps=[1], num_samples=16, device="cpu"), tmp_path / "f"
     )
@@ -377,7 +384,6 @@ def test_a_table_and_its_runs_keep_to_their_commits(
 @pytest.mark.slow
 def test_a_runs_own_copy_of_an_encoder_is_compared(indexed, tmp_path, changed_encoder):
     fit(indexed, FitConfig(size="tiny", images=64, batch_size=32), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "image_encoder")
     shutil.copytree(changed_encoder, tmp_path / "run" / "image_encoder")
     config = EvaluationConfig(num_inference_steps=[1], num_samples=16, device="cpu")
     for use in (CoalescerPipeline.from_pretrained, lambda run: evaluate(run, config, tmp_path / "report")):

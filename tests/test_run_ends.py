@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from killed_runs import KILL_9, Killed, KillSwitch, killed
+from PIL import Image
 from safetensors.torch import load_file
 
 import trainer.fit as fit_module
@@ -170,6 +172,28 @@ def test_a_preview_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_preview_is_decoded_in_parts_that_fit_and_in_half_precision_on_a_gpu(whole, indexed, tmp_path, monkeypatch):
+    decode, seen = DiffusersAutoencoder._decode, []
+
+    def cramped(self, latent):
+        seen.append((len(latent), self.dtype))
+        if len(latent) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
+        return decode(self, latent)
+
+    monkeypatch.setattr(DiffusersAutoencoder, "_decode", cramped)
+    fit(indexed, CONFIG, tmp_path / "full", runtime=EVERY_STEP)
+    assert result(tmp_path / "full") == result(whole)
+    images = [np.asarray(Image.open(run / "samples.png")).astype(int) for run in (whole, tmp_path / "full")]
+    assert np.abs(images[0] - images[1]).max() <= 1  # a decoder's last bits depend on how many images it is given
+    assert {size for size, _ in seen} == {32, 16, 8, 4}
+    monkeypatch.setattr(tracking_module, "default_dtype", lambda device: "bfloat16")
+    seen.clear()
+    fit(indexed, CONFIG, tmp_path / "half", runtime=EVERY_STEP)
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert result(tmp_path / "half") == result(whole)
+
+
 @pytest.mark.parametrize("name", ["init_trackers", "log"])
 def test_a_tracker_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch, name):
     from accelerate import Accelerator
@@ -190,7 +214,7 @@ def test_a_log_that_cannot_be_written_costs_no_run(whole, indexed, tmp_path):
 
 
 def test_ctrl_c_in_a_preview_still_ends_the_run(indexed, tmp_path, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tracking_module, "draw_grid", interrupt)
@@ -229,21 +253,42 @@ def test_mistakes_are_found_before_the_search_is_opened(whole, indexed, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def library_logging() -> list:
+    """What libraries print of their own: levels, progress bars, filters of warnings."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    libraries = [diffusers.utils.logging, transformers.utils.logging, huggingface_hub.utils.logging]
+    bars = [each.is_progress_bar_enabled() for each in libraries[:2]]
+    bars.append(not huggingface_hub.utils.are_progress_bars_disabled())
+    return [[each.get_verbosity() for each in libraries], bars, list(warnings.filters)]
+
+
 @pytest.mark.slow
-def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_process_as_it_was(indexed, tmp_path):
+def test_two_fits_in_one_process_compute_in_different_dtypes_and_leave_the_process_as_it_was(
+    indexed, tmp_path, monkeypatch, three_threads
+):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # with it fit chooses no number of threads
     AcceleratorState._reset_state(reset_partial_state=True)
     mine = Accelerator(cpu=True)
     threads, drawn, environment = torch.get_num_threads(), torch.random.get_rng_state(), dict(os.environ)
+    logging = library_logging()
+    np.random.seed(7)
+    drawn_by_numpy = np.random.get_state()[1].tolist()
     short = replace(CONFIG, images=2 * 32)
     losses = [fit(indexed, replace(short, dtype=name), tmp_path / name)["loss"] for name in ("float32", "bfloat16")]
     assert fit(indexed, short, tmp_path / "again")["loss"] == losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert dict(os.environ) == environment
+    CoalescerPipeline.from_pretrained(tmp_path / "again")(CAPTIONS)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), drawn)
-    assert dict(os.environ) == environment
+    assert np.random.get_state()[1].tolist() == drawn_by_numpy
+    assert library_logging() == logging
     assert mine.state.mixed_precision == "no"
     assert Accelerator(cpu=True).state.mixed_precision == "no"
 

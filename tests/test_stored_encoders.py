@@ -71,15 +71,18 @@ def test_encoders_by_relative_path_serve_every_command_from_any_folder(
     assert not (elsewhere / "b").exists()
     assert command(elsewhere, "trainer", *fit, "--out", "b", *there)[0] == 0
 
-    shutil.rmtree(elsewhere / "b" / "image_encoder")  # a run that refers to encoders that were moved
-    sample = ["sample", "b", "a red circle", "--out", "s.png"]
+    sample = ["sample", "a", "a red circle", "--out", "s.png"]  # a run of encoders that were moved
     code, _, err = command(elsewhere, "trainer", *sample)
     assert code == 2
     assert "by --image-encoder" in err
-    assert command(elsewhere, "trainer", *sample, *there[:2])[0] == 0
-    evaluate = ["--num-inference-steps", "1", "--num-samples", 16, *there[:2]]
+    assert command(elsewhere, "trainer", *sample, *there)[0] == 0
+    assert command(elsewhere, "trainer", "sample", "b", *sample[2:])[0] == 0
+    evaluate = ["--num-inference-steps", "1", "--num-samples", 16]
     assert command(elsewhere, "trainer", "evaluate", "b", *evaluate)[0] == 0
-    assert command(elsewhere, "trainer", "compare", "a", "b", "--out", "ab", *evaluate)[0] == 0
+    assert command(elsewhere, "trainer", "compare", "a", "b", "--out", "ab", *evaluate, *there)[0] == 0
+    assert command(elsewhere, "trainer", "export", "a", "--out", "c", *there)[0] == 0
+    assert command(elsewhere, "trainer", "sample", "c", *sample[2:])[0] == 0
+    assert command(elsewhere, "trainer", "evaluate", "c", *evaluate)[0] == 0
     code, _, err = command(elsewhere, "trainer", "sample", "a", "a red circle", "--out", "s.png", *wrong[:2])
     assert code == 2
     assert "are not those that the table is encoded with" in err

@@ -177,7 +177,7 @@ def test_targets_are_the_nearest_training_pairs(encoded):
 
 
 def test_independent_coupling_pairs_a_caption_with_its_own_latent(encoded):
-    one = stream(encoded, ExactSearch(encoded), batch_size=64, coupling="independent")
+    one = stream(encoded, None, batch_size=64, coupling="independent")
     queries, (batch,) = one.queries.captions([0]), one.batches(0, 1)
     assert np.array_equal(batch.text[:, 0].numpy(), encoded.take(queries.position, "text").astype(np.float32))
     latents = encoded.meta.geometry.to_coordinates(encoded.take(queries.position, "latent"))

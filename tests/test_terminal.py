@@ -114,6 +114,46 @@ def test_metrics_are_dropped_before_the_rest():
     assert "psnr_db" not in bar
 
 
+def test_ten_metrics_leave_the_bar_readable(tmp_path):
+    metrics = ", ".join(f"metric_number_{i}=0.12345" for i in range(10))
+    code = WORK.format(total=1200, seconds=0.3).replace("mse=0.0123, kl=4.5, psnr_db=21.25", metrics)
+    bar = last_bar(on_terminal(code.replace("fit image autoencoder", "fit"), 100))
+    assert re.fullmatch(
+        r"fit █+░+ 600/1,200 steps [\d,]+/s \d:\d\d left \d:\d\d elapsed( metric_number_\d 0.1235)+", bar
+    )
+
+
+def test_a_command_that_is_silent_shows_that_it_is_at_work():
+    code = """
+import sys, time
+from index.options import Command, make_app
+from index.terminal import Progress, print_status, run
+app = make_app("Test.")
+@app.command(cls=Command)
+def wait() -> None:
+    print_status("opening")
+    time.sleep(2.3)
+    with Progress("work", total=10, unit="rows") as bar:
+        bar.advance(5)
+        print_status("warning: on the way")
+        time.sleep(1.5)
+    print("done")
+sys.argv = ["test", "wait"]
+run(app)
+"""
+    output = on_terminal(code, 80)
+    lines = [line for line in re.split(r"[\r\n]+", CONTROL.sub("", output)) if line]
+    clock = [line for line in lines if re.fullmatch(r"\d:\d\d elapsed", line)]
+    assert clock
+    bar = lines[lines.index("warning: on the way") + 1 : lines.index("done")]
+    assert lines[: -len(bar) - 2] == ["opening", *clock], "the clock stops where a bar begins"
+    assert all(line.startswith("work ") for line in bar)
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is shown again"
+    silent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert silent.stdout == "done\n"
+    assert silent.stderr.startswith("opening\nwarning: on the way\nwork ")
+
+
 def test_a_bar_without_a_total_shows_the_time_elapsed():
     assert re.search(r"600 steps .*\d:\d\d elapsed", last_bar(on_terminal(WORK.format(total=None, seconds=0.3), 80)))
 

@@ -45,7 +45,9 @@ Search = Literal["ann", "exact"]
 Condition = Literal["retrieved", "query"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `trainer fit` wrote, or hub id.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder that `trainer fit` or `trainer export` wrote, or hub id.")
+]
 CheckpointSecondsOption = Annotated[
     float, NOT_NEGATIVE, typer.Option(metavar="SECONDS", help="Time between checkpoints.")
 ]
@@ -252,7 +254,7 @@ def fit(
     from trainer.objectives.hyperparameters import parse_hyperparameters
     from trainer.resume import open_run_table, resumed_config, resumed_runtime
     from trainer.run_folder import EncoderPlaces, check_is_new
-    from trainer.targets import SEARCHING, kept_name, open_run_targets, open_targets_table
+    from trainer.targets import is_searching, kept_name, open_run_targets, open_targets_table
 
     if table is None and not resume:
         raise OptionError("TABLE is missing: name a table, or add --resume to go on with the run in --out")
@@ -271,13 +273,13 @@ def fit(
     if resume:
         config, runtime = resumed_config(out, settings), resumed_runtime(out, runtime_settings, encoders)
         resolve_device(runtime.device)
-        opened = open_run_table(out, table, storage, indexed=runtime.targets in (None, SEARCHING))
+        opened = open_run_table(out, table, storage, indexed=is_searching(config, runtime))
     else:
         config, runtime = FitConfig(**settings), RuntimeConfig(**runtime_settings, encoders=encoders)
         resolve_device(device)
         check_is_new(out)
         drawn = open_run_targets(str(table), targets, storage)
-        opened = open_targets_table(str(table), drawn, storage)
+        opened = open_targets_table(str(table), drawn, storage, indexed=is_searching(config, runtime))
     result = run_fit(opened, config, out, resume=resume, runtime=runtime)
     if int(os.environ.get("RANK", 0)) == 0:
         _print_result(str(out), result, as_json)
@@ -285,7 +287,7 @@ def fit(
 
 @app.command(cls=Command)
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or hub id.")],
+    run: RunArgument,
     caption: Annotated[list[str], typer.Argument(metavar="CAPTION...", help="One or more captions.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Image grid to write.")],
     num_inference_steps: Annotated[int, COUNT, typer.Option(metavar="N", help="Network evaluations per image.")] = 2,
@@ -298,7 +300,7 @@ def sample(
     redraws: Annotated[
         int,
         COUNT_FROM_0,
-        typer.Option(metavar="N", help="Extra noise samples to try per image; the most confident is kept."),
+        typer.Option(metavar="N", help="Extra first steps to try per image; the most confident is kept."),
     ] = 0,
     seed: SeedOption = 0,
     image_encoder: ImageEncoderOption = None,
@@ -347,6 +349,34 @@ def sample(
         return print_json({"out": str(out), **report})
     print(f"{out}: {len(images)} images in {num_inference_steps} steps; confidence in {out.with_suffix('.json')}")
     return None
+
+
+@app.command(cls=Command)
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    image_encoder: ImageEncoderOption = None,
+    text_encoder: TextEncoderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    r"""Write a folder that has all that sampling needs.
+
+    Network, encoders and settings: it needs no run, table or other encoder, and can be moved, or
+    uploaded with `hf upload ORG/NAME DIR`.
+
+    Examples:
+      trainer export runs/shapes --out shapes
+      trainer export runs/shapes --out shapes --image-encoder models/image \
+        --text-encoder models/text
+    """
+    print_status(f"trainer export: opening {run}")
+    from trainer.run_folder import EncoderPlaces
+    from trainer.sampler import export_run
+
+    check_folder(out)
+    export_run(run, out, EncoderPlaces(image_encoder=image_encoder, text_encoder=text_encoder))
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    _print_result(str(out), {"run": str(run), "out": str(out), "bytes": size}, as_json)
 
 
 @app.command(cls=Command)

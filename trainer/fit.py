@@ -1,10 +1,11 @@
 """Train a network on a table's targets: `fit(table, FitConfig(), Path("RUN"))`.
 
-The run folder is complete in itself: config.json holds the table's version and geometry, the network and the objective,
-and encoders that are folders are copied into it. `trainer sample RUN` needs nothing else. A run that is killed at any
-moment resumes to the same weights and is finished, on the version of the table that it began with.
+The run folder holds the network and, in config.json, the objective, the version and geometry of the table, and where
+its encoders are, with their digests. A run that is killed at any moment resumes to the same weights and is finished, on
+the version of the table that it began with.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from index.table.schema import TableMeta
 from index.table.table import READ_COLUMNS, Table
 from index.terminal import print_status
 from pipeline.encoders.devices import default_dtype, resolve_device
+from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.stored import open_image_encoder, open_text_encoder
+from pipeline.encoders.text import TransformersTextEncoder
 from trainer.checkpoints import checkpoints
 from trainer.config import AUTO, FitConfig, RuntimeConfig
 from trainer.process import open_accelerator
 from trainer.resume import check_resumed, open_run_table, settings_of
 from trainer.run_folder import (
+    ENCODER_FOLDERS,
     RESULT,
     SAMPLES,
     EncoderPlaces,
@@ -33,7 +37,7 @@ from trainer.run_folder import (
     write_config,
     write_whole,
 )
-from trainer.targets import SEARCHING
+from trainer.targets import is_searching
 from trainer.tracking import Preview, RunLog
 from trainer.training_loop import Trainer
 
@@ -53,8 +57,7 @@ def fit(
     if config.init is not None:
         config = replace(config, init=str(Path(config.init).absolute()))
     if resume:
-        indexed = runtime.targets in (None, SEARCHING)
-        table = open_run_table(out, table.uri, table.storage, indexed=indexed)
+        table = open_run_table(out, table.uri, table.storage, indexed=is_searching(config, runtime))
         config = check_resumed(out, config)
     else:
         check_is_new(out)
@@ -86,20 +89,23 @@ def _create_run(trainer: Trainer) -> None:
     if config.init is not None:
         _warn_of_other_encoders(Path(config.init), table.meta)
         trainer.start_from(Path(config.init))
-    encoders = _open_encoders(table.meta, runtime.encoders) if main else ()
+    if main:
+        trainer.table = _check_encoders(table, runtime.encoders, ENCODER_FOLDERS)
     trainer.open_stream()
     if not main:
         return
-    create_run_folder(out, encoders)
+    create_run_folder(out)
     if config.init is not None:
         # The other run may change or go; this one then has its weights.
         trainer.save_checkpoint(0, trainer.record)
-    write_config(out, settings_of(table, trainer.config, runtime))
+    write_config(out, settings_of(trainer.table, trainer.config, runtime))
 
 
 def _continue_run(trainer: Trainer) -> None:
     """Restore a run's last checkpoint; if its training goes on, remove what an earlier end of it has left."""
     trainer.resume()
+    given = [name for name in ENCODER_FOLDERS if getattr(trainer.runtime.encoders, name) is not None]
+    trainer.table = _check_encoders(trainer.table, trainer.runtime.encoders, given)
     settings = settings_of(trainer.table, trainer.config, trainer.runtime)
     if trainer.accelerator.is_main_process:
         if not checkpoints(trainer.out):
@@ -131,12 +137,19 @@ def _export(trainer: Trainer, log: RunLog, preview: Preview) -> None:
         log.log_image("samples", grid)
 
 
-def _open_encoders(meta: TableMeta, places: EncoderPlaces) -> Any:
-    """Open both encoders of a table; raise EncoderError if one is not there, or is not the same any more."""
-    return (
-        open_image_encoder(meta.image_encoder, places.image_encoder),
-        open_text_encoder(meta.text_encoder, places.text_encoder),
-    )
+def _check_encoders(table: Table, places: EncoderPlaces, names: Iterable[str]) -> Table:
+    """Return a table with its encoders where they were found.
+
+    Raises EncoderError if one of those named is not there, or is not the same any more.
+    """
+    openers: dict[str, Callable[..., DiffusersAutoencoder | TransformersTextEncoder]]
+    openers = {"image_encoder": open_image_encoder, "text_encoder": open_text_encoder}
+    found = {}
+    for name in names:
+        ref, given = getattr(table.meta, name), getattr(places, name)
+        here = openers[name](ref, given).ref
+        found[name] = replace(ref, name=here.name, revision=here.revision)
+    return table.at(table.version, replace(table.meta, **found))
 
 
 def _warn_of_other_encoders(run: Path, meta: TableMeta) -> None:

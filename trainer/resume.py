@@ -12,10 +12,10 @@ from index.table.storage import Storage
 from index.table.table import Table, open_table
 from trainer.config import AUTO, FitConfig, RuntimeConfig
 from trainer.objectives.registry import make_objective
-from trainer.run_folder import NETWORK, RESULT, EncoderPlaces, read_config
+from trainer.run_folder import EXPORT_FORMAT, NETWORK, RESULT, EncoderPlaces, read_config
 
 NOT_STORED = ("encoders",)
-"""Fields of RuntimeConfig that a run does not remember: it has copies of encoders that are folders."""
+"""Fields of RuntimeConfig that are no part of its own settings: where encoders are stands with their digests."""
 
 
 def settings_of(table: Table, config: FitConfig, runtime: RuntimeConfig) -> dict[str, Any]:
@@ -33,20 +33,21 @@ def open_run_table(
 ) -> Table:
     """Open the version of the table that a run began with, where it was or where `uri` says that it is now.
 
-    Training on targets drawn ahead needs no index.
+    Its metadata has the encoders where the run has found them. Only training that searches needs an index.
 
     Raises:
         RunError: the table at `uri` is another one.
         TableError: there is no such table, or the version is gone.
     """
-    saved = read_config(folder)["table"]
+    saved = _read_run(folder)["table"]
+    meta = TableMeta.from_json(saved["meta"])
     table = open_table(uri or saved["uri"], version=saved["version"], indexed=indexed, storage=storage)
-    if _identity(table.meta) != _identity(TableMeta.from_json(saved["meta"])):
+    if _identity(table.meta) != _identity(meta):
         raise RunError(
             f"{table.uri} is not the table that {folder} is trained on: version {table.version} of it has other "
             f"metadata than version {saved['version']} of {saved['uri']}: pass a copy of that table, or none"
         )
-    return table
+    return table.at(table.version, meta)
 
 
 def resumed_config(folder: Path, typed: Mapping[str, Any]) -> FitConfig:
@@ -54,7 +55,7 @@ def resumed_config(folder: Path, typed: Mapping[str, Any]) -> FitConfig:
 
     `typed` are options that are given again, by field. Raises RunError if one of them contradicts the run.
     """
-    saved = read_config(folder)
+    saved = _read_run(folder)
     config, objective = FitConfig(**saved["fit"]), saved["objective"]
     for name, value in typed.items():
         before = getattr(config, name)
@@ -68,7 +69,7 @@ def resumed_config(folder: Path, typed: Mapping[str, Any]) -> FitConfig:
 
 def resumed_runtime(folder: Path, typed: Mapping[str, Any], encoders: EncoderPlaces) -> RuntimeConfig:
     """Return how a run was computed, with the options in `typed` instead of those it had."""
-    saved = read_config(folder)["runtime"]
+    saved = _read_run(folder)["runtime"]
     names = {field.name for field in fields(RuntimeConfig)}
     options = {name: value for name, value in {**saved, **typed}.items() if name in names}
     return RuntimeConfig(**options, encoders=encoders)
@@ -80,7 +81,7 @@ def check_resumed(folder: Path, config: FitConfig) -> FitConfig:
     Raises:
         RunError: the run began with other options, or has been trained to its end.
     """
-    saved = read_config(folder)
+    saved = _read_run(folder)
     chosen = FitConfig(**saved["fit"])
     if config.reuse is None:
         config = replace(config, reuse=chosen.reuse)
@@ -93,6 +94,16 @@ def check_resumed(folder: Path, config: FitConfig) -> FitConfig:
         raise RunError(
             f"{folder} is already trained for {config.images:,} images: add a larger --images to train it on, or use "
             "another --out to start a new run"
+        )
+    return config
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    if config["format"] == EXPORT_FORMAT:
+        raise RunError(
+            f"{folder} was made by `trainer export` and has nothing to resume: train a new run from its weights with "
+            f"`trainer fit TABLE --out RUN --init {folder}`"
         )
     return config
 

@@ -2,9 +2,14 @@
 
     RUN/config.json                         settings: fit, objective, table
     RUN/network                             the network with averaged weights, to sample with
-    RUN/image_encoder, RUN/text_encoder     copies of encoders that are folders; others are opened by their hub id
     RUN/checkpoints/step-N                  everything that a training step updates; see trainer.checkpoints
     RUN/samples.png, RUN/result.json        at the end of training, result.json last of all
+
+Encoders stay where they are: config.json has their folders or hub ids, with digests. `write_export` makes a folder that
+stands alone, as do runs of earlier versions:
+
+    DIR/config.json, DIR/network            as above
+    DIR/image_encoder, DIR/text_encoder     copies of both encoders
 
 Safetensors and JSON only. Each file is written under a temporary name and renamed, a network or checkpoint as a whole
 folder, so a run that is killed at any moment can be resumed.
@@ -14,32 +19,34 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from index.errors import RunError
-from index.table.schema import TableMeta
+from index.errors import EncoderError, RunError
+from index.table.schema import EncoderRef, TableMeta
+from pipeline.encoders.files import quiet_libraries
 from pipeline.encoders.hub import fetch, open_snapshot
 from pipeline.encoders.hub_names import RUN, HubName
 from pipeline.encoders.image import DiffusersAutoencoder
 from pipeline.encoders.parts import SMALL
-from pipeline.encoders.stored import open_image_encoder, open_text_encoder
+from pipeline.encoders.stored import is_missing, open_image_encoder, open_text_encoder
 from pipeline.encoders.text import TransformersTextEncoder
 from trainer.models.base import Network
 
 FORMAT = "coalescer-run-4"
+EXPORT_FORMAT = "coalescer-pipeline-1"
 NETWORK = "network"
 """The folder in RUN of the network to sample with; see trainer.models.registry.load_network."""
 RESULT, SAMPLES = "result.json", "samples.png"
 ENCODER_FOLDERS = ("image_encoder", "text_encoder")
-"""The folders in RUN of copies of encoders."""
+"""The folders of copies of encoders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderPlaces:
-    """Folders or hub ids to open encoders from; None: the run's copy, or else where the table was encoded with them."""
+    """Folders or hub ids to open encoders from; None: the copy in the folder, or else where the run has found them."""
 
     image_encoder: str | None = None
     text_encoder: str | None = None
@@ -54,19 +61,13 @@ def check_is_new(folder: Path) -> None:
         raise RunError(f"{folder} is a training run already: add --resume to resume it, or use another --out")
 
 
-def create_run_folder(folder: Path, encoders: Sequence[DiffusersAutoencoder | TransformersTextEncoder]) -> None:
-    """Write copies of the encoders of a new run that are folders, and remove what an unfinished creation has left.
+def create_run_folder(folder: Path) -> None:
+    """Make the folder of a new run, and remove what an unfinished creation has left.
 
     The folder is a run once it has a config.json, which is written last; see `write_config`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name, encoder in zip(ENCODER_FOLDERS, encoders, strict=True):
-        if Path(encoder.ref.name) == (folder / name).absolute():
-            continue
-        shutil.rmtree(folder / name, ignore_errors=True)
-        if Path(encoder.ref.name).is_dir():  # a hub id can be opened from anywhere
-            encoder.save(folder / name)
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> None:
@@ -93,22 +94,39 @@ def discard_results(folder: Path) -> None:
 
 
 def open_encoders(
-    folder: Path, meta: TableMeta, places: EncoderPlaces, device: str
+    folder: Path, meta: TableMeta, places: EncoderPlaces, device: str, dtype: str = "float32"
 ) -> tuple[DiffusersAutoencoder, TransformersTextEncoder]:
-    """Open the encoders of a run. Raises EncoderError if they are not those of its table."""
-    image = open_image_encoder(meta.image_encoder, places.image_encoder or _copy(folder, "image_encoder"), device)
-    return image, open_run_text_encoder(folder, meta, places, device)
+    """Open the encoders of a run. Raises EncoderError if they are not there, or are not those of its table."""
+    given = places.image_encoder or _copy(folder, "image_encoder")
+    with _naming_export(meta.image_encoder, given):
+        image = open_image_encoder(meta.image_encoder, given, device, dtype)
+    return image, open_run_text_encoder(folder, meta, places, device, dtype)
 
 
 def open_run_text_encoder(
     folder: Path, meta: TableMeta, places: EncoderPlaces, device: str, dtype: str = "float32"
 ) -> TransformersTextEncoder:
-    """Open the text encoder of a run. Raises EncoderError if it is not that of its table."""
-    return open_text_encoder(meta.text_encoder, places.text_encoder or _copy(folder, "text_encoder"), device, dtype)
+    """Open the text encoder of a run. Raises EncoderError if it is not there, or is not that of its table."""
+    given = places.text_encoder or _copy(folder, "text_encoder")
+    with _naming_export(meta.text_encoder, given):
+        return open_text_encoder(meta.text_encoder, given, device, dtype)
 
 
 def _copy(folder: Path, name: str) -> str | None:
     return str(folder / name) if (folder / name).is_dir() else None
+
+
+@contextlib.contextmanager
+def _naming_export(ref: EncoderRef, given: str | None) -> Iterator[None]:
+    """Say in the error of a folder that is not there how a run is made to need none, as before an upload."""
+    try:
+        yield
+    except EncoderError as error:
+        if given is None and is_missing(ref):
+            raise EncoderError(
+                f"{error}; where it is, `trainer export RUN --out DIR` makes a folder that needs no other"
+            ) from error
+        raise
 
 
 def find_run(name: str | Path) -> Path:
@@ -128,7 +146,7 @@ def find_run(name: str | Path) -> Path:
         raise snapshot.doubt(
             RunError(
                 f"{hub} is not a run: it has no config.json with {NETWORK}/ beside it; use a repository into which the "
-                "folder that `trainer fit --out` has made was uploaded as it is (`hf upload ORG/NAME RUN`)"
+                "folder that `trainer export --out` has made was uploaded as it is (`hf upload ORG/NAME DIR`)"
             )
         )
     fetch(snapshot, [prefix + file for file in inside if _is_sampled_with(file)], RUN)
@@ -143,14 +161,16 @@ def may_be_hub_id(name: str | Path) -> bool:
 
 def _is_sampled_with(file: str) -> bool:
     """Return whether a file of a run is read to sample or evaluate; checkpoints and reports are not."""
-    folder, _, name = file.rpartition("/")
-    if not folder:
-        return name in ("config.json", "result.json")
-    return folder in (NETWORK, *ENCODER_FOLDERS) and name.endswith((*SMALL, ".safetensors"))
+    if "/" not in file:
+        return file in ("config.json", RESULT)
+    # Of sentence-transformers a copy has folders in it.
+    return file.startswith((f"{NETWORK}/", *(f"{each}/" for each in ENCODER_FOLDERS))) and file.endswith(
+        (*SMALL, ".safetensors")
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings in RUN/config.json; raise RunError if the folder is not a training run of this version."""
+    """Return the settings in config.json; raise RunError if the folder is not a run or an export of this version."""
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(
@@ -160,7 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path} is not JSON ({error}): train again with `trainer fit TABLE --out {folder}`") from error
-    if config.get("format") != FORMAT:
+    if config.get("format") not in (FORMAT, EXPORT_FORMAT):
         raise RunError(
             f"{path} has format {config.get('format')!r} instead of {FORMAT!r}, from other software or another "
             "version: use a folder that `trainer fit` of this version has written"
@@ -177,6 +197,47 @@ def save_network(folder: Path, network: Network) -> None:
     _delete_network(folder)
     temporary.rename(folder / NETWORK)
     flush_entry(folder)
+
+
+def write_export(
+    folder: Path,
+    settings: dict[str, Any],
+    meta: TableMeta,
+    network: Network,
+    encoders: tuple[DiffusersAutoencoder, TransformersTextEncoder],
+) -> None:
+    """Write a folder that stands alone, a subfolder for each component; it has its name only when it is complete.
+
+    Raises RunError if there is something at `folder`.
+    """
+    check_is_free(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    image_encoder, text_encoder = encoders
+    with quiet_libraries():
+        network.save_pretrained(temporary / NETWORK)
+        image_encoder.save(temporary / "image_encoder")
+        text_encoder.save(temporary / "text_encoder")
+    # Where the originals were on this machine tells others nothing; hub ids do.
+    refs: dict[str, Any] = {name: _in_export(getattr(meta, name), name) for name in ENCODER_FOLDERS}
+    table = settings.get("table", {}) | {"meta": replace(meta, **refs).to_json()}
+    write_whole(temporary / "config.json", {**settings, "format": EXPORT_FORMAT, "table": table})
+    flush(temporary)
+    if folder.is_dir():
+        folder.rmdir()
+    temporary.rename(folder)
+    flush_entry(folder.parent)
+
+
+def check_is_free(folder: Path) -> None:
+    """Raise RunError if there is something at a path where a folder is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there already and is not an empty folder: use another --out, or delete it")
+
+
+def _in_export(ref: EncoderRef, name: str) -> EncoderRef:
+    return replace(ref, name=name) if Path(ref.name).is_absolute() else ref
 
 
 def flush(folder: Path) -> None:

@@ -120,7 +120,7 @@ class NeighborStream:
     def __init__(
         self,
         table: Table,
-        source: NeighborSearch | Targets,
+        source: NeighborSearch | Targets | None,
         config: StreamConfig,
         *,
         start: int = 0,
@@ -131,9 +131,9 @@ class NeighborStream:
     ) -> None:
         """Draw queries from the training rows of `table`; their pairs are searched, or read from targets drawn ahead.
 
-        Each of several processes gets an equal range of the slots of a batch. `encode_tokens` adds token embeddings to
-        the conditioning; `pin_memory` is for batches that a GPU copies without waiting. Raises OptionError if the batch
-        size is not a multiple of the number of processes.
+        Independent coupling needs neither. Each of several processes gets an equal range of the slots of a batch.
+        `encode_tokens` adds token embeddings to the conditioning; `pin_memory` is for batches that a GPU copies without
+        waiting. Raises OptionError if the batch size is not a multiple of the number of processes.
         """
         if config.batch_size % num_processes:
             raise OptionError(
@@ -181,6 +181,7 @@ class NeighborStream:
         if self._config.coupling == "independent":
             (latent,) = take_columns(self._table, captions.position, ["latent"])
             return Pairs(captions.text, latent, None)
+        assert self._source is not None
         return self.queries.retrieve(self._source, captions, r, uniforms)
 
     def _conditioning(self, captions: Captions | None, pairs: Pairs, count: int) -> Float32[np.ndarray, "B K T"]:

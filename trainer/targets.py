@@ -8,11 +8,16 @@ from index.search.pairs import PairConfig
 from index.table.storage import Storage
 from index.table.table import Table, open_table, table_uri
 from index.table.targets import Targets, TargetSettings, described, is_path, open_targets, targets_uri
-from trainer.config import FitConfig
+from trainer.config import FitConfig, RuntimeConfig
 from trainer.stream import searched_steps
 
 SEARCHING = "none"
 """As --targets: search while training, though the run had targets before."""
+
+
+def is_searching(config: FitConfig, runtime: RuntimeConfig) -> bool:
+    """Return whether a run searches while it trains, and so needs an index."""
+    return config.coupling == "nearest" and runtime.targets in (None, SEARCHING)
 
 
 def kept_name(name: str) -> str:
@@ -30,13 +35,13 @@ def open_run_targets(table: str, name: str | None, storage: Storage) -> Targets 
     return open_targets(targets_uri(table_uri(table), name), storage)
 
 
-def open_targets_table(table: str, targets: Targets | None, storage: Storage) -> Table:
-    """Open the version of a table that targets were drawn from; without targets, the last one with an index.
+def open_targets_table(table: str, targets: Targets | None, storage: Storage, *, indexed: bool = True) -> Table:
+    """Open the version of a table that targets were drawn from; without targets the last one, by default with an index.
 
     Raises TableError if the version is gone.
     """
     if targets is None:
-        return open_table(table, indexed=True, storage=storage)
+        return open_table(table, indexed=indexed, storage=storage)
     return open_table(table, version=targets.settings.version, storage=storage)
 
 

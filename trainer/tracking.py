@@ -19,6 +19,7 @@ from index.errors import one_line
 from index.table.schema import HELDOUT, TRAIN
 from index.table.table import Table
 from index.terminal import Progress, print_status
+from pipeline.encoders.devices import default_dtype
 from trainer.grid import draw_grid
 from trainer.models.base import Network
 from trainer.objectives.base import Objective
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 TRACKER = "tensorboard"
 """Tracker of accelerate, and the folder in RUN that it writes to."""
-PREVIEW_CAPTIONS, PREVIEW_STEPS = 16, 2
+PREVIEW_CAPTIONS, PREVIEW_NOISES, PREVIEW_STEPS = 8, 4, 2
+"""Distinct captions, images of each, from different noise, and their inference steps."""
+PREVIEW_ROWS = 256
+"""Rows, spread over the table, among whose captions those of a preview are chosen."""
 
 
 class Conveniences:
@@ -153,7 +157,10 @@ def _is_valid(line: str, title: str, done: int) -> bool:
 
 
 class Preview:
-    """Samples of the same captions from the same noise, to compare a network at different training steps."""
+    """Samples of the same captions from the same noise, to compare a network at different training steps.
+
+    Between previews the encoders are in main memory, so that training has the memory of its device to itself.
+    """
 
     def __init__(
         self,
@@ -165,25 +172,33 @@ class Preview:
         encoders: EncoderPlaces = NOT_MOVED,
     ) -> None:
         """Sample with `network` as it is at each call; table and encoders are opened when they are first needed."""
-        self._table, self._captions = table, list[str]()
-        self._open = partial(CoalescerPipeline.from_network, network, objective, table.meta, folder, device, encoders)
+        self._table, self._captions, self._device = table, list[str](), device
+        self._open = partial(
+            CoalescerPipeline.from_network,
+            *(network, objective, table.meta, folder, device, encoders),
+            dtype=default_dtype(device),
+        )
         self._pipeline: CoalescerPipeline | None = None
 
     def grid(self) -> "Image":
-        """Return a grid of samples of the network's present weights.
-
-        Captions are of held-out rows, or of training rows if none are held out.
-        """
+        """Return a grid of samples of the network's present weights, several of each caption."""
         try:
-            self._captions = self._captions or self._choose_captions()
+            self._captions = self._captions or choose_captions(self._table)
             self._pipeline = self._pipeline or self._open()
-            return draw_grid(self._pipeline(self._captions, num_inference_steps=PREVIEW_STEPS).images, self._captions)
+            self._pipeline.move_encoders(self._device)
+            output = self._pipeline(
+                self._captions, num_inference_steps=PREVIEW_STEPS, num_images_per_prompt=PREVIEW_NOISES
+            )
+            self._pipeline.move_encoders("cpu")
+            return draw_grid(output.images, output.prompts, columns=2 * PREVIEW_NOISES)
         except Exception:
             self._pipeline = None  # so that encoders hold no memory that training needs
             raise
 
-    def _choose_captions(self) -> list[str]:
-        table = self._table
-        split = HELDOUT if len(table.positions(HELDOUT)) else TRAIN
-        captions: list[str] = table.take(table.positions(split)[:PREVIEW_CAPTIONS], "caption").tolist()
-        return captions
+
+def choose_captions(table: Table) -> list[str]:
+    """Return distinct captions of held-out rows, or of training rows if none are held out."""
+    held_out, train = table.positions(HELDOUT), table.positions(TRAIN)
+    positions = held_out if len(held_out) else train
+    spread = positions[:: -(-len(positions) // PREVIEW_ROWS)]
+    return list(dict.fromkeys(table.take(spread, "caption").tolist()))[:PREVIEW_CAPTIONS]

@@ -16,6 +16,7 @@ from index.search.ann import open_search
 from index.search.neighbors import NeighborSearch
 from index.table.table import Table
 from index.table.targets import Targets
+from index.terminal import print_status
 from pipeline.encoders.devices import default_dtype
 from trainer.checkpoints import checked, open_network
 from trainer.config import FitConfig, RuntimeConfig
@@ -93,8 +94,11 @@ class Trainer(TrainingLoop):
         self.config = replace(self.config, reuse=self._choose_reuse())
         self.stream = self._make_stream(self.start)
 
-    def _open_source(self) -> NeighborSearch | Targets:
+    def _open_source(self) -> NeighborSearch | Targets | None:
         targets = open_run_targets(self.table.uri, self.runtime.targets, self.table.storage)
+        if targets is None and self.config.coupling == "independent":
+            print_status("--coupling independent trains each caption on its own latent: nothing is searched")
+            return None
         if targets is None:
             return open_search(
                 self.table,

@@ -69,7 +69,7 @@ def _errors_to(file: IO[str]) -> Iterator[None]:
     threads, hook = set(threading.enumerate()), threading.excepthook
     handler = logging.StreamHandler(file)
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    states = [(logger.handlers, logger.propagate) for logger in loggers]
+    states = [(logger.level, logger.handlers, logger.propagate) for logger in loggers]
 
     def on_error(thrown: threading.ExceptHookArgs) -> None:
         if thrown.thread in threads:
@@ -92,7 +92,8 @@ def _errors_to(file: IO[str]) -> Iterator[None]:
             logger.handlers = [logging.NullHandler()]
         raise
     threading.excepthook = hook
-    for logger, (handlers, propagate) in zip(loggers, states, strict=True):
+    for logger, (level, handlers, propagate) in zip(loggers, states, strict=True):
+        logger.setLevel(level)
         logger.handlers, logger.propagate = handlers, propagate
 
 

@@ -27,7 +27,8 @@ from pipeline.encode.parts import agree_on_plan, check_divisible, check_parts, h
 from pipeline.encode.plan import check_source, check_target, expected_samples, plan_run
 from pipeline.encode.publish import publish_run, read_outcome, record_run, remove_unused_files
 from pipeline.encode.resume import RemainingWork, State, begin, find_plans, remaining_work
-from pipeline.encoders.devices import default_dtype, worker_device
+from pipeline.encoders.devices import default_dtype, threads_kept, worker_device
+from pipeline.images import pillow_kept
 from pipeline.sources.hub import commits_of
 from pipeline.sources.listing import passed_over
 
@@ -127,7 +128,8 @@ def _dry_run(job: EncodeJob, sources: Sequence[str], place: Place, bytes_free: i
     trial = replace(
         job, config=replace(job.config, dtype=dtype), runtime=replace(job.runtime, device=device), num_parts=None
     )
-    report = plan_run(trial, bytes_free) if job.config.shards else {"table": job.uri, "shards": 0}
+    with pillow_kept(), threads_kept():
+        report = plan_run(trial, bytes_free) if job.config.shards else {"table": job.uri, "shards": 0}
     return EncodeResult(None, report | {"passed_over": passed_over(sources, job.read_options)})
 
 
@@ -180,13 +182,14 @@ def _run_graph(job: EncodeJob) -> None:
 def _run(
     job: EncodeJob, log: str, step: str, transform: Any, samples: int | None, all_samples: int | None = None
 ) -> None:
-    run_beam(
-        lambda pipeline: pipeline | "Shards" >> beam.Create(list(job.config.shards)) | step >> transform,
-        job.runtime,
-        job.uri,
-        monitor=monitor(job, samples, log_of(job.uri, log), all_samples=all_samples),
-        memory_advice="fewer --num-workers or a smaller --batch-size",
-    )
+    with pillow_kept(), threads_kept():  # workers may be threads of this process
+        run_beam(
+            lambda pipeline: pipeline | "Shards" >> beam.Create(list(job.config.shards)) | step >> transform,
+            job.runtime,
+            job.uri,
+            monitor=monitor(job, samples, log_of(job.uri, log), all_samples=all_samples),
+            memory_advice="fewer --num-workers or a smaller --batch-size",
+        )
 
 
 def _finish(work: RemainingWork, seconds: float | None) -> tuple[Table, dict[str, Any]]:

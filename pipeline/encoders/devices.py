@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from index.errors import EncoderError, OptionError, one_line
 from index.table.schema import EncoderRef
+from pipeline.encoders.files import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +86,26 @@ def encoding(ref: EncoderRef, task: str = "encode") -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch's number of threads back as it was before the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def prepare(model: "torch.nn.Module", device: str, dtype: str) -> "torch.dtype":
     """Move a model to a device for inference, and return its torch dtype."""
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    model.to(device, torch_dtype).eval().requires_grad_(False)
+    with quiet_libraries():  # diffusers warns of any change of the data type, also of none
+        model.to(device, torch_dtype)
+    model.eval().requires_grad_(False)
     return torch_dtype
 
 

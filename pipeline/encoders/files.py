@@ -109,25 +109,44 @@ def digest_of(model: "torch.nn.Module", exclude: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
-def quiet_libraries() -> None:
-    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub."""
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the warnings, retries and progress bars of diffusers, transformers and huggingface_hub in a block.
+
+    Random numbers that they draw, as initial weights that are then loaded, leave torch's generator as it was.
+    """
     import diffusers
     import huggingface_hub
+    import torch
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    hub, libraries = huggingface_hub.utils, [diffusers.utils.logging, transformers.utils.logging]
+    levels = [each.get_verbosity() for each in (*libraries, hub.logging)]
+    shown = [each.is_progress_bar_enabled() for each in libraries]
+    fetching_is_shown = not hub.are_progress_bars_disabled()
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        hub.logging.set_verbosity_error()
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+            yield
+    finally:
+        for library, level, is_shown in zip((*libraries, hub.logging), levels, (*shown, False), strict=True):
+            library.set_verbosity(level)
+            if is_shown:
+                library.enable_progress_bar()
+        if fetching_is_shown:
+            hub.enable_progress_bars()
 
 
 @contextlib.contextmanager
 def loading(name: str, role: str) -> Iterator[None]:
     """Turn the exceptions of the model libraries into an EncoderError."""
-    quiet_libraries()
     try:
-        yield
+        with quiet_libraries():
+            yield
     except (CoalescerError, MemoryError):
         raise
     except Exception as error:  # libraries raise exceptions of any class; tokenizers Exception itself

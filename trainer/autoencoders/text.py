@@ -140,12 +140,12 @@ class TextAutoencoderLoop(AutoencoderLoop[str]):
 
     def save(self, folder: Path) -> None:
         """Write the encoder as a transformers folder with its tokenizer."""
-        quiet_libraries()
         # These are of the last call, which is another one in a run that was only finished.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
-        self.optimizer.averaged_model.encoder.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with quiet_libraries():
+            self.optimizer.averaged_model.encoder.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def result(self) -> dict[str, Any]:
         """Return what training came to; the decoder is no part of what is saved."""

@@ -14,6 +14,7 @@ from index.errors import RunError
 from index.table.storage import write_json, write_text
 from trainer.evaluation.protocol import EvaluationConfig, open_protocol
 from trainer.evaluation.report import comparison_page
+from trainer.evaluation.run_evaluation import GRID_NOISES
 from trainer.grid import draw_grid
 from trainer.run_folder import find_run, read_config
 from trainer.sampler import CoalescerPipeline
@@ -54,7 +55,9 @@ def compare(runs: list[Path], config: EvaluationConfig, out: Path, *, captions: 
         if label not in shown:
             shown[label] = result.shown[steps]
             if captions:
-                images[label] = pipeline(captions, num_inference_steps=steps, seed=config.seed).images
+                images[label] = pipeline(
+                    captions, num_inference_steps=steps, num_images_per_prompt=GRID_NOISES, seed=config.seed
+                ).images
     report = {
         **protocol.summary(),
         "num_inference_steps": config.num_inference_steps,
@@ -133,10 +136,9 @@ def _training(run: Path) -> dict[str, float]:
 
 
 def _caption_grid(captions: Sequence[str], images: "dict[str, list[Image]]") -> "Image":
-    """Draw a row for each caption and a column for each group."""
-    tiles = [
-        (group[row], f"{label}: {captions[row]}") for row in range(len(captions)) for label, group in images.items()
-    ]
+    """Draw a row for each noise of each caption and a column for each group."""
+    rows = [caption for caption in captions for _ in range(GRID_NOISES)]
+    tiles = [(group[row], f"{label}: {rows[row]}") for row in range(len(rows)) for label, group in images.items()]
     return draw_grid([image for image, _ in tiles], [text for _, text in tiles], columns=len(images))
 
 

@@ -85,16 +85,16 @@ class Clip:
         """Load the folder; raises OptionError if it does not hold a complete CLIPModel."""
         if not (folder / "config.json").is_file():
             raise OptionError(f"--clip {folder} has no config.json: pass a folder with a CLIPModel of transformers")
-        quiet_libraries()
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
         try:
-            model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-            if model_type != "clip":
-                raise OptionError(f"--clip {folder} holds a {model_type} model: pass a folder with a CLIPModel")
-            model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-            self._processor = AutoImageProcessor.from_pretrained(folder)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            with quiet_libraries():
+                model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+                if model_type != "clip":
+                    raise OptionError(f"--clip {folder} holds a {model_type} model: pass a folder with a CLIPModel")
+                model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+                self._processor = AutoImageProcessor.from_pretrained(folder)
+                self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise OptionError(
                 f"--clip {folder} cannot be loaded ({one_line(error)}): pass a folder with a CLIPModel"

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from index.table.storage import write_bytes
 from index.terminal import print_status
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a metric is computed in another way."""
 
 

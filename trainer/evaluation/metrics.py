@@ -185,7 +185,7 @@ def _count_correct(
     """Train a small classifier on the rows that one mask selects and count its hits on those of the other."""
     x_fit, y_fit = x[fit], y[fit].float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         hidden = 64
         model = nn.Sequential(
             nn.Linear(x.shape[1], hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)

@@ -273,7 +273,7 @@ def _train(table: Table, decode: Decode, device: str, log: Path) -> tuple[Classi
         torch.random.fork_rng(devices=[]),
         single_thread(),
     ):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
         network = _create(settings).to(device).train()
         adam = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, BUDGET["learning_rate"], total_steps=steps)

@@ -31,8 +31,8 @@ from trainer.sampler import CoalescerPipeline
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GRID_ROWS = 10
-"""Captions whose images are shown on the page."""
+GRID_CAPTIONS, GRID_NOISES = 6, 3
+"""Captions whose images are shown on the page, and the images of each, from different noise."""
 
 
 class RunEvaluation(NamedTuple):
@@ -100,9 +100,9 @@ class Protocol:
 
     @property
     def shown(self) -> Int[np.ndarray, "P"]:
-        """The prompts whose images are shown on the page: one of each caption of the diversity set."""
-        first: Int[np.ndarray, P] = np.unique(self.prompts.diversity_group, return_index=True)[1]
-        return self.prompts.count + first[:GRID_ROWS]
+        """The prompts whose images are shown on the page: several noises of each caption of the diversity set."""
+        first: Int[np.ndarray, G] = np.unique(self.prompts.diversity_group, return_index=True)[1]
+        return self.prompts.count + (first[:GRID_CAPTIONS, None] + np.arange(GRID_NOISES)).ravel()
 
     def _measure(self, output: SamplerOutput, advance: Advance) -> dict[str, float]:
         """Return the metrics of samples and their cost."""
@@ -119,7 +119,7 @@ class Protocol:
         }
 
     def image_grid(self, shown: dict[str, Float32[np.ndarray, "P L"]]) -> "Image":
-        """Draw a row for each of some captions: samples of the same noise, the retrieved pair, the held-out row.
+        """Draw some rows for each of some captions: samples of one noise, the retrieved pair, the held-out row.
 
         `shown` has samples of the prompts that `self.shown` names; those that are not finite are black.
         """

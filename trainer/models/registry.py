@@ -54,7 +54,6 @@ def load_network(folder: Path) -> Network:
     Raises:
         RunError: files are missing or unreadable, or the weights do not fit the config.
     """
-    quiet_libraries()
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise RunError(
             f"{folder} holds no trained network (config.json and safetensors): "
@@ -63,14 +62,15 @@ def load_network(folder: Path) -> Network:
     try:
         class_name = json.loads((folder / "config.json").read_text())["_class_name"]
         # By default diffusers builds on the meta device and raises at the first missing weight instead of listing all.
-        network, report = CLASSES[class_name].from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet_libraries():
+            network, report = CLASSES[class_name].from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"the network in {folder} cannot be read ({one_line(error, typed=True)}): train again with `trainer fit`"

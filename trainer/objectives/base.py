@@ -84,6 +84,8 @@ class Objective(ABC):
 
     dropout_column: ClassVar[int] = 0
     """The column of `Batch.uniforms` that decides which."""
+    has_confidence: ClassVar[bool] = False
+    """Whether steps predict a confidence."""
 
     def __post_init__(self) -> None:
         """Raise OptionError if a hyperparameter is out of its range."""

@@ -58,6 +58,7 @@ class Coalescer(Objective):
     it is an end or on its way to another one; in many it does."""
 
     dropout_column: ClassVar[int] = 2
+    has_confidence: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raise OptionError if a hyperparameter is out of its range."""

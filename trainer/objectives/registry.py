@@ -31,6 +31,11 @@ PRESETS: dict[str, dict[str, Mapping[str, Any]]] = {name: {"default": {}} for na
 PRESETS["coalescer"]["paper"] = PAPER
 
 
+def name_of(objective: Objective) -> str:
+    """Return the name of an objective's class."""
+    return next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
+
+
 def make_objective(name: str, preset: str, **hyperparameters: Any) -> Objective:
     """Make an objective from its name, a preset, and hyperparameters that replace the preset's.
 
