@@ -11,7 +11,7 @@ import torch
 
 from index.build.build_index import BuildConfig, build_index
 from index.build.layout import lay_out
-from index.build.potentials import fit_potentials
+from index.build.potentials import fit_potentials, num_check_queries
 from index.build.select import select_index
 from index.errors import OptionError, SourceError, TableError
 from index.report.hubness import chi_square, measure_hubness, ridge_r2
@@ -319,7 +319,33 @@ def test_rows_that_were_not_fitted_are_balanced_by_their_neighbors(unbalanced):
     assert 150 < train_rows <= 300
     assert report.fitted_rows == -(-train_rows // 2)
     exact = ExactSearch(laid_out)
-    assert measure_hubness(table.meta.geometry, exact, exact).chi_square < 0.7 * unbalanced.report.chi_square
+    measured = measure_hubness(table.meta.geometry, exact, exact).chi_square
+    assert measured < 0.7 * unbalanced.report.chi_square
+    assert report.chi_square == pytest.approx(measured, abs=0.15)
+    assert report.chi_square_before == pytest.approx(unbalanced.report.chi_square, rel=0.2)
+
+
+def test_balance_that_makes_hit_counts_less_even_is_left_out(unbalanced, monkeypatch, capsys):
+    table = unbalanced.table
+    options = {"balance": True, "memory": 2**28, "time_limit": 1.0, "seed": 0, "log": None, "max_fitted_rows": 150}
+    spoiled = np.linspace(0, 30, unbalanced.report.train_rows, dtype=np.float32)
+    monkeypatch.setattr("index.build.layout.extend_potentials", lambda *_, **__: spoiled)
+    same, report = lay_out(table, table.meta.geometry, **options)
+    assert report.chi_square > report.chi_square_before
+    assert (same.version, same.meta.balanced) == (table.version, table.meta.balanced)
+    assert "--balance was left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [1000, 10**6])
+def test_a_check_counts_enough_queries(rows):
+    """Of uniform hits; 16,384 queries at least."""
+    queries = num_check_queries(rows)
+    found = [
+        chi_square(np.bincount(np.random.default_rng(seed).integers(rows, size=queries), minlength=rows))
+        for seed in range(30)
+    ]
+    assert abs(np.mean(found)) < 0.01
+    assert np.std(found) < 0.015
 
 
 def test_potentials_even_the_hit_counts_of_fresh_queries(unbalanced):

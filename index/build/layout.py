@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32
 
-from index.build.potentials import extend_potentials, fit_potentials
+from index.build.potentials import extend_potentials, fit_potentials, rows_in_time
 from index.errors import OptionError
+from index.report.hubness import chi_square
 from index.report.report import BalanceReport
 from index.report.sweep import NUM_POINTS, draw_captions, find_targets, mean_perplexity, rows_in
 from index.search.blocks import MAX_QUERIES, VectorBlocks
@@ -28,7 +29,7 @@ from index.table.schema import TRAIN
 from index.table.table import Table, column_array, sampled_rows
 from index.table.vectors import balance_coordinate, in_geometry, is_balanced, rewrite_vectors
 from index.table.weights import store_weights
-from index.terminal import Progress
+from index.terminal import Progress, print_status
 
 MAX_CENTERING_SIZE = 2**24
 MAX_REDUCTION_ROWS = 2**17
@@ -42,6 +43,12 @@ POINTS_PER_TARGET = 4
 MAX_TARGET_PERPLEXITY = 1024
 MAX_FITTED_ROWS = 200_000
 """Rows whose potentials are fitted; in larger tables they are an even sample, from which the others are derived."""
+TIMED_ROWS = 8192
+"""Rows that are compared to learn how many can be fitted in the time limit."""
+COMPARED_QUERIES = 8192
+"""Queries by which the table is compared with and without the potentials that were derived."""
+FRESH = 2**20
+"""First step of these queries, which fitted nothing."""
 
 VectorWriter = Callable[[Table, Geometry, Float32[np.ndarray, "N"] | None, Path | None], Table]
 """Writes the vectors of all rows in a geometry, with the balance coordinate of each row in table order or none, commits
@@ -222,14 +229,15 @@ def lay_out(
     stored = coordinate[train]
     start = -np.square(stored) if stored.any() else None
     g, report = _fit_balance(
-        laid_out,
-        start,
-        memory=memory,
-        time_limit=time_limit,
-        seed=seed,
-        log=log,
-        stride=-(-len(train) // max_fitted_rows),
+        laid_out, start, memory=memory, time_limit=time_limit, seed=seed, log=log, max_fitted_rows=max_fitted_rows
     )
+    if not report.applied:
+        print_status(
+            f"warning: --balance was left out: fitted to {report.fitted_rows:,} of {len(train):,} rows it makes "
+            f"hit counts less even, with a chi-square of {report.chi_square:.3g} instead of "
+            f"{report.chi_square_before:.3g}: use a --balance-time-limit above {time_limit:g}, or a GPU"
+        )
+        return (write(table, geometry, coordinate if stored.any() else None, log) if changed else table), report
     coordinate[train] = np.sqrt(g.max() - g)
     return write(table, geometry, coordinate, log), report
 
@@ -242,30 +250,39 @@ def _fit_balance(
     time_limit: float,
     seed: int,
     log: Path | None,
-    stride: int,
+    max_fitted_rows: int,
 ) -> tuple[Float32[np.ndarray, "N"], BalanceReport]:
-    """Fit the potentials of every `stride`-th training row to the query distribution of training, derive the others."""
+    """Fit the potentials of an even sample of as many training rows as time allows; derive those of the others."""
     device, began = fastest_device(), time.monotonic()
     geometry, train = table.meta.geometry, table.positions(TRAIN)
-    sample = VectorBlocks(
-        table, memory=memory // (1 if stride == 1 else 2), device=device, stride=stride, balance=False
-    )
-    batch_size = int(np.clip(sample.count // 4, MIN_QUERIES, MAX_QUERIES))
+    batch_size = int(np.clip(min(len(train), max_fitted_rows) // 4, MIN_QUERIES, MAX_QUERIES))
 
     def queries(step: int) -> Float32[np.ndarray, "B S"]:
         rows = draw_rows(len(train), batch_size, seed=seed, step=step, purpose=Purpose.BALANCE)
         points = draw_points(geometry, batch_size, seed=seed, step=step, purpose=Purpose.BALANCE)
         return geometry.queries(table.take(train[rows], "text"), points)
 
+    def blocks_of(stride: int, memory: int) -> VectorBlocks:
+        return VectorBlocks(table, memory=memory, device=device, stride=stride, balance=False)
+
+    if len(train) > max_fitted_rows:
+        few = blocks_of(-(-len(train) // TIMED_ROWS), memory)
+        max_fitted_rows = min(max_fitted_rows, max(TIMED_ROWS, rows_in_time(few, queries(0), time_limit)))
+        del few
+    stride = -(-len(train) // max_fitted_rows)
+    sample = blocks_of(stride, memory // (1 if stride == 1 else 2))
     first = None if start is None else start[::stride]
     with Progress("balance", total=100, unit="% of the time limit", log=log) as bar:
         for potentials in fit_potentials(sample, queries, start=first, time_limit=time_limit):
             percent = min(100, round(100 * (time.monotonic() - began) / time_limit))
             bar.advance(max(0, percent - bar.done), steps=potentials.step, fit_chi_square=potentials.chi_square)
-    g = potentials.g
+    g, compared = potentials.g, []
     if stride > 1:
-        blocks = VectorBlocks(table, memory=memory // 2, device=device, balance=False)
+        blocks = blocks_of(1, memory // 2)
         g = extend_potentials(sample, g, blocks, queries, memory=memory)
+        compared = [
+            _chi_square(blocks, queries, potential, -(-COMPARED_QUERIES // batch_size)) for potential in (start, g)
+        ]
     return g, BalanceReport(
         fit_chi_square=potentials.chi_square,
         steps=potentials.step,
@@ -273,4 +290,22 @@ def _fit_balance(
         stop_reason=str(potentials.stop_reason),
         fitted_rows=sample.count,
         resumed=start is not None,
+        chi_square_before=compared[0] if compared else None,
+        chi_square=compared[1] if compared else None,
     )
+
+
+def _chi_square(
+    blocks: VectorBlocks,
+    queries: Callable[[int], Float32[np.ndarray, "B S"]],
+    g: Float32[np.ndarray, "N"] | None,
+    steps: int,
+) -> float:
+    """Return the chi-square of the hit counts of fresh queries among all rows with some potentials."""
+    import torch
+
+    potential = None if g is None else torch.from_numpy(g).to(blocks.device)
+    hits = np.zeros(blocks.count, np.int64)
+    for step in range(FRESH, FRESH + steps):
+        hits += np.bincount(blocks.nearest(queries(step), g=potential)[1][:, 0].cpu().numpy(), minlength=blocks.count)
+    return chi_square(hits)

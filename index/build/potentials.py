@@ -34,6 +34,8 @@ MAX_WINS = 5
 """Wins that count in one step, as a multiple of the expected ones: without a limit hubs overshoot."""
 NUM_CHECKS = 10
 MIN_CHECK_QUERIES = 16_384
+CHECK_ERROR = 0.01
+"""Standard error of the chi-square of a check, as a fraction of 1 + chi-square."""
 
 Queries = Callable[[int], Float32[np.ndarray, "B S"]]
 """The batch of queries of a step, sampled from the query distribution."""
@@ -88,7 +90,7 @@ def fit_potentials(
 
     def check(step: int, stop_reason: str | None) -> Potentials:
         hits = torch.zeros(n, dtype=torch.int64, device=blocks.device)
-        for number in range(-(-max(n, MIN_CHECK_QUERIES) // batch_size)):
+        for number in range(-(-num_check_queries(n) // batch_size)):
             hits += wins(queries(steps + number), average)
         chi2 = chi_square(hits.cpu().numpy())
         if chi2 < target:
@@ -115,6 +117,20 @@ def fit_potentials(
         yield potentials
         if potentials.stop_reason:
             return
+
+
+def num_check_queries(rows: int) -> int:
+    """Return how many queries a check counts: Q of them make Q^2 / 2N pairs, whose number has a Poisson error."""
+    return max(MIN_CHECK_QUERIES, int(np.sqrt(2 * rows) / CHECK_ERROR))
+
+
+def rows_in_time(blocks: VectorBlocks, batch: Float32[np.ndarray, "B S"], time_limit: float) -> int:
+    """Return to how many rows potentials can be fitted in a time limit, by how long some rows take to be compared."""
+    blocks.nearest(batch)
+    began = time.monotonic()
+    blocks.nearest(batch)
+    comparisons = len(batch) * blocks.count / (time.monotonic() - began)
+    return int(np.sqrt(comparisons * time_limit / QUERIES_PER_ROW))
 
 
 def extend_potentials(

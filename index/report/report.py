@@ -115,6 +115,15 @@ class BalanceReport:
     """Fewer than the training rows if the potentials of the others are derived from theirs."""
     resumed: bool
     """Whether the fit started from potentials stored in the table."""
+    chi_square_before: float | None = None
+    """Of all rows, before the fit; None if all of them were fitted."""
+    chi_square: float | None = None
+    """The same with the potentials that were fitted and derived; they are stored if it is not larger."""
+
+    @property
+    def applied(self) -> bool:
+        """Return whether the potentials are stored in the table."""
+        return self.chi_square is None or self.chi_square_before is None or self.chi_square <= self.chi_square_before
 
 
 @dataclass(frozen=True, kw_only=True)
