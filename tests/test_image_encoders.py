@@ -526,8 +526,9 @@ def encode_fit_and_sample(class_name, folder, shapes, encode_shapes):
     ).table
     built = build_index(open_table(table.uri), BuildConfig()).table
     fit(built, FitConfig(size="tiny", images=4 * 16, batch_size=16), folder / "run")
-    shutil.rmtree(folder / "autoencoder")  # the run has a copy
-    return built, CoalescerPipeline.from_pretrained(folder / "run", device="cpu")(["a red circle", "a blue square"])
+    CoalescerPipeline.from_pretrained(folder / "run", device="cpu").save_pretrained(folder / "export")
+    shutil.rmtree(folder / "autoencoder")  # what is exported has a copy
+    return built, CoalescerPipeline.from_pretrained(folder / "export", device="cpu")(["a red circle", "a blue square"])
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ def open_run_table(
             f"{table.uri} is not the table that {folder} is trained on: version {table.version} of it has other "
             f"metadata than version {saved['version']} of {saved['uri']}: pass a copy of that table, or none"
         )
-    return table.at(table.version, meta)
+    places = {name: getattr(meta, name) for name in ("image_encoder", "text_encoder")}
+    return table.at(table.version, replace(table.meta, **places))
 
 
 def resumed_config(folder: Path, typed: Mapping[str, Any]) -> FitConfig:
