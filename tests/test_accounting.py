@@ -390,6 +390,7 @@ def test_a_shard_is_known_by_what_it_holds_and_not_by_its_folder(tmp_path):
     assert first != shard_identity(str(tmp_path / "b" / "0.tar"))
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_range_is_that_of_its_files(tmp_path):
     folder = write(tmp_path / "a", {f"{n:04}.{e}": b"x" for n in range(1100) for e in ("png", "txt")})
     one, two = list_shards([folder])

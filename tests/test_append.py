@@ -68,6 +68,7 @@ def test_a_folder_that_grew_before_its_first_image(encode, tmp_path):
     assert (again.already_complete, again.table.version) == (True, added.table.version)
 
 
+@pytest.mark.slow
 def test_an_image_of_a_folder_that_is_replaced_again_and_again(encode, tmp_path):
     add_images(tmp_path / "photos", ["a", "b"])
     encode(tmp_path / "photos", append=False)
@@ -119,6 +120,7 @@ def test_a_new_file_of_a_hub_dataset_renames_its_others(encode, tmp_path):
     assert (added.report["shards_already_present"], added.report["rows"]) == (1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps_times", [True, False])
 def test_the_same_shards_in_another_folder(encode, write_tar, tmp_path, keeps_times):
     for shard in range(2):
@@ -140,6 +142,7 @@ def test_files_of_one_size_and_time_are_not_taken_for_each_other(encode, write_t
     assert captions(encode(tmp_path / "data").table) == {"image 0": 1, "image 1": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [5, 12])
 def test_a_shard_that_a_limit_cut_short_is_completed(encode, write_tar, tmp_path, limit):
     for shard in range(2):
@@ -157,6 +160,7 @@ def test_a_limit_that_ends_with_a_shard_leaves_it_complete(encode, write_tar, tm
     assert encode(source).report["shards_already_present"] == 1
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_repaired_is_completed(encode, write_tar, tmp_path):
     source = write_tar(tmp_path / "0.tar", members(range(10)))
     whole = source.read_bytes()
@@ -172,6 +176,7 @@ def test_a_shard_that_was_repaired_is_completed(encode, write_tar, tmp_path):
     assert added.report["already_present"] == first.report["rows"]
 
 
+@pytest.mark.slow
 def test_rejects_of_a_folder_that_grew_are_not_added_again(encode, rejects, tmp_path):
     add_images(tmp_path / "photos", ["a", "b", "c"])
     (tmp_path / "photos/b.png").write_bytes(b"no image")
@@ -182,6 +187,7 @@ def test_rejects_of_a_folder_that_grew_are_not_added_again(encode, rejects, tmp_
     assert [row["key"] for row in rejects(added.table)] == ["b.png"]
 
 
+@pytest.mark.slow
 def test_a_shard_that_the_filters_empty_is_nothing_to_add(encode, write_tar, tmp_path):
     first = encode(write_tar(tmp_path / "0.tar", members(range(5))), append=False, min_caption_length=3)
     write_tar(tmp_path / "1.tar", [("a.png", png(100)), ("a.txt", b"x")])
@@ -213,6 +219,7 @@ def test_dedup_sees_the_rows_of_the_table(encode, write_tar, tmp_path, dedup, ad
     assert result.report["filtered_by_reason"] == ({"duplicate": 3 - sum(added.values())} if added else {})
 
 
+@pytest.mark.slow
 def test_a_renamed_table_without_its_other_files(encode, write_tar, tmp_path):
     """The ledger and the rejects stay behind; what the table holds is found in its rows."""
     for shard in range(2):
@@ -296,6 +303,7 @@ def test_a_ledger_of_another_table_of_that_name_hides_nothing(encode, write_tar,
     assert captions(added.table) == Counter(f"image {n}" for n in range(9))
 
 
+@pytest.mark.slow
 def test_inspect_tells_the_shards_and_those_cut_short(encode, write_tar, tmp_path):
     from index.report.report import describe
 
@@ -312,6 +320,7 @@ def test_inspect_tells_the_shards_and_those_cut_short(encode, write_tar, tmp_pat
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_says_that_there_is_nothing_to_add(
     encode, write_tar, image_encoder, text_encoder, tmp_path, monkeypatch
 ):

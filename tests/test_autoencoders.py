@@ -397,6 +397,7 @@ def test_kill_9_is_finished_by_resume_without_further_options(shapes, tmp_path, 
     assert_same_run("text", tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_all_samples_are_trained_on_whatever_fits_into_memory(shapes, tmp_path):
     """Four windows of one epoch, and none is left out."""
     captions = captions_of(shapes)

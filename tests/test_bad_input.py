@@ -171,6 +171,7 @@ def test_bad_encoder_outputs_are_rejected(
     assert result.report["rows"] == 29
 
 
+@pytest.mark.slow
 def test_too_many_rejects_stop_the_run_before_it_commits(shapes, write_tar, encode_shapes, tmp_path):
     good = [(f"{n}.{e}", d) for n in range(9) for e, d in (("png", PNG + bytes(n)), ("txt", b"x"))]
     write_tar(tmp_path / "source" / "a.tar", [*good, ("bad.png", b"?"), ("bad.txt", b"x")])

@@ -84,6 +84,7 @@ def test_weights_are_loaded_once_to_encode_and_never_to_do_nothing(
     assert count(loads) == 2
 
 
+@pytest.mark.slow
 def test_a_driver_without_cuda_sends_work_to_workers_and_they_refuse(image_encoder, text_encoder, shapes, monkeypatch):
     """The check of the device is the worker's, on an engine whose workers are elsewhere."""
     monkeypatch.setattr("pipeline.beam.workers.works_in", lambda _: "elsewhere")
@@ -94,6 +95,7 @@ def test_a_driver_without_cuda_sends_work_to_workers_and_they_refuse(image_encod
         encode_dataset(config, RuntimeConfig(device="cuda"), str(shapes.parent / "cuda.lance"))
 
 
+@pytest.mark.slow
 def test_automatic_precision_is_one_for_a_run(shapes, encode_shapes, tmp_path, monkeypatch):
     write = job_module.write_once
     monkeypatch.setattr(

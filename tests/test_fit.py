@@ -145,6 +145,7 @@ def test_weights_are_safetensors_only(run):
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_and_another_seed_others(short, indexed, tmp_path):
     fit(indexed, SHORT, tmp_path / "again")
     fit(indexed, replace(SHORT, seed=1), tmp_path / "other")
@@ -195,6 +196,7 @@ def test_resuming_nothing_is_refused(indexed, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(traced, indexed, tmp_path):
     out = killed(traced, tmp_path / "run", after=0)
     fit(indexed, SHORT, out, resume=True)
@@ -275,6 +277,7 @@ class Poisoned(Coalescer):
         return loss if training.progress < 7 / 40 else loss._replace(total=loss.total * float("nan"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(indexed, tmp_path, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "poisoned", Poisoned)
     monkeypatch.setitem(PRESETS, "poisoned", PRESETS["coalescer"])
@@ -373,6 +376,7 @@ def test_a_rectified_flow_needs_its_flow_to_train_and_not_to_sample(indexed, run
     assert not (tmp_path / "another").exists()
 
 
+@pytest.mark.slow
 def test_independent_pairs_need_no_index_and_open_no_search(encoded, tmp_path, monkeypatch, capsys):
     def opened(*arguments, **options):
         raise AssertionError("the search was opened")
@@ -439,6 +443,7 @@ def test_a_training_step_calls_nothing_that_an_apple_gpu_lacks(indexed, tmp_path
     trainer._step(trainer.network, 0, batch)
 
 
+@pytest.mark.slow
 def test_training_that_waits_long_says_so_once(indexed, tmp_path, monkeypatch, capsys):
     from trainer import loop
     from trainer.stream import NeighborStream
@@ -456,6 +461,7 @@ def test_training_that_waits_long_says_so_once(indexed, tmp_path, monkeypatch, c
     assert len(re.findall(said, capsys.readouterr().err)) == 1
 
 
+@pytest.mark.slow
 def test_the_data_type_of_a_run_is_chosen_when_it_begins(traced, indexed, tmp_path, monkeypatch):
     assert read_config(traced)["fit"]["dtype"] == "float32"
     monkeypatch.setattr("trainer.fit.default_dtype", lambda device: "bfloat16")  # as on CUDA
@@ -477,6 +483,7 @@ def test_cuda_multiplies_in_tf32_and_only_while_it_trains(tmp_path, monkeypatch)
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "transformer"])
 def test_gradients_of_recomputed_activations_are_the_same(indexed, tmp_path, network):
     config = replace(SHORT, images=3 * 32, network=network, num_tokens=0, reuse=1)
@@ -485,6 +492,7 @@ def test_gradients_of_recomputed_activations_are_the_same(indexed, tmp_path, net
     assert same_weights(tmp_path / "kept", tmp_path / "recomputed")
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_by_default_for_large_networks_on_an_accelerator(indexed, tmp_path, monkeypatch):
     from trainer.training_loop import Trainer
 

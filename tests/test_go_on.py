@@ -72,6 +72,7 @@ def test_resume_needs_no_other_option(whole, stopped, trainer_fit):
     assert len(checkpoints(stopped)) >= 4, "--keep-checkpoints and --checkpoint-seconds are those of the run"
 
 
+@pytest.mark.slow
 def test_a_run_remembers_how_it_was_computed(stopped, trainer_fit):
     trainer_fit("--resume", "--out", stopped, "--keep-checkpoints", 1)
     assert [path.name for path in checkpoints(stopped)] == ["step-000000006"]
@@ -181,6 +182,7 @@ def test_another_table_is_refused(stopped, indexed, shapes, encode_shapes, tmp_p
         fit(other, CONFIG, stopped, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_averaged_weights_of_another(whole, indexed, tmp_path):
     started = tmp_path / "started"
     config = replace(CONFIG, seed=5, images=2 * 32, init=str(whole))

@@ -108,6 +108,7 @@ def test_a_name_with_two_revisions_is_refused(hub):
         list_shards(["hf:org/name@v1?revision=v2"])
 
 
+@pytest.mark.slow
 def test_configurations_and_splits_of_a_readme(hub):
     readme = (
         "---\nconfigs:\n- config_name: one\n  data_files:\n  - split: train\n    path: x/*.parquet\n"
@@ -358,6 +359,7 @@ def test_a_missing_revision_offline_and_down(hub, monkeypatch):
         list_shards(["hf:org/name"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["hf:org/name", "hf://datasets/org/name/data"])
 @pytest.mark.parametrize(
     "path", ["/api/datasets/org/name", "/api/datasets/org/name/tree", "/datasets/org/name/resolve"]

@@ -63,6 +63,7 @@ def test_a_command_costs_one_request_and_its_workers_none(hub):
     ]
 
 
+@pytest.mark.slow
 def test_only_what_an_encoder_reads_is_fetched(hub):
     other = ["model.onnx", "pytorch_model.bin", "model.fp16.safetensors", "v1-5.ckpt", "a.png", "README.md", "run.py"]
     other += ["onnx/model.onnx", "unet/config.json", "unet/model.safetensors", "checkpoint-5/model.safetensors"]

@@ -149,6 +149,7 @@ def test_a_build_killed_before_the_first_index_leaves_none(tmp_path, monkeypatch
     assert [(each["indexed"], each["index_type"], each["serving_version"]) for each in seen] == [(False, None, None)]
 
 
+@pytest.mark.slow
 def test_an_index_of_another_origin_does_not_serve(table):
     meta = table.meta
     # As a build of an earlier version of the software did: another index under the same metadata.
@@ -199,6 +200,7 @@ def test_after_deletes_and_updates_the_report_counts_the_rows_that_are_there(tmp
     assert "310" not in table.column("key")
 
 
+@pytest.mark.slow
 def test_rows_are_added_to_an_index_with_its_partitions(table):
     partitions = table.meta.index.num_partitions
     update_rows(table)
@@ -211,6 +213,7 @@ def test_rows_are_added_to_an_index_with_its_partitions(table):
     check_serving(table.uri)
 
 
+@pytest.mark.slow
 def test_what_lancedb_optimizes_serves_once_it_is_measured(table):
     update_rows(table)
     lancedb.connect(str(Path(table.uri).parent)).open_table("pairs").optimize()

@@ -122,6 +122,7 @@ def test_vectors_of_a_geometry_that_is_not_written_are_those_that_will_be(table,
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_new_geometry_with_balance_is_written_once_with_the_balance_of_two_steps(table, tmp_path):
     geometry = unbalanced(table)
     options = {"memory": 2**28, "time_limit": 1e9, "seed": 0, "log": None}

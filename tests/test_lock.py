@@ -129,6 +129,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path, holders):
     assert holders(uri).says() == "held"
 
 
+@pytest.mark.slow
 def test_a_killed_holder_frees_its_lock_and_a_slow_one_keeps_it(tmp_path, holders):
     uri = str(tmp_path / "t.lance")
     slow = holders(uri, 0.4)
@@ -450,6 +451,7 @@ def test_a_lease_that_cannot_be_renewed_is_lost_after_its_time(clock):
     held.check()
 
 
+@pytest.mark.slow
 def test_renewals_that_fail_are_repeated(monkeypatch):
     place = FakeObject()
     held = Lease(place, {"token": "a"}, 0.4)

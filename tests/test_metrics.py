@@ -121,6 +121,7 @@ def test_two_sample_accuracy_is_one_for_distant_sets_and_one_half_for_equal_dist
     assert two_sample_accuracy(a, b[:300]) == pytest.approx(0.5, abs=0.07)
 
 
+@pytest.mark.slow
 def test_two_sample_accuracy_is_not_biased_by_the_caption_frequencies_of_a_fold():
     rng = np.random.default_rng(0)
     captions = 20 * np.eye(30)[rng.integers(30, size=200)]

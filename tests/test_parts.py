@@ -85,6 +85,7 @@ def test_parts_append(shapes, encode_part, tmp_path):
     assert encode_part(rest, "1/2", append=True).already_complete
 
 
+@pytest.mark.slow
 def test_publishing_is_refused_with_the_list_of_what_is_missing(shapes, encode_part, tmp_path, monkeypatch):
     encode_part(shapes, "2/3")
     encoded = []

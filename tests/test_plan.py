@@ -88,6 +88,7 @@ def test_an_index_has_the_bytes_that_were_foretold(tmp_path, index_type, bits, t
     assert index_bytes(shape) == pytest.approx(written, rel=0.08)
 
 
+@pytest.mark.slow
 def test_the_index_that_is_foretold_is_the_one_that_build_index_selects(indexed):
     assert indexed.meta.index.index_type == "ivf_rq"
     rows = indexed.dataset().count_rows()

@@ -75,6 +75,7 @@ def test_the_newest_and_the_last_indexed_version_are_kept(old, content):
     assert not Path(old.uri.replace(".lance", ".lock")).exists()
 
 
+@pytest.mark.slow
 def test_a_pruned_table_is_indexed_and_pruned_again(old):
     prune(old)
     built = build_index(open_table(old.uri), BuildConfig(index_type="ivf_flat", desc_scale=2.0)).table

@@ -149,6 +149,7 @@ def test_a_local_shard_that_is_gone_is_an_error_and_no_reject(tmp_path):
         shard_identity(str(tmp_path / "gone.tar"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_shard_is_out_of_reach_publishes_nothing_and_resumes(store, encode_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(reach, "RETRY_SECONDS", 0.1)
     for name in ("a.tar", "b.tar"):
@@ -299,6 +300,7 @@ def test_what_is_out_of_reach_and_what_is_bad(error, expected):
     assert reach.is_out_of_reach(wrapped) is expected
 
 
+@pytest.mark.slow
 def test_brace_patterns_of_many_names_on_a_web_server(store):
     for number in range(40):
         if number != 7:

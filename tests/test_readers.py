@@ -100,6 +100,7 @@ def test_captions_in_sidecar_files(tmp_path):
     assert {sample.shard for sample in (a, b, c, e)} == {f"{folder}#0-4"}
 
 
+@pytest.mark.slow
 def test_ranges_cover_a_large_folder_once(tmp_path):
     folder = write(tmp_path / "x", {f"{n:04d}.{e}": str(n).encode() for n in range(2100) for e in ("png", "txt")})
     shards = list_shards([folder])

@@ -84,6 +84,7 @@ def unfinished(encode_shapes, shapes, failure):
     return run
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
     first = encode_shapes(shapes, tmp_path / "t.lance")
     again = encode_shapes(shapes, tmp_path / "t.lance")
@@ -93,6 +94,7 @@ def test_the_same_command_again_does_nothing(shapes, encode_shapes, tmp_path):
     assert not list(tmp_path.glob("t.encode*"))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_commit_and_report_is_finished(shapes, encode_shapes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Table, "write_report", fail)
@@ -128,6 +130,7 @@ def test_a_published_run_whose_checkpoints_are_gone_is_finished(
     assert added.report["rows"] == 0
 
 
+@pytest.mark.slow
 def test_changed_options_are_refused_with_both_values(shapes, encode_shapes, tmp_path):
     encode_shapes(shapes, tmp_path / "t.lance")
     changes = r"\(--val-fraction: 0.2, now 0.3; --min-image-size: not set, now 8\)"
@@ -433,6 +436,7 @@ def test_an_engine_that_drops_a_shard_is_noticed_before_anything_is_published(
     assert encode_shapes(shapes, tmp_path / "t.lance").report["rows"] == 360
 
 
+@pytest.mark.slow
 def test_a_commit_without_all_rows_is_not_reported_as_done(shapes, encode_shapes, tmp_path, monkeypatch):
     def publish_less(uri, schema, meta, fragments, *arguments, publish=publish.publish):
         return publish(uri, schema, meta, fragments[:-1], *arguments)
@@ -531,6 +535,7 @@ def write_more(folder: Path) -> Path:
     return folder / "more"
 
 
+@pytest.mark.slow
 def test_rejects_of_a_deleted_table_do_not_come_back(write_tar, encode_shapes, rejects, tmp_path):
     """The same command, the same options, another life."""
     write_demo_data(tmp_path / "source", num_samples=10, image_size=32, seed=0)
@@ -621,6 +626,7 @@ def test_a_balance_that_comes_during_an_append_is_noticed(shapes, encode_shapes,
     assert len(set(coordinate[-240:])) == 1
 
 
+@pytest.mark.slow
 def test_vectors_that_were_laid_out_before_a_stop_are_not_written_again(
     encoded, shapes, encode_shapes, content, tmp_path, monkeypatch
 ):
@@ -647,6 +653,7 @@ def test_vectors_that_were_laid_out_before_a_stop_are_not_written_again(
     assert table.meta.balanced is False
 
 
+@pytest.mark.slow
 def test_a_finished_table_whose_shards_have_changed_says_so(shapes, encode_shapes, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(shapes, source)

@@ -172,6 +172,7 @@ def test_a_preview_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_preview_is_decoded_in_parts_that_fit_and_in_half_precision_on_a_gpu(whole, indexed, tmp_path, monkeypatch):
     decode, seen = DiffusersAutoencoder._decode, []
 
@@ -194,6 +195,7 @@ def test_a_preview_is_decoded_in_parts_that_fit_and_in_half_precision_on_a_gpu(w
     assert result(tmp_path / "half") == result(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["init_trackers", "log"])
 def test_a_tracker_that_fails_costs_no_run(whole, indexed, tmp_path, monkeypatch, name):
     from accelerate import Accelerator

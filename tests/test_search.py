@@ -175,6 +175,7 @@ def test_the_report_is_the_same_in_memory_or_read_in_blocks(table):
     assert settings(held) == settings(read)
 
 
+@pytest.mark.slow
 def test_a_small_memory_budget_lowers_the_precision_of_the_index(table):
     built = build_index(table, BuildConfig(index_type="ivf_rq", max_memory=4_000, target_recall=1.0))
     assert built.table.meta.index.num_bits == 5
@@ -238,6 +239,7 @@ def test_every_index_type_is_built_and_reported(table, index_type):
     assert built.table.version in {tag["version"] for tag in tags.values()}
 
 
+@pytest.mark.slow
 def test_ivf_flat_replaces_an_index_that_misses_the_target(table):
     options = {"index_type": "ivf_pq", "target_recall": 1.0, "memory": 2**30, "seed": 0, "refine_factors": (1,)}
     selection = select_index(table, ground_truth(table), ground_truth(table, seed=2), **options)
@@ -264,6 +266,7 @@ def test_a_new_geometry_rewrites_the_vectors_and_is_kept(table):
     assert again.table.meta.geometry.same_as(after.meta.geometry)
 
 
+@pytest.mark.slow
 def test_auto_desc_scale_reaches_the_target_perplexity(table):
     built = build_index(table, BuildConfig(desc_scale="auto", target_perplexity=4.0))
     scale = built.table.meta.geometry.desc_scale
@@ -388,6 +391,7 @@ def test_the_old_index_serves_until_the_new_one_is_complete(table):
     assert open_table(table.uri, version=built.version).meta.index == built.meta.index
 
 
+@pytest.mark.slow
 def test_inspect_tells_the_open_table_from_its_last_report(table):
     assert describe(table)["index_report"] is None
     built = build_index(table, BuildConfig(index_type="ivf_flat")).table

@@ -169,6 +169,7 @@ def test_what_is_not_asked_for_stays_and_full_returns(tmp_path):
     ).astype(np.float16))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arrays_are_in_a_file_of_the_table_and_prune_keeps_those_that_versions_need(tmp_path):
     table = random_table(tmp_path / "t.lance", ROWS, text_dim=40, latent_dim=60)
     narrow = built(table, search_dim=30, center=True).table

@@ -172,6 +172,7 @@ def test_a_bucket_that_is_not_there_is_one_line(s3, shapes, encode_shapes):
         list_shards(["s3://nowhere/*.tar"], ReadOptions(storage=s3))
 
 
+@pytest.mark.slow
 def test_an_unreachable_store_is_one_line(s3, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     unreachable = Storage.of(["endpoint=http://127.0.0.1:9", *KEYS])

@@ -36,6 +36,7 @@ def same(a, b) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
+@pytest.mark.slow
 def test_iterating_gives_the_batches_of_the_steps_in_order(indexed):
     one = stream(indexed)
     for expected, (step, batch) in zip(range(70), one, strict=False):

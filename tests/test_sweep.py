@@ -76,6 +76,7 @@ def test_auto_reaches_its_target_in_the_whole_table(tmp_path, target):
     assert (report.sweep_rows, report.sweep_captions, report.sweep_points) == (3000, 64, 1024)
 
 
+@pytest.mark.slow
 def test_auto_says_that_its_target_was_not_reached(tmp_path):
     # Captions so far apart that no desc_scale above 1 mixes them.
     rng = np.random.default_rng(0)
@@ -88,6 +89,7 @@ def test_auto_says_that_its_target_was_not_reached(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_desc_scale_that_the_table_has_changes_nothing(tmp_path):
     table = random_table(tmp_path / "pairs.lance", 600)
     built = build_index(table, BuildConfig(index_type="ivf_flat", geometry="standard", desc_scale=3.0)).table

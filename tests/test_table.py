@@ -354,6 +354,7 @@ def test_a_table_is_indexed_searched_and_appended_to_after_changes(shapes, encod
     assert added.lancedb().index_stats("vector_idx").num_unindexed_rows == len(ids) - len(left)
 
 
+@pytest.mark.slow
 def test_an_appended_fragment_is_never_taken_for_an_indexed_one(copied):
     """The fragment with the highest id is deleted whole: its id is in the index, and must not be used again."""
     import lance

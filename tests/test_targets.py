@@ -112,6 +112,7 @@ def test_a_stream_ends_with_its_targets_however_far_it_reads_ahead(table, drawn,
         assert all(same(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.slow
 def test_sampled_and_jittered_pairs_and_token_embeddings_are_the_same(table, text_encoder):
     options = {"num_neighbors": 4, "temperature": 2.0, "jitter": 0.3}
     targets, _ = draw(table, images=256, name="sampled", **options)

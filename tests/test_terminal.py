@@ -123,6 +123,7 @@ def test_ten_metrics_leave_the_bar_readable(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_command_that_is_silent_shows_that_it_is_at_work():
     code = """
 import sys, time
