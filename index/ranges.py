@@ -5,7 +5,7 @@ read or written before a number is found to be out of range. nan and infinity ar
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -68,6 +68,13 @@ def check_ranges(config: Any) -> None:
     """Raise OptionError if a field of a config is outside of its range."""
     for name, allowed in ranges_of(type(config)):
         allowed.check(option_of(name), getattr(config, name))
+
+
+def check_choices(config: Any, **choices: Collection[str]) -> None:
+    """Raise OptionError if a field of a config, by name, is not one of its choices."""
+    for name, allowed in choices.items():
+        if (value := getattr(config, name)) not in allowed:
+            raise OptionError(f"{option_of(name)} {value!r} is unknown: choose one of {', '.join(allowed)}")
 
 
 def option_of(name: str) -> str:

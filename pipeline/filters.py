@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 from index.errors import OptionError, one_line
-from index.ranges import COUNT, TOTAL, Range, check_ranges
+from index.ranges import COUNT, TOTAL, Range, check_choices, check_ranges
 
 DEDUP = ("image", "pair")
 MAX_PIXELS = 50_000_000
@@ -71,8 +71,8 @@ class Filters:
     def __post_init__(self) -> None:
         """Raise OptionError if a value is out of range, or if the expression cannot be evaluated for any sample."""
         check_ranges(self)
-        if self.dedup is not None and self.dedup not in DEDUP:
-            raise OptionError(f"--dedup {self.dedup!r} is unknown: choose one of {', '.join(DEDUP)}")
+        if self.dedup is not None:
+            check_choices(self, dedup=DEDUP)
         if self.filter is not None:
             _parse(self.filter)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from index.errors import OptionError
-from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, SEED, TOTAL, Range, check_ranges
+from index.ranges import COUNT, COUNT_FROM_0, NOT_NEGATIVE, POSITIVE, SEED, TOTAL, Range, check_choices, check_ranges
 from trainer.models.base import SIZE_NAMES
 from trainer.models.registry import NETWORK_NAMES
 from trainer.objectives.registry import make_objective
@@ -62,10 +62,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         """Raise OptionError for values that cannot be trained with; no file is read."""
         make_objective(self.objective, self.preset, **self.hyperparameters)
-        allowed = {"network": NETWORK_NAMES, "size": SIZE_NAMES, "search": SEARCHES, "dtype": DTYPES}
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+        check_choices(self, network=NETWORK_NAMES, size=SIZE_NAMES, search=SEARCHES, dtype=DTYPES)
         check_ranges(self)
         if self.images < self.batch_size:
             raise OptionError(

@@ -26,7 +26,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from index.errors import OptionError
-from index.ranges import COUNT
+from index.ranges import COUNT, check_choices
 from index.search.neighbors import LockstepSearch, NeighborSearch
 from index.search.pairs import QUERIES_PER_SEARCH, Captions, PairConfig, Pairs, StepQueries
 from index.table.rows import RowReader, take_columns
@@ -108,9 +108,7 @@ class StreamConfig(PairConfig):
 
     def __post_init__(self) -> None:
         """Raise OptionError if a value is unknown or out of range."""
-        for name, choices in {"coupling": COUPLINGS, "condition": CONDITIONS}.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+        check_choices(self, coupling=COUPLINGS, condition=CONDITIONS)
         PairConfig.__post_init__(self)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from index.build.layout import MAX_TARGET_PERPLEXITY, VectorWriter, choose_geometry, lay_out, write_vectors
 from index.build.select import INDEX_TYPES, Builder, Selection, index_bytes, select_index
 from index.errors import OptionError, TableError
-from index.ranges import POSITIVE, SEED, Range, check_ranges
+from index.ranges import POSITIVE, SEED, Range, check_choices, check_ranges
 from index.report.hubness import Hubness, measure_hubness, num_hubness_queries
 from index.report.integrity import VectorIntegrity, check_vectors, explain_nonfinite
 from index.report.recall import Recall, evaluation_queries, find_ground_truth
@@ -60,8 +60,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         """Raise OptionError for values out of range, before anything is read."""
-        if self.index_type not in INDEX_TYPES:
-            raise OptionError(f"--index-type {self.index_type!r} is unknown: choose one of {', '.join(INDEX_TYPES)}")
+        check_choices(self, index_type=INDEX_TYPES)
         if self.search_dim not in (None, "full") and not (
             isinstance(self.search_dim, int) and self.search_dim >= MIN_SEARCH_DIM
         ):

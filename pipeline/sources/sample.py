@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from index.errors import OptionError, one_line
+from index.ranges import check_choices
 from index.reach import OnWait
 from index.table.storage import Storage
 from pipeline.images import IMAGE_EXTENSIONS, NOT_OPENED
@@ -80,8 +81,7 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         """Raise OptionError if a value is not allowed."""
-        if self.captions not in CAPTIONS:
-            raise OptionError(f"--captions {self.captions!r} is unknown: choose one of {', '.join(CAPTIONS)}")
+        check_choices(self, captions=CAPTIONS)
         if self.max_sample_bytes < 1:
             raise OptionError(f"--max-sample-mb {self.max_sample_bytes / 2**20:g} is out of range: use more than 0")
 

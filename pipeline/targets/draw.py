@@ -9,7 +9,7 @@ import numpy as np
 
 from index.background import look_up
 from index.errors import OptionError, TableError
-from index.ranges import POSITIVE, TOTAL, option_of
+from index.ranges import POSITIVE, TOTAL, check_choices, option_of
 from index.search.pairs import PairConfig
 from index.table.commit import commit_fragments
 from index.table.lock import Lock, hold_lock
@@ -56,8 +56,7 @@ class DrawConfig(PairConfig):
     def __post_init__(self) -> None:
         """Raise OptionError for values that cannot be drawn with."""
         PairConfig.__post_init__(self)
-        if self.search not in SEARCHES:
-            raise OptionError(f"--search {self.search!r} is unknown: choose one of {', '.join(SEARCHES)}")
+        check_choices(self, search=SEARCHES)
         if self.images < self.batch_size:
             raise OptionError(
                 f"--images {self.images} is less than one batch of --batch-size {self.batch_size}: use at least one "

@@ -26,6 +26,7 @@ from pipeline.sources.listing import list_shards
 from pipeline.sources.sample import ReadOptions
 from trainer.autoencoders.train import MEASURED, TRAINING, AutoencoderLoop, TrainConfig, TrainRuntime
 from trainer.checkpoints import checkpoints
+from trainer.config import AUTO
 from trainer.process import open_accelerator
 from trainer.run_folder import flush, flush_entry, write_whole
 from trainer.tracking import RunLog
@@ -57,7 +58,7 @@ def fit_autoencoder(
         shards = json.loads((folder / SHARDS).read_text())["shards"]
     else:
         check_is_new(out)
-        config = replace(config, dtype=default_dtype(device) if config.dtype == "auto" else config.dtype)
+        config = replace(config, dtype=default_dtype(device) if config.dtype == AUTO else config.dtype)
         shards = list_shards(sources, ReadOptions(storage=runtime.storage))
     with open_accelerator(runtime.device, config.dtype, folder, searches=False) as accelerator:
         if accelerator.num_processes > 1:
@@ -108,7 +109,7 @@ def resumed_config(loop_class: type[AutoencoderLoop[Any]], out: Path, typed: Map
         raise RunError(f"{out} is already trained for {settings['fit']['steps']:,} steps: use another --out")
     for name, value in {"kind": loop_class.kind, **typed}.items():
         before = settings["kind"] if name == "kind" else settings["fit"][name]
-        if value != before and not (name == "dtype" and value == "auto"):
+        if value != before and not (name == "dtype" and value == AUTO):
             option = name if name == "kind" else option_of(name)
             raise RunError(
                 f"{out} is trained with {option} {before}, not {value}: leave the option out to resume it, or use "

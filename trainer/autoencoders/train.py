@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from index.errors import OptionError
-from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, TOTAL, check_ranges
+from index.ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, TOTAL, check_choices, check_ranges
 from index.table.storage import Storage
 from pipeline.sources.sample import ReadOptions
 from trainer.autoencoders.data import Batches, Samples
+from trainer.config import AUTO, DTYPES
 from trainer.loop import TrainingLoop
 from trainer.models.base import SIZE_NAMES
 from trainer.objectives.base import Loss
@@ -30,7 +30,6 @@ T = TypeVar("T")
 EMA_DECAY = 0.99
 MEASURED, PREVIEWED = 2000, 256
 """Held-out samples that are measured at the end of training, and at its checkpoints."""
-DTYPES = ("auto", "float32", "bfloat16")
 TRAINING = "training"
 """The folder in DIR of everything but the model and its report."""
 _NOISE = 1
@@ -51,16 +50,14 @@ class TrainConfig:
     size: str = "tiny"
     val_fraction: Annotated[float, FRACTION] = 0.05
     """Fraction of samples that are held out to measure on."""
-    dtype: str = "auto"
+    dtype: str = AUTO
     """bfloat16: forward and backward passes run under autocast; weights stay float32. auto: that on CUDA."""
     seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         """Raise OptionError if a name is unknown or a number out of range."""
         check_ranges(self)
-        for name, choices in {"size": SIZE_NAMES, "dtype": DTYPES}.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"--{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+        check_choices(self, size=SIZE_NAMES, dtype=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
