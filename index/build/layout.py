@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32
 
-from index.build.potentials import extend_potentials, fit_potentials, rows_in_time
+from index.build.potentials import chi_square_of, extend_potentials, fit_potentials, rows_in_time
 from index.errors import OptionError
-from index.report.hubness import chi_square
 from index.report.report import BalanceReport
 from index.report.sweep import NUM_POINTS, draw_captions, find_targets, mean_perplexity, rows_in
 from index.search.blocks import MAX_QUERIES, VectorBlocks
@@ -253,6 +252,8 @@ def _fit_balance(
     max_fitted_rows: int,
 ) -> tuple[Float32[np.ndarray, "N"], BalanceReport]:
     """Fit the potentials of an even sample of as many training rows as time allows; derive those of the others."""
+    import torch
+
     device, began = fastest_device(), time.monotonic()
     geometry, train = table.meta.geometry, table.positions(TRAIN)
     batch_size = int(np.clip(min(len(train), max_fitted_rows) // 4, MIN_QUERIES, MAX_QUERIES))
@@ -280,8 +281,10 @@ def _fit_balance(
     if stride > 1:
         blocks = blocks_of(1, memory // 2)
         g = extend_potentials(sample, g, blocks, queries, memory=memory)
+        fresh = range(FRESH, FRESH + -(-COMPARED_QUERIES // batch_size))
         compared = [
-            _chi_square(blocks, queries, potential, -(-COMPARED_QUERIES // batch_size)) for potential in (start, g)
+            chi_square_of(blocks, queries, None if each is None else torch.from_numpy(each).to(blocks.device), fresh)
+            for each in (start, g)
         ]
     return g, BalanceReport(
         fit_chi_square=potentials.chi_square,
@@ -293,19 +296,3 @@ def _fit_balance(
         chi_square_before=compared[0] if compared else None,
         chi_square=compared[1] if compared else None,
     )
-
-
-def _chi_square(
-    blocks: VectorBlocks,
-    queries: Callable[[int], Float32[np.ndarray, "B S"]],
-    g: Float32[np.ndarray, "N"] | None,
-    steps: int,
-) -> float:
-    """Return the chi-square of the hit counts of fresh queries among all rows with some potentials."""
-    import torch
-
-    potential = None if g is None else torch.from_numpy(g).to(blocks.device)
-    hits = np.zeros(blocks.count, np.int64)
-    for step in range(FRESH, FRESH + steps):
-        hits += np.bincount(blocks.nearest(queries(step), g=potential)[1][:, 0].cpu().numpy(), minlength=blocks.count)
-    return chi_square(hits)

@@ -16,6 +16,7 @@ the average is balanced on fresh queries, or at its time limit.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
@@ -23,6 +24,9 @@ from jaxtyping import Float32
 from index.report.hubness import chi_square
 from index.search.blocks import VectorBlocks
 from index.search.memory import working_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 TARGET = 0.05
 """Chi-square of hit counts below which a table counts as balanced."""
@@ -85,14 +89,8 @@ def fit_potentials(
     g = g.to(blocks.device)
     average = g.clone()
 
-    def wins(batch: Float32[np.ndarray, "B S"], g: torch.Tensor) -> torch.Tensor:
-        return torch.bincount(blocks.nearest(batch, g=g)[1][:, 0], minlength=n)
-
     def check(step: int, stop_reason: str | None) -> Potentials:
-        hits = torch.zeros(n, dtype=torch.int64, device=blocks.device)
-        for number in range(-(-num_check_queries(n) // batch_size)):
-            hits += wins(queries(steps + number), average)
-        chi2 = chi_square(hits.cpu().numpy())
+        chi2 = chi_square_of(blocks, queries, average, range(steps, steps + -(-num_check_queries(n) // batch_size)))
         if chi2 < target:
             stop_reason = f"chi-square is below {target:g}"
         return Potentials(average.cpu().numpy().astype(np.float32), chi2, step, stop_reason)
@@ -103,7 +101,7 @@ def fit_potentials(
         return
     checked, progress = 0.0, 0.0
     for step in range(steps):
-        gradient = 1.0 - wins(queries(step), g) * (n / batch_size)
+        gradient = 1.0 - _wins(blocks, queries(step), g) * (n / batch_size)
         g = g + rate * (1 - progress) ** 2 * gradient.clamp(min=-MAX_WINS * max(n / batch_size, 1.0))
         g = g - g.mean()
         average = g.clone() if progress < 0.05 else 0.98 * average + 0.02 * g
@@ -117,6 +115,18 @@ def fit_potentials(
         yield potentials
         if potentials.stop_reason:
             return
+
+
+def chi_square_of(blocks: VectorBlocks, queries: Queries, g: "torch.Tensor | None", steps: range) -> float:
+    """Return the chi-square of the hits, with potentials g (N) or without, of the queries of some steps."""
+    return chi_square(sum(_wins(blocks, queries(step), g) for step in steps).cpu().numpy())  # type: ignore[union-attr]
+
+
+def _wins(blocks: VectorBlocks, batch: Float32[np.ndarray, "B S"], g: "torch.Tensor | None") -> "torch.Tensor":
+    """Return how many of the queries each row wins."""
+    import torch
+
+    return torch.bincount(blocks.nearest(batch, g=g)[1][:, 0], minlength=blocks.count)
 
 
 def num_check_queries(rows: int) -> int:
