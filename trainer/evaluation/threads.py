@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
+from pipeline.encoders.devices import threads_kept
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -20,13 +22,9 @@ Result = TypeVar("Result")
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Divide no operation of Torch or numpy among threads while the block runs."""
-    before = torch.get_num_threads()
-    with threadpool_limits(1):
+    with threadpool_limits(1), threads_kept():
         torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        yield
 
 
 def map_batches(
