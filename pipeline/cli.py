@@ -501,7 +501,7 @@ def build_index(
     print_status(f"pipeline build-index: opening {table}")
     from index.build.build_index import BuildConfig
     from index.build.build_index import build_index as run_build
-    from index.report.page import index_page, keeps_images
+    from index.report.page import index_page
     from index.table.storage import Storage
     from index.table.table import open_table
     from pipeline.encoders.stored import open_decoder, point_encoders
@@ -524,8 +524,8 @@ def build_index(
     build, write = _index_writers(index_type, num_workers, runner, beam_options or [], storage)
     opened = point_encoders(open_table(table, storage=storage), image_encoder, text_encoder)
     built = run_build(opened, config, build, write)
-    decode = None if keeps_images(built.table) else open_decoder(built.table.meta.image_encoder)
-    if decode is None and not keeps_images(built.table):
+    decode = None if built.table.stores_images else open_decoder(built.table.meta.image_encoder)
+    if decode is None and not built.table.stores_images:
         ref = built.table.meta.image_encoder
         print_status(
             f"pipeline build-index: the page shows no images: the table's image encoder cannot be opened at {ref.name}"

@@ -146,7 +146,7 @@ class NeighborStream:
         self._asks_captions = not isinstance(source, Targets) or config.condition == "query"
         if self._asks_captions:
             self.queries.positions  # noqa: B018  read here, not by several threads
-        self._rows = RowReader(table)
+        self._rows = RowReader.of(table)
         self._encode_tokens, self._pin_memory = encode_tokens, pin_memory
         self.waiting_seconds = 0.0
         """Seconds that the consumer has waited for batches so far."""
@@ -294,7 +294,7 @@ def plan_reuse(table: Table, flops: int, *, exact: bool) -> int:
 
     So it is the same on every device and machine, and at every moment. `flops` are the network's operations per image.
     """
-    index, rows, dim = table.meta.index, len(table.positions(TRAIN)), table.meta.geometry.vector_dim
+    index, rows, dim = table.meta.index, table.count(TRAIN), table.meta.geometry.vector_dim
     training = 3 * flops
     if exact or index is None or index.num_partitions is None:
         searching = 2.0 * rows * dim

@@ -99,7 +99,7 @@ def _build(table: Table, config: BuildConfig, build: Builder, write: VectorWrite
     began, log = time.monotonic(), table.log("index")
     # Whatever needs rows again takes them from memory, if they fit.
     table.hold(("split", "text", "latent"), config.max_memory // 4)
-    if len(table.positions(TRAIN)) == 0:
+    if table.count(TRAIN) == 0:
         raise TableError(f"{table.uri} has no training rows: encode more samples or lower --val-fraction")
     geometry = choose_geometry(
         table,

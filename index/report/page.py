@@ -93,12 +93,12 @@ def retrieve_examples(
     """Retrieve the nearest pairs of a few evaluation queries, through the search that a trainer uses."""
     rows = evaluation_rows(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
     queries = evaluation_queries(table, NUM_EXAMPLES, seed=seed, purpose=Purpose.EXAMPLES)
-    captions, reader = table.take(rows, "caption"), RowReader(table)
+    captions, reader = table.take(rows, "caption"), RowReader.of(table)
     pairs = open_search(table, memory=memory).nearest(queries, NUM_NEIGHBORS)
     # Fewer than NUM_NEIGHBORS if the table has fewer training rows.
     retrieved = reader.take(pairs.row_id.ravel(), ["caption"])[0].reshape(pairs.row_id.shape)
     images: list[bytes] | None = None
-    if keeps_images(table):
+    if table.stores_images:
         images = reader.take(pairs.row_id.ravel(), ["image"])[0].tolist()
     elif decode is not None:
         images = _decoded(table, pairs.latent, decode)
@@ -112,11 +112,6 @@ def retrieve_examples(
         )
         for i in range(NUM_EXAMPLES)
     ]
-
-
-def keeps_images(table: Table) -> bool:
-    """Return whether a table stores the original images."""
-    return "image" in table.dataset().schema.names
 
 
 def _decoded(table: Table, latent: Float16[np.ndarray, "B K L"], decode: Decode) -> list[bytes]:

@@ -46,11 +46,11 @@ class ApproximateSearch:
         At most `memory` bytes of the index are kept (None: 6 GiB); what does not fit is read again.
         """
         index = table.meta.index
-        self._table, self._rows = table, RowReader(table)
+        self._table, self._rows = table, RowReader.of(table)
         self._index = asyncio.run(table.lancedb_async(memory))
         self._nprobes = nprobes or (index.nprobes if index else None)
         self._refine_factor = refine_factor or (index.refine_factor if index else 1)
-        self._more = more_neighbors(len(table.positions(TRAIN)), table.dataset().count_rows())
+        self._more = more_neighbors(table.count(TRAIN), table.dataset().count_rows())
 
     def nearest(self, queries: Float32[np.ndarray, "B S"], k: int = 1) -> RetrievedPairs:
         """Return the `k` nearest pairs of each query; if a query reaches fewer, its last one is repeated."""

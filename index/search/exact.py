@@ -29,7 +29,7 @@ class ExactSearch:
         `device` and `memory`.
         """
         self.blocks = VectorBlocks(table, memory=memory, device=device) if blocks is None else blocks
-        self.row_ids = RowReader(table).row_ids(table.positions(TRAIN))
+        self.row_ids = RowReader.of(table).row_ids(table.positions(TRAIN))
         """Row ids of the training rows, in table order."""
         ascending = bool((self.row_ids[1:] > self.row_ids[:-1]).all())
         self._by_id = None if ascending else np.argsort(self.row_ids)

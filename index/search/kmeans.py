@@ -106,7 +106,7 @@ def _numbered_vectors(
     table: Table, fragments: Sequence[int] | None, at_once: int
 ) -> Iterator[tuple[pa.Array, Float16[np.ndarray, "B S"]]]:
     """Iterate over row ids and vectors of some fragments (None: all), at most `at_once` rows of one at a time."""
-    reader, dataset = RowReader(table), table.dataset()
+    reader, dataset = RowReader.of(table), table.dataset()
     if fragments is None and table.holds("vector") and not reader.has_deletions:
         for start, end in pairwise(reader.starts.tolist()):
             for first in range(start, end, at_once):

@@ -37,7 +37,7 @@ class ShardedSearch:
 
         self._table, self._process, self._num_processes = table, process, num_processes
         self._blocks = VectorBlocks(table, device=device, stride=num_processes, first=process)
-        self._row_ids = RowReader(table).row_ids(self._blocks.train_positions)
+        self._row_ids = RowReader.of(table).row_ids(self._blocks.train_positions)
         self._group = dist.new_group(backend="gloo", timeout=ROUND_LIMIT)
         self._ended = False
 

@@ -33,6 +33,13 @@ class RowReader:
         self._fragments, self._starts = self._ids[order], self.starts[:-1][order]
         self._left = {each.fragment_id: _rows_left(each) for each in fragments if each.metadata.num_deletions}
 
+    @classmethod
+    def of(cls, table: Table) -> "RowReader":
+        """Return the reader of a table, which is made once."""
+        reader = table.__dict__.get("_rows") or cls(table)
+        table.__dict__["_rows"] = reader
+        return reader
+
     def positions(self, row_ids: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
         """Return the positions of rows: 0-based indices in table order."""
         fragment, row = row_ids >> ROW_BITS, row_ids & (2**ROW_BITS - 1)

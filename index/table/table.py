@@ -198,6 +198,16 @@ class Table:
             digests[column] = column_digest(self.dataset(), column)
         return digests[column]
 
+    @property
+    def stores_images(self) -> bool:
+        """Whether the original images are kept."""
+        return "image" in self.dataset().schema.names
+
+    def count(self, split: str) -> int:
+        """Return the number of a split's rows; the column is read once."""
+        _, masks = self._split_masks()
+        return int(np.bitwise_count(masks[split]).sum()) if split in masks else 0
+
     def positions(self, split: str) -> Int[np.ndarray, "N"]:
         """Return the positions of a split's rows: 0-based indices in table order; the column is read once."""
         count, masks = self._split_masks()
@@ -399,7 +409,7 @@ def open_newest(uri: str, storage: Storage) -> "lance.LanceDataset | None":
 
 def sampled_rows(table: Table, max_rows: int, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """Read text embeddings and latents of the training rows, or of every k-th of them if there are more than asked."""
-    stride, seen = -(-len(table.positions(TRAIN)) // max_rows), 0
+    stride, seen = -(-table.count(TRAIN) // max_rows), 0
     for batch in table.scan(["text", "latent"], TRAIN, batch_size=batch_size, batch_readahead=1):
         kept = slice((-seen) % stride, None, stride)
         seen += len(batch)

@@ -113,7 +113,7 @@ def open_protocol(run: Path, pipeline: CoalescerPipeline, config: EvaluationConf
     """
     pretrained, device = load_extractors(config.clip, config.inception, pipeline.device), pipeline.device
     table = _open_table(run, config.storage)
-    num_samples = config.num_samples or min(NUM_SAMPLES, 4 * len(table.positions(HELDOUT)))
+    num_samples = config.num_samples or min(NUM_SAMPLES, 4 * table.count(HELDOUT))
     prompts, decode = draw_prompts(pipeline, table, num_samples, config.seed), _decoder(pipeline)
     candidates, encode_text = min(CANDIDATES, len(set(prompts.captions))), pipeline.text_encoder.encode
     referee, settings = open_referee(table, decode, encode_text, candidates=candidates, out=out, device=device)
@@ -185,7 +185,7 @@ def _open_table(run: Path, storage: Storage) -> Table:
         raise RunError(f"the table of {run} cannot be opened: {error}") from error
     table.hold_remote(READ_COLUMNS)
     for split, size in ((HELDOUT, "larger"), (TRAIN, "smaller")):
-        if (rows := len(table.positions(split))) < MIN_ROWS:
+        if (rows := table.count(split)) < MIN_ROWS:
             raise TableError(
                 f"{table.uri} has {rows} {split} rows, an evaluation needs {MIN_ROWS}: "
                 f"encode it with a {size} --val-fraction"

@@ -50,11 +50,6 @@ class Reference(NamedTuple):
     """Returns the metrics."""
 
 
-def stores_images(table: Table) -> bool:
-    """Return whether a table stores the original images."""
-    return "image" in table.dataset().schema.names
-
-
 def row_samples(table: Table, positions: Int[np.ndarray, "N"]) -> Samples:
     """Return rows of a table as samples."""
     x = table.meta.geometry.to_coordinates(table.take(positions, "latent"))
@@ -63,7 +58,7 @@ def row_samples(table: Table, positions: Int[np.ndarray, "N"]) -> Samples:
 
 def row_images(table: Table, positions: Int[np.ndarray, "N"], decode: Decode) -> GetImages:
     """Return what reads original images, cropped as for encoding, or decodes latents if the table stores no images."""
-    column = "image" if stores_images(table) else "latent"
+    column = "image" if table.stores_images else "latent"
 
     def images(part: slice) -> UInt8[np.ndarray, "_ H W 3"]:
         values = table.take(positions[part], column)
@@ -90,7 +85,7 @@ def retrieve_pairs(table: Table, prompts: Prompts, device: str = "cpu") -> Float
         known = dict([*known.items()][1 - KEPT_QUERIES :]) | {digest: _search(table, queries, device).tolist()}
         with suppress(CoalescerError):  # a table that may only be read is searched again next time
             table.write_report(RETRIEVED, {"version": table.version, "by_queries": known})
-    (latent,) = RowReader(table).take(np.array(known[digest]), ["latent"])
+    (latent,) = RowReader.of(table).take(np.array(known[digest]), ["latent"])
     return table.meta.geometry.to_coordinates(latent)
 
 
@@ -134,7 +129,7 @@ def references(
         PAIRS: Reference(prompts.count, points(pairs)),
         NOISE: Reference(prompts.count, points(prompts.noise)),
     }
-    return found | ({RECONSTRUCTIONS: Reference(len(positions), reconstructions)} if stores_images(table) else {})
+    return found | ({RECONSTRUCTIONS: Reference(len(positions), reconstructions)} if table.stores_images else {})
 
 
 def energy_references(table: Table, prompts: Prompts, evaluator: Evaluator) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from pipeline.encoders.files import digest_of
 from trainer.evaluation.calibration import measure_calibration
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.measurements import Measurements
-from trainer.evaluation.references import row_images, stores_images
+from trainer.evaluation.references import row_images
 from trainer.evaluation.samples import (
     BATCH,
     Advance,
@@ -148,7 +148,7 @@ class Protocol:
             "seed": self.prompts.seed,
             "num_samples": self.prompts.count,
             "heldout_rows": len(self.heldout),
-            "heldout_images": "originals" if stores_images(self.table) else "decoded latents",
+            "heldout_images": "originals" if self.table.stores_images else "decoded latents",
             "batch_size": BATCH,
             "device": self.device,
             "referee": self.referee,
