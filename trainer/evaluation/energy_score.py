@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 from index.space.centering import fit_centering
 from index.space.moments import unit
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array, sampled_rows
+from index.table.table import Table, sampled_rows
 from trainer.evaluation.metrics import mean_distance, mean_distance_between
 from trainer.evaluation.samples import Prompts, Samples
 
@@ -130,12 +130,12 @@ def _points(x: Float32[np.ndarray, "P L"], group: Int[np.ndarray, "P"], names: l
 def _nearest_texts(table: Table, text: Float32[np.ndarray, "P T"]) -> Int[np.ndarray, "P"]:
     """Return the index of the training row with the nearest text embedding of each, in table order."""
     best, index, start = np.full(len(text), -np.inf), np.zeros(len(text), np.int64), 0
-    for batch in table.scan(["text"], TRAIN, batch_size=SCAN_ROWS, batch_readahead=1):
-        if not len(batch):
+    for rows in table.pieces("text", TRAIN, SCAN_ROWS):
+        if not len(rows):
             continue
-        cosine = text @ unit(column_array(batch["text"]).astype(np.float32)).T
+        cosine = text @ unit(rows.astype(np.float32)).T
         closest = cosine.argmax(1)
         value = cosine[np.arange(len(text)), closest]
         index, best = np.where(value > best, start + closest, index), np.maximum(value, best)
-        start += len(batch)
+        start += len(rows)
     return index

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from index.table.schema import TRAIN
-from index.table.table import Table, column_array
+from index.table.table import Table
 from trainer.evaluation.threads import map_batches, split
 
 COPY_RATIO = 1 / 3
@@ -21,7 +21,7 @@ COPY_RATIO = 1 / 3
 SAME_IMAGE = 0.01
 """Root mean square difference per coordinate, which have unit variance, up to which rows are of the same image."""
 HELD_BYTES = 2**30
-"""Memory for the latents of training rows; those of larger tables are read again for each set of samples."""
+"""Memory for the latents of a table; those of larger ones are read again for each set of samples."""
 BLOCK_ENTRIES = 2**21
 """Entries of training latents that are compared at once."""
 POINTS = 512
@@ -37,8 +37,7 @@ class Memorization:
     def __init__(self, table: Table, num_samples: int, device: str) -> None:
         """Count the rows; `left_out` says why sets of `num_samples` cannot be compared with so many, if they cannot."""
         self._table, self._device = table, device
-        self.rows, self._dim = len(table.positions(TRAIN)), table.meta.geometry.latent_dim
-        self._held: Float16[np.ndarray, "N L"] | None = None
+        self.rows, self._dim = table.count(TRAIN), table.meta.geometry.latent_dim
         products = 3 * num_samples * self.rows * self._dim
         limit = MAX_PRODUCTS.get(torch.device(device).type, MAX_PRODUCTS_ELSEWHERE)
         self.left_out = None
@@ -62,17 +61,10 @@ class Memorization:
 
     def _blocks(self) -> Iterator[Float32[np.ndarray, "_ L"]]:
         """Yield all training rows in coordinates."""
-        size = max(256, BLOCK_ENTRIES // self._dim)
-        if self._held is None and 2 * self.rows * self._dim <= HELD_BYTES:
-            self._held = np.concatenate([*self._read(size)])
-        stored = self._read(size) if self._held is None else (self._held[part] for part in split(self.rows, size))
-        for rows in stored:
-            yield self._table.meta.geometry.to_coordinates(rows)
-
-    def _read(self, size: int) -> Iterator[Float16[np.ndarray, "_ L"]]:
-        for batch in self._table.scan(["latent"], TRAIN, batch_size=size, batch_readahead=1):
-            if len(batch):
-                yield column_array(batch["latent"])
+        self._table.hold(["latent"], HELD_BYTES)
+        for rows in self._table.pieces("latent", TRAIN, max(256, BLOCK_ENTRIES // self._dim)):
+            if len(rows):
+                yield self._table.meta.geometry.to_coordinates(rows)
 
 
 def nearest_ratio(
