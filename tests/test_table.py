@@ -303,10 +303,10 @@ def test_columns_in_memory_are_those_of_the_version(copied, change):
     read, order = open_table(after.uri), np.array([5, 2, 5, 0])
     for name in ("caption", "text", "latent", "vector"):
         assert np.array_equal(after.take(order, name), read.take(order, name))
-        pieces = [*after.pieces(name, TRAIN, 7)]
-        assert [len(piece) for piece in pieces[:-1]] == [7] * (len(pieces) - 1)
-        assert np.array_equal(np.concatenate(pieces), read.column(name))
-        assert np.array_equal(np.concatenate([*read.pieces(name, TRAIN, 7)]), read.column(name))
+        batches = [*after.column_batches(name, TRAIN, 7)]
+        assert [len(batch) for batch in batches[:-1]] == [7] * (len(batches) - 1)
+        assert np.array_equal(np.concatenate(batches), read.column(name))
+        assert np.array_equal(np.concatenate([*read.column_batches(name, TRAIN, 7)]), read.column(name))
     assert np.array_equal(after.positions(HELDOUT), read.positions(HELDOUT))
 
 

@@ -46,7 +46,7 @@ def check_vectors(table: Table, memory: int | None = None) -> VectorIntegrity:
         room = max(MIN_HASHES, held_bytes(memory) // (2 * HASH_BYTES))
         at_once = min(BATCH_ROWS, rows_at_once(memory, 16 * geometry.vector_dim))
     distinct, distinct_texts = DistinctRows(room), DistinctRows(room)
-    for vectors in table.pieces("vector", TRAIN, at_once):
+    for vectors in table.column_batches("vector", TRAIN, at_once):
         nonfinite += int((~np.isfinite(vectors).all(1)).sum())
         zero += int((vectors == 0).all(1).sum())
         distinct.add(row_hashes(vectors))

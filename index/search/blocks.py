@@ -232,9 +232,9 @@ class VectorBlocks:
         import torch
 
         seen, start = 0, 0
-        for piece in self._table.pieces("vector", TRAIN, self._read_rows):
-            rows = self._prepare(piece[(self._first - seen) % self._stride :: self._stride])
-            seen += len(piece)
+        for vectors in self._table.column_batches("vector", TRAIN, self._read_rows):
+            rows = self._prepare(vectors[(self._first - seen) % self._stride :: self._stride])
+            seen += len(vectors)
             if len(rows):
                 yield start, torch.from_numpy(rows)
             start += len(rows)

@@ -148,7 +148,7 @@ class Table:
     def hold(self, columns: Sequence[str], memory: int) -> None:
         """Read columns of all rows in one scan and keep them in memory, if they fit into `memory` bytes together.
 
-        `take`, `pieces` and, for the column `split`, `positions` then read nothing, in other versions of the table too.
+        `take`, `column_batches` and, of the column `split`, `positions` then read nothing, in other versions too.
         """
         missing, schema = [name for name in columns if not self.holds(name)], self.dataset().schema
         kinds, rows = {name: schema.field(name).type for name in columns}, self.dataset().count_rows()
@@ -236,7 +236,7 @@ class Table:
             return column_array(self.dataset().take(pa.array(positions), columns=[column])[column])
         return held[positions] if isinstance(held, np.ndarray) else column_array(held.take(pa.array(positions)))
 
-    def pieces(self, column: str, split: str, batch_size: int) -> Iterator[Any]:
+    def column_batches(self, column: str, split: str, batch_size: int) -> Iterator[Any]:
         """Iterate over one column of a split in table order, at most `batch_size` rows at a time."""
         if self.holds(column):
             positions = self.positions(split)

@@ -130,7 +130,7 @@ def _points(x: Float32[np.ndarray, "P L"], group: Int[np.ndarray, "P"], names: l
 def _nearest_texts(table: Table, text: Float32[np.ndarray, "P T"]) -> Int[np.ndarray, "P"]:
     """Return the index of the training row with the nearest text embedding of each, in table order."""
     best, index, start = np.full(len(text), -np.inf), np.zeros(len(text), np.int64), 0
-    for rows in table.pieces("text", TRAIN, SCAN_ROWS):
+    for rows in table.column_batches("text", TRAIN, SCAN_ROWS):
         if not len(rows):
             continue
         cosine = text @ unit(rows.astype(np.float32)).T

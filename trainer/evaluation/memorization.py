@@ -62,7 +62,7 @@ class Memorization:
     def _blocks(self) -> Iterator[Float32[np.ndarray, "_ L"]]:
         """Yield all training rows in coordinates."""
         self._table.hold(["latent"], HELD_BYTES)
-        for rows in self._table.pieces("latent", TRAIN, max(256, BLOCK_ENTRIES // self._dim)):
+        for rows in self._table.column_batches("latent", TRAIN, max(256, BLOCK_ENTRIES // self._dim)):
             if len(rows):
                 yield self._table.meta.geometry.to_coordinates(rows)
 

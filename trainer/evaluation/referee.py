@@ -213,7 +213,7 @@ def class_labels(table: Table, *, max_classes: int = MAX_CLASSES) -> list[str] |
     """Return the sorted captions of training rows, if they are few and have ten rows each on average; else None."""
     labels: set[str] = set()
     rows = 0
-    for captions in table.pieces("caption", TRAIN, 8192):
+    for captions in table.column_batches("caption", TRAIN, 8192):
         labels.update(captions.tolist())
         rows += len(captions)
         if len(labels) > max_classes:
